@@ -1,0 +1,311 @@
+"""Muon for the matrices of a model, AdamW for the rest: one ``torch.optim.Optimizer`` that works on whole or cut tensors.
+
+One step, for every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda, momentum mu::
+
+    M <- M + (1 - mu) (G - M)                      on each shard, fp32, in place
+    D  = G + mu (M - G)   (Nesterov; else M)       on each shard, to bf16
+    O  = NewtonSchulz(D)                           on the one rank that owns the matrix
+    W <- W (1 - eta lambda) - eta s(A, B) O        on each shard
+
+This is the paper's Eq. 4 (s = 0.2 sqrt(max(A, B))) with torch.optim.Muon's scaling of the momentum: an exponential
+average differs from Eq. 1's sum by a factor that Newton-Schulz removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import adamw, report
+from .agreement import agree, gather, together, world_of
+from .exchange import Exchange
+from .layout import Matrix, Shard, Strided, pieces
+from .plan import Plan, make_plan
+from .routing import Routing, route
+from .settings import Settings, scale_for
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What an engine tells of one parameter group: the shards on this rank, and the ranks that hold the rest.
+
+    Attributes:
+        shards: this rank's part of each parameter of the group.
+        process_group: its ranks together hold every element of every matrix; None is the default group.
+    """
+
+    shards: tuple[Shard, ...]
+    process_group: Any = None
+
+
+class Muon(Optimizer):
+    """Muon as in "Muon is Scalable for LLM Training" (arXiv 2502.16982); see the module for the formulas.
+
+    Args:
+        params: ``model.named_parameters()``, or parameter groups whose ``"params"`` are (name, parameter) pairs. Names
+            decide which parameters are embeddings or heads, so they are needed.
+        model: the module itself, if at hand: module types and ``model.config`` then help to tell embeddings and fused
+            projections.
+        process_group: ranks that hold replicas of the parameters (plain DDP); the default group where there is one.
+            Each matrix is orthogonalized once among them.
+        engine: used by the engine hooks: the optimizer waits for `attach`, and its step does nothing until then.
+        **settings: see `muon_plugin.settings.Settings`: lr, weight_decay, momentum, ...
+
+    State, created on every rank before the first step: ``momentum_buffer`` (fp32 in the engines, like the parameter
+    alone) for tensors with matrices; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest.
+
+    Raises:
+        ValueError: for a bad setting or parameter, with what is allowed; on every rank, if any rank has one.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        model: nn.Module | None = None,
+        process_group: Any = None,
+        engine: str | None = None,
+        **settings: Any,
+    ) -> None:
+        self._engine = engine
+        self._complete = self._ready = False
+        self._attached: list[_Attached] = []
+        self._adamw: Optimizer | None = None
+        self._adamw_name = "none"
+
+        def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
+            checked = Settings.from_dict(settings)
+            groups = _named_groups(params)
+            shapes = {name: _shape(name, p) for group in groups for name, p in group["params"]}
+            routing = route(shapes, model=model, exclude=checked.exclude, split=checked.split)
+            names = {p: name for group in groups for name, p in group["params"]}
+            return checked, _halves(groups, routing, checked), routing, names
+
+        # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
+        self.settings, groups, self.routing, names = together(prepare, process_group)
+        agree(
+            "the model or the settings of Muon",
+            [*self.routing.describe(), repr(self.settings)],
+            "Build the same model from the same configuration on every rank",
+            process_group,
+        )
+        super().__init__(groups, {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay})
+        self._complete = True
+        self._scales = {m.name: scale_for(self.settings.adjust_lr_fn, *m.out_in) for m in self.routing.matrices}
+        if engine is None:
+            whole = [
+                Holding(tuple(Shard(names[p], 0, p.numel(), p) for p in group["params"]), process_group)
+                for group in self.param_groups
+            ]
+            self.attach(whole)
+
+    def attach(self, holdings: Sequence[Holding]) -> None:
+        """Takes the tensors that the parameter groups now hold, creates the state, and plans. Collective.
+
+        Args:
+            holdings: one for each parameter group, in order.
+        """
+        self.state.clear()
+        self._attached = []
+        for group, holding in zip(self.param_groups, holdings, strict=True):
+            if group["use_muon"]:
+                self._attached.append(self._plan(group, holding))
+                for p in group["params"]:
+                    self.state[p] = {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
+        rest = [group for group in self.param_groups if not group["use_muon"]]
+        if rest:
+            self._adamw, self._adamw_name = adamw.build(rest, self.settings.adamw)
+            for group in rest:
+                for p in group["params"]:
+                    self.state[p] = adamw.new_state(self._adamw, p)
+        self._ready = True
+
+    def _plan(self, group: dict[str, Any], holding: Holding) -> _Attached:
+        names = {shard.parameter for shard in holding.shards}
+        everyones = gather(sorted(names), holding.process_group)
+        names = names.union(*everyones)
+        matrices = [matrix for matrix in self.routing.matrices if matrix.parameter in names]
+        tensors: list[Tensor] = group["params"]
+        mine = pieces(matrices, holding.shards, {id(tensor): i for i, tensor in enumerate(tensors)})
+        index = gather([(piece.matrix, piece.inside) for piece in mine], holding.process_group)
+        newton_schulz = self.settings.newton_schulz
+        normalize = self.settings.adjust_lr_fn == "update_norm"
+        plan = together(lambda: make_plan(matrices, index, newton_schulz.flops, 2 * normalize), holding.process_group)
+        agree("the plan", [repr(plan)], "Please report this as a bug", holding.process_group)
+        exchange = Exchange(
+            matrices, mine, plan, newton_schulz, holding.process_group, tensors[0].device, normalize=normalize
+        )
+        return _Attached(tensors, matrices, plan, exchange)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the tensors of ``self.param_groups`` (engines may call it for one group at a time). Collective."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._ready:
+            return loss  # DeepSpeed steps once on zeros while it builds its wrapper: that must change nothing
+        groups = {group["params"][0]: group for group in self.param_groups if group["use_muon"]}
+        for attached in self._attached:
+            if attached.tensors[0] in groups:
+                self._step_matrices(attached, groups[attached.tensors[0]])
+        rest = [group for group in self.param_groups if not group["use_muon"]]
+        if rest and self._adamw is not None:
+            self._adamw.state, self._adamw.param_groups = self.state, rest
+            self._adamw.step()
+        return loss
+
+    def _step_matrices(self, attached: _Attached, group: dict[str, Any]) -> None:
+        lr, momentum, nesterov = float(group["lr"]), group["momentum"], group["nesterov"]
+        decay = 1 - lr * group["weight_decay"]
+        tensors = attached.tensors
+        flat = [p.view(-1) for p in tensors]
+        # A parameter without a gradient is left alone, as torch's optimizers do. (The engines fill in zeros.)
+        grads = [None if p.grad is None else p.grad.reshape(-1).float() for p in tensors]
+        buffers = [self.state[p]["momentum_buffer"].view(-1) for p in tensors]
+        for p, grad, buffer in zip(flat, grads, buffers):
+            if grad is not None:
+                buffer.lerp_(grad, 1 - momentum)
+                p.mul_(decay)
+
+        def read(tensor: int, local: Strided, out: Tensor) -> None:
+            grad = grads[tensor]
+            if grad is None:
+                out.zero_()
+            elif nesterov:
+                out.copy_(local.view(grad).lerp(local.view(buffers[tensor]), momentum))
+            else:
+                out.copy_(local.view(buffers[tensor]))
+
+        def write(tensor: int, local: Strided, matrix: int, update: Tensor, scale: Tensor | None) -> None:
+            if grads[tensor] is None:
+                return
+            # Always in this order: u to fp32, times its scale, times the learning rate. Another order rounds otherwise.
+            change = update.float().mul_(self._scales[attached.matrices[matrix].name])
+            if scale is not None:
+                change.mul_(scale)
+            local.view(flat[tensor]).add_(change, alpha=-lr)
+
+        attached.exchange.run(read, write)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while the optimizer is built.
+
+        Raises:
+            RuntimeError: afterwards: the plan is made once, for all parameters.
+        """
+        if self._complete:
+            raise RuntimeError("Muon plans once, for all parameters: build a new Muon with the added parameter group")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state that was saved with the same routing.
+
+        Raises:
+            ValueError: if the saved groups were routed otherwise (another `exclude`, another optimizer).
+        """
+        saved, current = state_dict["param_groups"], self.param_groups
+        ways = [[(g.get("use_muon"), len(g["params"])) for g in groups] for groups in (saved, current)]
+        if ways[0] != ways[1]:
+            raise ValueError(
+                f"the checkpoint's optimizer has (use_muon, tensors) groups {ways[0]}, this run has {ways[1]}; load it "
+                "with the settings it was saved with (exclude, parameter groups), or load the weights alone"
+            )
+        momenta = {
+            p: state_dict["state"][i]["momentum_buffer"]
+            for g, saved_group in zip(current, saved)
+            for p, i in zip(g["params"], saved_group["params"])
+            if g["use_muon"]
+        }
+        kept = [{key: value for key, value in g.items() if key in _IMPLEMENTATION_KEYS} for g in current]
+        super().load_state_dict(state_dict)
+        for p, momentum in momenta.items():  # torch casts state to the parameter's type; momentum stays fp32
+            self.state[p]["momentum_buffer"] = momentum.to(p.device, torch.float32, copy=True)
+        for group, options in zip(self.param_groups, kept):
+            group.update(options)
+            if self._adamw is not None and not group["use_muon"]:
+                adamw.adopt(self._adamw, group, self.state)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """One plan for each parameter group with matrices, in order."""
+        return [attached.plan for attached in self._attached]
+
+    def summary(self) -> str:
+        """The start-up table: what goes to Muon and to AdamW, the plan's balance, bytes and memory."""
+        return report.table(self.routing, self.settings, self._adamw_name, self.plans, self.param_groups)
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """One parameter group with matrices, ready to step."""
+
+    tensors: list[Tensor]
+    matrices: list[Matrix]
+    plan: Plan
+    exchange: Exchange
+
+
+def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """The client's parameter groups, their "params" as (name, parameter) pairs, frozen parameters left out."""
+    given = list(params)
+    if not given:
+        raise ValueError("params is empty: Muon needs model.named_parameters(), or parameter groups of such pairs")
+    groups = [dict(item) for item in given] if isinstance(given[0], dict) else [{"params": given}]
+    seen: set[Tensor] = set()
+    for group in groups:
+        pairs = list(group.get("params", ()))
+        for pair in pairs:
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise ValueError(
+                    f"params holds a {type(pair).__name__} without a name; allowed: (name, parameter) pairs such as "
+                    "model.named_parameters(), whose names tell embeddings and heads from matrices"
+                )
+        group["params"] = [(name, p) for name, p in pairs if p.requires_grad]
+        for name, p in group["params"]:
+            if p in seen:
+                raise ValueError(f"parameter {name} is in params twice; allowed: each parameter once")
+            seen.add(p)
+    if not seen:
+        raise ValueError("params holds no trainable parameter (requires_grad is false for all of them)")
+    return groups
+
+
+def _shape(name: str, p: Tensor) -> tuple[int, ...]:
+    if p.is_complex() or not p.is_floating_point() or p.is_sparse:
+        raise ValueError(f"parameter {name} is {p.dtype}, {p.layout}; allowed: dense real floating-point parameters")
+    if type(p.data).__name__ == "DTensor":
+        raise ValueError(f"parameter {name} is a DTensor; allowed: whole tensors (one process, plain DDP) or an engine")
+    if not p.is_contiguous():
+        raise ValueError(f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters")
+    return tuple(p.shape)
+
+
+def _halves(groups: list[dict[str, Any]], routing: Routing, settings: Settings) -> list[dict[str, Any]]:
+    """Each client group as a group of matrices and one of the rest.
+
+    Groups with equal options are merged: balance and overlap hold within a group, since ZeRO steps group by group.
+    The order depends on the model alone, not on the world size: DeepSpeed resumes flat groups by position.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        given = {key: value for key, value in group.items() if key != "params"}
+        for muon in (True, False):
+            members = [p for name, p in group["params"] if (name not in routing.adamw) is muon]
+            options = settings.of_group(given, muon)
+            label = "-".join([*([given["name"]] if "name" in given else []), "muon" if muon else "adamw"])
+            key = repr((label, options))
+            if members:
+                into = merged.setdefault(key, {"params": [], "use_muon": muon, "name": label, **options})
+                into["params"] += members
+    return list(merged.values())
+
+
+#: Options of the AdamW in use, which a checkpoint from another one must not change.
+_IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad", "bias_correction")

@@ -1,0 +1,171 @@
+"""An owner for every matrix; what each rank computes and sends, in FLOPs and bytes. Needs no processes.
+
+Every rank computes the same plan from the same index, without talking.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .layout import Index, Matrix, Strided
+
+#: A piece on the way is bf16.
+BYTES = 2
+#: Capacities tried, as multiples of the lower bound on the busiest rank's load, from even to staying where they lie.
+SLACKS = (1.0, 1.02, 1.05, 1.1, 1.25, 2.0)
+#: Among the plans within this factor of the evenest one, the one that moves the fewest bytes is taken.
+TOLERANCE = 1.02
+#: Elements of travelling matrices that one rank holds in a round (2 bytes each, twice): bounds buffers, gives overlap.
+ROUND_ELEMENTS = 64 * 2**20
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Route:
+    """One matrix: who orthogonalizes it, who sends what there, who gets which part of the update.
+
+    Attributes:
+        owner: the rank that orthogonalizes it.
+        sources: (rank, where inside the matrix), each element once.
+        holders: (rank, where inside the matrix), every replica.
+        everywhere: every rank holds all of it, so the update is broadcast.
+        round: when it travels; -1 where nothing travels.
+    """
+
+    owner: int
+    sources: tuple[tuple[int, tuple[Strided, ...]], ...]
+    holders: tuple[tuple[int, tuple[Strided, ...]], ...]
+    everywhere: bool
+    round: int = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The routes of all matrices, and what they cost each rank in one step."""
+
+    routes: tuple[Route, ...]
+    flops: tuple[int, ...]
+    bytes_sent: tuple[int, ...]
+    rounds: int
+
+    @property
+    def balance(self) -> float:
+        """The busiest rank's FLOPs over the mean."""
+        return max(self.flops) * len(self.flops) / max(sum(self.flops), 1)
+
+
+def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, int], int], scalars: int = 0) -> Plan:
+    """Gives every matrix an owner: one that holds a piece of it wherever balance allows.
+
+    Args:
+        matrices: all matrices of one call of the optimizer.
+        index: for each rank its pieces, as (matrix, where inside it).
+        flops: cost of orthogonalizing a rows x cols matrix.
+        scalars: bf16 numbers that travel with each update beside its elements.
+
+    Raises:
+        ValueError: where the ranks' pieces do not cover a matrix exactly once (replicas apart).
+    """
+    world = len(index)
+    held: list[dict[int, tuple[Strided, ...]]] = [{} for _ in matrices]
+    for rank, pieces in enumerate(index):
+        for number, inside in pieces:
+            held[number][rank] = held[number].get(rank, ()) + inside
+    costs = [flops(matrix.rows, matrix.cols) for matrix in matrices]
+    sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
+    bound = max(sum(costs) / world, max(costs, default=0))
+    tried = []
+    for slack in SLACKS:
+        owners = _assign(costs, sizes, world, bound * slack)
+        routes = [_route(matrix, owner, held[i], world) for i, (matrix, owner) in enumerate(zip(matrices, owners))]
+        load = _sum_by_rank(world, ((owner, cost) for owner, cost in zip(owners, costs)))
+        tried.append((max(load), sum(_bytes_sent(routes, world, scalars)), routes, load))
+    evenest = min(busiest for busiest, *_ in tried)
+    _, _, routes, load = min((t for t in tried if t[0] <= evenest * TOLERANCE), key=lambda t: t[1])
+    routes, rounds = _schedule(matrices, routes)
+    return Plan(tuple(routes), tuple(load), tuple(_bytes_sent(routes, world, scalars)), rounds)
+
+
+def _assign(costs: list[int], sizes: list[dict[int, int]], world: int, capacity: float) -> list[int]:
+    """Longest first: the holder of most of it that still has room, else the least loaded rank."""
+    load = [0] * world
+    heap = [(0, rank) for rank in range(world)]
+    owners = [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        cost, holders = costs[number], sizes[number]
+        evenly = len(holders) == world and len(set(holders.values())) == 1  # no rank is a better place than another
+        room = [] if evenly else [r for r in holders if load[r] + cost <= capacity]
+        if room:
+            owner = min(room, key=lambda r: (-holders[r], load[r], r))
+        else:
+            while heap[0][0] != load[heap[0][1]]:  # entries of ranks that got more since
+                heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
+            owner = heap[0][1]
+        load[owner] += cost
+        owners[number] = owner
+    return owners
+
+
+def _route(matrix: Matrix, owner: int, held: dict[int, tuple[Strided, ...]], world: int) -> Route:
+    sources: dict[tuple[Strided, ...], int] = {}
+    for rank in sorted(held, key=lambda r: (r != owner, r)):
+        sources.setdefault(held[rank], rank)
+    covered = sum(s.numel for inside in sources for s in inside)
+    if covered != matrix.numel:
+        raise ValueError(
+            f"the ranks hold {covered} of the {matrix.numel} elements of {matrix.name}: the layout that was read from "
+            "the engine is not the one it uses. Please report the engine's release and settings"
+        )
+    everywhere = len(held) == world and len(sources) == 1
+    holders = tuple((rank, held[rank]) for rank in sorted(held))
+    return Route(owner, tuple((rank, inside) for inside, rank in sources.items()), holders, everywhere)
+
+
+def _sum_by_rank(world: int, amounts) -> list[int]:
+    total = [0] * world
+    for rank, amount in amounts:
+        total[rank] += amount
+    return total
+
+
+def _bytes_sent(routes: Sequence[Route], world: int, scalars: int) -> list[int]:
+    """Bytes each rank sends in a step: pieces to owners, and parts of the update to holders."""
+
+    def amounts():
+        for route in routes:
+            for rank, inside in route.sources:
+                if rank != route.owner:
+                    yield rank, BYTES * sum(s.numel for s in inside)
+            for rank, inside in route.holders:
+                if rank != route.owner:
+                    yield route.owner, BYTES * (sum(s.numel for s in inside) + scalars)
+
+    return _sum_by_rank(world, amounts())
+
+
+def travels(route: Route) -> bool:
+    return any(rank != route.owner for rank, _ in (*route.sources, *route.holders))
+
+
+def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> tuple[list[Route], int]:
+    """Numbers the rounds in which travelling matrices go, so that one round flies while another is computed."""
+    of_owner: dict[int, list[int]] = {}
+    for number, route in enumerate(routes):
+        if travels(route):
+            of_owner.setdefault(route.owner, []).append(number)
+    if not of_owner:
+        return routes, 0
+    most = max(sum(matrices[i].numel for i in mine) for mine in of_owner.values())
+    rounds = max(-(-most // ROUND_ELEMENTS), min(ROUNDS, max(len(mine) for mine in of_owner.values())))
+    scheduled = list(routes)
+    for mine in of_owner.values():
+        mine.sort(key=lambda i: (matrices[i].rows, matrices[i].cols, i))  # equal shapes together: one batch
+        total, done = sum(matrices[i].numel for i in mine), 0
+        for number in mine:
+            route = routes[number]
+            when = done * rounds // total
+            scheduled[number] = Route(route.owner, route.sources, route.holders, route.everywhere, when)
+            done += matrices[number].numel
+    return scheduled, rounds

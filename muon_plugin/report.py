@@ -1,0 +1,75 @@
+"""The start-up table: what will happen, before the first step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .plan import Plan
+from .routing import Routing
+from .settings import Settings
+
+
+def table(
+    routing: Routing,
+    settings: Settings,
+    adamw_name: str,
+    plans: Sequence[Plan],
+    groups: Sequence[Mapping[str, Any]],
+) -> str:
+    """Plain text, about as many lines as a layer has parameters."""
+    numels = {name: math.prod(shape) for name, shape in routing.shapes.items()}
+    muon_names = {matrix.parameter for matrix in routing.matrices}
+    muon_elements = sum(numels[name] for name in muon_names)
+    shapes = {name: "x".join(map(str, shape)) for name, shape in routing.shapes.items()}
+    parts = {name: 0 for name in muon_names}
+    for matrix in routing.matrices:
+        parts[matrix.parameter] += 1
+    ways = {name: f"{shapes[name]}, {parts[name]} matrices" if parts[name] > 1 else shapes[name] for name in parts}
+    rows = [
+        f"Muon   {len(muon_names)} parameters, {len(routing.matrices)} matrices, {muon_elements:,} elements",
+        *_names((name, ways[name]) for name in routing.shapes if name in muon_names),
+        f"AdamW  {len(routing.adamw)} parameters, {sum(numels[n] for n in routing.adamw):,} elements ({adamw_name})",
+        *_names((name, f"{shapes[name]}, {why}") for name, why in routing.adamw.items()),
+        *(f"note: {note}" for note in routing.notes),
+        _options(settings, groups),
+    ]
+    if plans:
+        flops = [sum(of_rank) for of_rank in zip(*(plan.flops for plan in plans))]
+        sent = [sum(of_rank) for of_rank in zip(*(plan.bytes_sent for plan in plans))]
+        rows.append(
+            f"Newton-Schulz a step: {_si(sum(flops))}FLOP over {len(flops)} ranks, the busiest {_si(max(flops))}FLOP "
+            f"({max(flops) * len(flops) / sum(flops):.2f} of the mean)"
+        )
+        rows.append(f"exchange a step: {_si(sum(sent))}B sent over all ranks, {_si(max(sent))}B by the busiest")
+    held = {muon: sum(p.numel() for g in groups if g["use_muon"] is muon for p in g["params"]) for muon in (True, False)}
+    rows.append(
+        f"optimizer state on this rank: {_si(4 * held[True] + 8 * held[False])}B (AdamW alone: "
+        f"{_si(8 * (held[True] + held[False]))}B)"
+    )
+    width = max(len(row) for row in rows)
+    return "\n".join(["muon_plugin ".ljust(width + 2, "-"), *("  " + row for row in rows), "-" * (width + 2)])
+
+
+def _names(named: Any) -> list[str]:
+    """Names that differ in their numbers alone as one line."""
+    merged: dict[tuple[str, str], list[str]] = {}
+    for name, way in named:
+        merged.setdefault((re.sub(r"\d+", "*", name), way), []).append(name)
+    return [f"    {pattern if len(n) > 1 else n[0]}  {way}" + (f"  ({len(n)})" if len(n) > 1 else "")
+            for (pattern, way), n in merged.items()]  # fmt: skip
+
+
+def _options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
+    method = settings.ns_method
+    each = "; ".join(f"{g['name']} lr {g['lr']:g} decay {g['weight_decay']:g}" for g in groups)
+    return f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({method}); {each}"
+
+
+def _si(amount: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if amount >= size:
+            return f"{amount / size:.2f} {unit}"
+    return f"{amount:.0f} "

@@ -1,0 +1,17 @@
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(n)`: a pool of n processes, started at its first use."""
+    pools: dict[int, Ranks] = {}
+
+    def pool(size: int) -> Ranks:
+        if size not in pools or not pools[size].alive:
+            pools[size] = Ranks(size)
+        return pools[size]
+
+    yield pool
+    for started in pools.values():
+        started.close()

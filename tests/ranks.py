@@ -1,0 +1,91 @@
+"""Real processes over gloo for tests: pools of ranks that live for the session and run one function after another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT = 180  # seconds; a hang must end a test, not the suite
+
+
+class RankError(AssertionError):
+    """A rank raised: `errors` holds (type name, message) by rank, None where a rank did not raise."""
+
+    def __init__(self, errors: list[tuple[str, str] | None], text: str) -> None:
+        super().__init__(text)
+        self.errors = errors
+
+
+class Ranks:
+    """`size` processes with torch.distributed initialized; `run` calls a module-level function on each."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.size = size
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, size, store), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """`function(rank, *args, **kwargs)` on every rank: its results, by rank.
+
+        Raises:
+            RankError: if any rank raised, or none answered in time.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT):
+                self.close()
+                raise RankError([None] * self.size, f"rank {rank} of {self.size} did not answer in {TIMEOUT} s: a hang")
+            answers.append(pipe.recv())
+        if any(not good for good, *_ in answers):
+            texts = [f"rank {rank}:\n{answer[2]}" for rank, answer in enumerate(answers) if not answer[0]]
+            raise RankError([None if answer[0] else answer[1] for answer in answers], "\n".join(texts))
+        return [answer[1] for answer in answers]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        "LOCAL_WORLD_SIZE": str(size),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(rank, *args, **kwargs))
+        except BaseException as error:
+            answer = (False, (type(error).__name__, str(error)), traceback.format_exc())
+        pipe.send(answer)
