@@ -14,25 +14,19 @@ from torch import Tensor, nn
 class IntegerModel(nn.Module):
     """Odd shapes, fused and batched matrices, a convolution, biases, norms, an embedding, tied, frozen, unused."""
 
-    def __init__(self, fused: bool = True, plain: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
         self.embed = nn.Embedding(37, 24)
-        if fused:
-            self.qkv = nn.Linear(24, 72, bias=True)
-            self.gate_up_proj = nn.Linear(24, 80, bias=False)
-        else:
-            whole = nn.Linear(24, 72), nn.Linear(24, 80, bias=False)
-            self.q, self.k, self.v = (_part(whole[0], i * 24, 24) for i in range(3))
-            self.gate, self.up = (_part(whole[1], i * 40, 40) for i in range(2))
+        self.qkv = nn.Linear(24, 72)
+        self.gate_up_proj = nn.Linear(24, 80, bias=False)
         self.down = nn.Linear(40, 24, bias=False)
         self.norm = nn.LayerNorm(24)
         self.wide = nn.Linear(91, 33)
-        if not plain:
-            self.conv = nn.Conv2d(3, 7, 3)
-            self.experts = nn.Parameter(torch.randn(3, 10, 6))
-            self.unused = nn.Linear(9, 5)
-            self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.conv = nn.Conv2d(3, 7, 3)
+        self.experts = nn.Parameter(torch.randn(3, 10, 6))
+        self.unused = nn.Linear(9, 5)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
         self.lm_head = nn.Linear(24, 37, bias=False)
         self.lm_head.weight = self.embed.weight
 
@@ -43,15 +37,6 @@ class IntegerModel(nn.Module):
                 grad = gradient(p.shape, number, step, micro, rank, world, gas)
                 loss = loss + (p.float() * grad.to(p.device)).sum()
         return loss
-
-
-def _part(whole: nn.Linear, start: int, size: int) -> nn.Linear:
-    part = nn.Linear(whole.in_features, size, bias=whole.bias is not None)
-    with torch.no_grad():
-        part.weight.copy_(whole.weight[start : start + size])
-        if whole.bias is not None:
-            part.bias.copy_(whole.bias[start : start + size])
-    return part
 
 
 def gradient(shape: Any, number: int, step: int, micro: int, rank: int, world: int, gas: int) -> Tensor:
@@ -135,9 +120,9 @@ def weights(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def trained(rank: int, settings: dict[str, Any], steps: int = 10, **model: Any) -> dict[str, Tensor]:
+def trained(rank: int, settings: dict[str, Any], steps: int = 10) -> dict[str, Tensor]:
     """Ten steps from scratch: the weights they end in."""
-    engine = build(rank, settings, IntegerModel(**model))
+    engine = build(rank, settings, IntegerModel())
     train(engine, rank, steps)
     found = weights(engine)
     engine.destroy()
