@@ -65,7 +65,7 @@ def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
     Raises:
         ValueError: if the one that was asked for cannot be had.
     """
-    on_cuda = groups[0]["params"][0].is_cuda
+    on_cuda = _is_cuda(groups)
     order = [which] if which != "auto" else list(_BUILDERS) if on_cuda else ["torch"]
     for name in order:
         try:
@@ -82,6 +82,10 @@ def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
     raise RuntimeError("unreachable: torch's AdamW can always be built")
 
 
+def _is_cuda(groups: Groups) -> bool:
+    return bool(groups[0]["params"][0].is_cuda)
+
+
 def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     """The state that `optimizer` would create lazily in its first step, in its own format."""
     state: dict[str, Any] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -94,8 +98,10 @@ def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 
 
 def adopt(optimizer: Optimizer, group: dict[str, Any], state: Any) -> None:
-    """Brings restored state to the format of `optimizer`, which may not be the one that saved it."""
-    steps = [state[p]["step"] for p in group["params"] if "step" in state[p]] or [group.get("step", 0)]
+    """Brings a restored group and its state to the format of `optimizer`, which may not be the one that saved them."""
+    own = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "betas", "eps", "weight_decay")}
+    group.update(own)
+    steps = [state[p]["step"] for p in group["params"] if "step" in state[p]] or [group.pop("step", 0)]
     step = max(float(s) for s in steps)  # DeepSpeed's FusedAdam counts on one tensor of a group only
     for p in group["params"]:
         fresh = new_state(optimizer, p[:0])

@@ -223,12 +223,10 @@ class Muon(Optimizer):
             for p, i in zip(g["params"], saved_group["params"])
             if g["use_muon"]
         }
-        kept = [{key: value for key, value in g.items() if key in _IMPLEMENTATION_KEYS} for g in current]
         super().load_state_dict(state_dict)
         for p, momentum in momenta.items():  # torch casts state to the parameter's type; momentum stays fp32
             self.state[p]["momentum_buffer"] = momentum.to(p.device, torch.float32, copy=True)
-        for group, options in zip(self.param_groups, kept):
-            group.update(options)
+        for group in self.param_groups:
             if self._adamw is not None and not group["use_muon"]:
                 adamw.adopt(self._adamw, group, self.state)
 
@@ -306,6 +304,3 @@ def _halves(groups: list[dict[str, Any]], routing: Routing, settings: Settings) 
                 into["params"] += members
     return list(merged.values())
 
-
-#: Options of the AdamW in use, which a checkpoint from another one must not change.
-_IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad", "bias_correction")

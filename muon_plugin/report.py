@@ -64,6 +64,8 @@ def _names(named: Any) -> list[str]:
 
 def _options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
     method = settings.ns_method
+    if isinstance(settings.ns_coefficients, str):
+        method += f", {settings.ns_coefficients}"
     each = "; ".join(f"{g['name']} lr {g['lr']:g} decay {g['weight_decay']:g}" for g in groups)
     return f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({method}); {each}"
 

@@ -61,6 +61,7 @@ class Ranks:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
+            process.join()
 
 
 def _serve(pipe: Any, rank: int, size: int, store: str) -> None:

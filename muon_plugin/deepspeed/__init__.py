@@ -1,11 +1,13 @@
 """Muon under DeepSpeed: `register` makes ``"optimizer": {"type": "Muon"}`` mean this Muon.
 
-Three methods of ``DeepSpeedEngine`` are wrapped, here and nowhere else, and only act when the config asks for Muon:
+Three functions are wrapped, here and nowhere else, and only act when the config asks for Muon:
 
-- ``_broadcast_model``: first checks that all ranks built the same model (the broadcast itself hangs or corrupts if not);
-- ``_configure_basic_optimizer``: builds our optimizer in place of DeepSpeed's own Muon;
-- ``_configure_optimizer``: once the wrapper (ZeRO, bf16, fp16 or none) has cut the parameters, reads where the shards
-  lie (`shards`) and attaches the optimizer to them.
+- ``deepspeed.set_optimizer_flags``: tags parameters for DeepSpeed's own Muon, whose code in the gradient path starts
+  from these tags. Instead, checks that all ranks have good settings and the same model, before anything is built (the
+  engine's broadcast of the model hangs or crashes if they differ);
+- ``DeepSpeedEngine._configure_basic_optimizer``: builds our optimizer in place of DeepSpeed's own Muon;
+- ``DeepSpeedEngine._configure_optimizer``: once the wrapper (ZeRO, bf16, fp16 or none) has cut the parameters, reads
+  where the shards lie (`shards`) and attaches the optimizer to them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 #: What is wrapped, with the parameters it must have: another signature means another DeepSpeed.
 HOOKED = {
-    "_broadcast_model": ["self"],
+    "set_optimizer_flags": ["config_class", "model"],
     "_configure_basic_optimizer": ["self", "model_parameters"],
     "_configure_optimizer": ["self", "client_optimizer", "model_parameters"],
 }
@@ -35,7 +37,6 @@ def register() -> None:
         return
     try:
         import deepspeed
-        from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
     except ImportError as error:
         raise RuntimeError(
@@ -43,40 +44,47 @@ def register() -> None:
             "it (pip install deepspeed), or use muon_plugin.Muon alone"
         ) from error
     for name, expected in HOOKED.items():
-        method = getattr(DeepSpeedEngine, name, None)
-        found = list(inspect.signature(method).parameters) if method else "nothing of that name"
+        function = getattr(_holder(name), name, None)
+        found = list(inspect.signature(function).parameters) if function else "nothing of that name"
         if found != expected:
             raise RuntimeError(
-                f"DeepSpeed {deepspeed.__version__} is not as muon_plugin knows it: DeepSpeedEngine.{name} has {found}, "
-                f"not {expected}. Use a release that was tested ({', '.join(TESTED)}), or a newer muon_plugin"
+                f"DeepSpeed {deepspeed.__version__} is not as muon_plugin knows it: {_holder(name).__name__}.{name} has "
+                f"{found}, not {expected}. Use a release that was tested ({', '.join(TESTED)}), or a newer muon_plugin"
             )
     from ..optimizer import Muon
     from . import engine
 
     for name in HOOKED:
-        original = _originals[name] = getattr(DeepSpeedEngine, name)
-        setattr(DeepSpeedEngine, name, _wrapped(original, getattr(engine, name)))
+        _originals[name] = getattr(_holder(name), name)
+        setattr(_holder(name), name, _wrapped(_originals[name], getattr(engine, name)))
     ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
 
 
 def unregister() -> None:
-    """Gives DeepSpeed its own methods back."""
+    """Gives DeepSpeed its own code back."""
     if not _originals:
         return
-    from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     from ..optimizer import Muon
 
     for name, original in _originals.items():
-        setattr(DeepSpeedEngine, name, original)
+        setattr(_holder(name), name, original)
     _originals.clear()
     ZERO_SUPPORTED_OPTIMIZERS.remove(Muon)
 
 
+def _holder(name: str) -> Any:
+    """The module or class that the wrapped function belongs to."""
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine if HOOKED[name][0] == "self" else deepspeed
+
+
 def _wrapped(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def method(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        return ours(original, engine, *args, **kwargs)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return ours(original, *args, **kwargs)
 
-    return method
+    return function

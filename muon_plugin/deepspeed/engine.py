@@ -1,4 +1,4 @@
-"""What the wrapped methods of ``DeepSpeedEngine`` do; each gets the original method, the engine and its arguments."""
+"""What DeepSpeed's wrapped functions do instead; each gets the original first, then its arguments."""
 
 from __future__ import annotations
 
@@ -11,29 +11,24 @@ from ..settings import Settings
 from .shards import holdings
 
 
-def _broadcast_model(original: Callable[..., Any], engine: Any) -> None:
-    if _asks_for_muon(engine):
-        agree(
-            "the model",
-            [f"{name} {list(p.shape)} {p.dtype}" for name, p in engine.module.named_parameters()],
-            "Build the same model from the same configuration on every rank",
-        )
-    original(engine)
+def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: Any) -> None:
+    if config_class.optimizer_name != "muon":
+        original(config_class, model)
+        return
+    together(lambda: Settings.from_dict(config_class.optimizer_params or {}))
+    agree(
+        "the model",
+        [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()],
+        "Build the same model from the same configuration on every rank",
+    )
 
 
 def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_parameters: Any) -> Any:
     if not _asks_for_muon(engine):
         return original(engine, model_parameters)
-    # Whatever has a tag `use_muon` and a class name with "muon" in it gets DeepSpeed's own Muon in the gradient path.
-    for p in engine.module.parameters():
-        if hasattr(p, "use_muon"):
-            del p.use_muon
-
     def prepare() -> tuple[list[Any], dict[str, Any]]:
         _check_supported(engine)
-        options = dict(engine.optimizer_params() or {})
-        Settings.from_dict(options)
-        return _named(model_parameters, engine.param_names), options
+        return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})
 
     params, options = together(prepare)
     return Muon(params, model=engine.module, engine="deepspeed", **options)
@@ -80,13 +75,10 @@ def _check_supported(engine: Any) -> None:
     """
     config = engine._config
     zero = config.zero_config
-    offloads = {name: getattr(zero, name) for name in ("offload_optimizer", "offload_param")}
+    offloads = {name: _device(getattr(zero, name)) for name in ("offload_optimizer", "offload_param")}
     refused = {
         "zero_optimization.stage": (zero.stage > 2, int(zero.stage), "0, 1 or 2"),
-        **{
-            f"zero_optimization.{name}.device": (o is not None and str(o.device.value) != "none", o and o.device.value, "none")
-            for name, o in offloads.items()
-        },
+        **{f"zero_optimization.{name}.device": (on != "none", on, "none") for name, on in offloads.items()},
         "zero_optimization.elastic_checkpoint": (zero.elastic_checkpoint, True, "false"),
         "zero_optimization.zenflow": (getattr(zero, "zenflow", None) is not None, "set", "not set"),
         "tensor_parallel.autotp_size": (engine.autotp_size() > 1, engine.autotp_size(), "0 or 1"),
@@ -99,3 +91,9 @@ def _check_supported(engine: Any) -> None:
     for setting, (is_set, value, supported) in refused.items():
         if is_set:
             raise ValueError(f"{setting}={value!r} is not supported by muon_plugin's Muon; supported: {supported}")
+
+
+def _device(offload: Any) -> str:
+    """Where an offload section sends its tensors; its device is an enum or, in some releases, a plain string."""
+    device = getattr(offload, "device", "none")
+    return str(getattr(device, "value", device))
