@@ -1,9 +1,9 @@
 """Muon, the optimizer of "Muon is Scalable for LLM Training", for DeepSpeed, and alone.
 
-    import muon_plugin
+import muon_plugin
 
-    muon_plugin.register()                  # then "optimizer": {"type": "Muon", ...} in a DeepSpeed JSON
-    muon_plugin.Muon(model.named_parameters(), lr=1e-3)      # one process, or plain DDP
+muon_plugin.register()                  # then "optimizer": {"type": "Muon", ...} in a DeepSpeed JSON
+muon_plugin.Muon(model.named_parameters(), lr=1e-3)      # one process, or plain DDP
 """
 
 from __future__ import annotations

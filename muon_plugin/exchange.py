@@ -160,7 +160,7 @@ class Exchange:
                     read(piece.tensor, block.local, block.inside.view(flat).view(block.local.count, block.local.run))
             for inside, part in arrived.get(number, ()):
                 inside.view(flat).copy_(part.view(inside.count, inside.run))
-        updates = self.orthogonalize(x).contiguous().view(len(batch), -1)
+        updates = [update.reshape(-1) for update in self.orthogonalize(x)]
         scales = [_one_over_rms(update) if self.normalize else None for update in updates]
         return {number: (update, scale) for number, update, scale in zip(batch, updates, scales)}
 

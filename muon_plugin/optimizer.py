@@ -1,4 +1,4 @@
-"""Muon for the matrices of a model, AdamW for the rest: one ``torch.optim.Optimizer`` that works on whole or cut tensors.
+"""Muon for the matrices of a model, AdamW for the rest: one ``torch.optim.Optimizer`` for whole or cut tensors.
 
 One step, for every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda, momentum mu::
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import adamw, report
-from .agreement import agree, gather, together, world_of
+from .agreement import agree, gather, together
 from .exchange import Exchange
 from .layout import Matrix, Shard, Strided, pieces
 from .plan import Plan, make_plan
@@ -303,4 +303,3 @@ def _halves(groups: list[dict[str, Any]], routing: Routing, settings: Settings) 
                 into = merged.setdefault(key, {"params": [], "use_muon": muon, "name": label, **options})
                 into["params"] += members
     return list(merged.values())
-

@@ -5,7 +5,7 @@ The iteration (paper, Eq. 2) drives the singular values of a matrix towards 1 an
     X_0 = M / ||M||_F
     X_k = a X + b (X X^T) X + c (X X^T)^2 X
 
-Two forms compute the same polynomial. Both give the same bits for a matrix whatever batch it is in.
+Two forms compute the same polynomial.
 
 - ``standard`` multiplies the Gram matrix X X^T into X at every step, as ``torch.optim.Muon`` does, bit for bit.
 - ``gram`` takes two steps at a time on the small square Gram matrix R = X X^T, and multiplies into X once::
@@ -22,6 +22,7 @@ Two forms compute the same polynomial. Both give the same bits for a matrix what
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -77,29 +78,39 @@ class NewtonSchulz:
     eps: float = 1e-7
 
     @torch.no_grad()
-    def __call__(self, matrices: Tensor) -> Tensor:
-        """Orthogonalizes a batch.
+    def __call__(self, matrices: Tensor) -> list[Tensor]:
+        """Orthogonalizes a batch; the bits of each matrix do not depend on the batch it is in.
 
         Args:
-            matrices: (batch, rows, cols), bf16, contiguous; scaled in place. Contiguous because a product may round
-                differently for another memory layout.
+            matrices: (batch, rows, cols), bf16, contiguous: a product may round differently for another memory layout.
 
         Returns:
-            (batch, rows, cols), bf16: approximately U V^T of each matrix's SVD.
+            For each matrix (rows, cols), bf16: approximately U V^T of its SVD.
         """
-        rows, cols = matrices.shape[-2:]
-        # One reduction a matrix: a batched one may sum in another order, and one bit of the norm moves every bit after.
-        norms = torch.stack([matrix.norm() for matrix in matrices])
-        x = matrices.div_(norms.clamp_(min=self.eps).view(-1, 1, 1))
+        if _batch_is_exact(self, tuple(matrices.shape), matrices.device):
+            return list(self._together(matrices))
+        return [self._alone(matrix) for matrix in matrices]
+
+    def _alone(self, matrix: Tensor) -> Tensor:
+        return self._iterate(_normalized(matrix, self.eps))
+
+    def _together(self, matrices: Tensor) -> Tensor:
+        # One norm a matrix: a batched sum may go in another order, and one bit of the norm moves every bit after.
+        return self._iterate(torch.stack([_normalized(matrix, self.eps) for matrix in matrices]))
+
+    def _iterate(self, x: Tensor) -> Tensor:
+        """(..., rows, cols) -> the same: all steps, on the wide orientation."""
+        rows, cols = x.shape[-2:]
         if rows > cols:
-            x = x.mT
-        left = self.coefficients
-        while left:
-            if len(left) > 1 and self._form(rows, cols) == "gram":
-                x, left = _two_steps(x, *left[:2]), left[2:]
-            else:
-                x, left = _one_step(x, left[0]), left[1:]
-        return x.mT if rows > cols else x
+            return self._iterate(x.mT).mT
+        if self._form(rows, cols) == "standard":
+            for triple in self.coefficients:
+                x = _one_step(x, triple)
+            return x
+        x = x.contiguous()  # a transposed view slows the products; the standard form keeps it, to have torch's bits
+        for first, second in zip(self.coefficients[::2], self.coefficients[1::2]):
+            x = _two_steps(x, first, second)
+        return _one_step(x, self.coefficients[-1]) if len(self.coefficients) % 2 else x
 
     def _form(self, rows: int, cols: int) -> str:
         if self.method != "auto":
@@ -139,23 +150,48 @@ def coefficients_for(steps: int, which: str | Triple | tuple[Triple, ...]) -> tu
     return tuple(triples[min(step, len(triples) - 1)] for step in range(steps))
 
 
+@functools.lru_cache(maxsize=None)
+def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether a batch of this shape gives the bits of one matrix at a time, tried once with random matrices.
+
+    Libraries choose kernels by the batch too. On CPU torch does so for small matrices, and a batch is not faster there.
+    """
+    if device.type == "cpu" or shape[0] == 1:
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(shape, generator=generator, device=device).bfloat16()
+    return torch.equal(newton_schulz._together(x), torch.stack([newton_schulz._alone(matrix) for matrix in x]))
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    """X / ||X||_F, in memory of its own, which is aligned wherever x lay in a batch; kernels may depend on that."""
+    if x.data_ptr() % 16:
+        x = x.clone()
+    return x / x.norm().clamp_(min=eps)
+
+
+def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """beta C + alpha A B, for one matrix or a batch: rounded to bf16 once."""
+    product = torch.addmm if c.dim() == 2 else torch.baddbmm
+    return product(c, a, b, beta=beta, alpha=alpha)
+
+
 def _one_step(x: Tensor, triple: Triple) -> Tensor:
-    """(batch, m, n) -> (batch, m, n): a X + (b R + c R^2) X with R = X X^T."""
+    """(..., m, n) -> (..., m, n): a X + (b R + c R^2) X with R = X X^T."""
     a, b, c = triple
-    gram = torch.bmm(x, x.mT)
-    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    return torch.baddbmm(x, polynomial, x, beta=a)
+    gram = x @ x.mT
+    polynomial = _addmm(gram, gram, gram, beta=b, alpha=c)
+    return _addmm(x, polynomial, x, beta=a)
 
 
 def _two_steps(x: Tensor, first: Triple, second: Triple) -> Tensor:
-    """(batch, m, n) -> (batch, m, n): two steps on R = X X^T, then one product with X."""
+    """(..., m, n) -> (..., m, n): two steps on R = X X^T, then one product with X."""
     a1, b1, c1 = first
     a2, b2, c2 = second
-    gram = torch.bmm(x, x.mT)
-    z1 = torch.baddbmm(gram, gram, gram, beta=b1, alpha=c1)
-    half = torch.baddbmm(gram, gram, z1, beta=a1)  # R (a_1 I + Z_1)
-    gram = torch.baddbmm(half, z1, half, beta=a1)  # (a_1 I + Z_1) R (a_1 I + Z_1)
-    z2 = torch.baddbmm(gram, gram, gram, beta=b2, alpha=c2)
+    gram = x @ x.mT
+    z1 = _addmm(gram, gram, gram, beta=b1, alpha=c1)
+    half = _addmm(gram, gram, z1, beta=a1)  # R (a_1 I + Z_1)
+    gram = _addmm(half, z1, half, beta=a1)  # (a_1 I + Z_1) R (a_1 I + Z_1)
+    z2 = _addmm(gram, gram, gram, beta=b2, alpha=c2)
     z1.diagonal(dim1=-2, dim2=-1).add_(a1)
-    q = torch.baddbmm(z1, z2, z1, beta=a2)
-    return torch.bmm(q, x)
+    return _addmm(z1, z2, z1, beta=a2) @ x

@@ -6,7 +6,7 @@ Every rank computes the same plan from the same index, without talking.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .layout import Index, Matrix, Strided
@@ -123,7 +123,7 @@ def _route(matrix: Matrix, owner: int, held: dict[int, tuple[Strided, ...]], wor
     return Route(owner, tuple((rank, inside) for inside, rank in sources.items()), holders, everywhere)
 
 
-def _sum_by_rank(world: int, amounts) -> list[int]:
+def _sum_by_rank(world: int, amounts: Iterable[tuple[int, int]]) -> list[int]:
     total = [0] * world
     for rank, amount in amounts:
         total[rank] += amount
@@ -133,7 +133,7 @@ def _sum_by_rank(world: int, amounts) -> list[int]:
 def _bytes_sent(routes: Sequence[Route], world: int, scalars: int) -> list[int]:
     """Bytes each rank sends in a step: pieces to owners, and parts of the update to holders."""
 
-    def amounts():
+    def amounts() -> Iterator[tuple[int, int]]:
         for route in routes:
             for rank, inside in route.sources:
                 if rank != route.owner:

@@ -24,7 +24,7 @@ def table(
     muon_names = {matrix.parameter for matrix in routing.matrices}
     muon_elements = sum(numels[name] for name in muon_names)
     shapes = {name: "x".join(map(str, shape)) for name, shape in routing.shapes.items()}
-    parts = {name: 0 for name in muon_names}
+    parts = dict.fromkeys(muon_names, 0)
     for matrix in routing.matrices:
         parts[matrix.parameter] += 1
     ways = {name: f"{shapes[name]}, {parts[name]} matrices" if parts[name] > 1 else shapes[name] for name in parts}
@@ -44,7 +44,9 @@ def table(
             f"({max(flops) * len(flops) / sum(flops):.2f} of the mean)"
         )
         rows.append(f"exchange a step: {_si(sum(sent))}B sent over all ranks, {_si(max(sent))}B by the busiest")
-    held = {muon: sum(p.numel() for g in groups if g["use_muon"] is muon for p in g["params"]) for muon in (True, False)}
+    held = {
+        muon: sum(p.numel() for g in groups if g["use_muon"] is muon for p in g["params"]) for muon in (True, False)
+    }
     rows.append(
         f"optimizer state on this rank: {_si(4 * held[True] + 8 * held[False])}B (AdamW alone: "
         f"{_si(8 * (held[True] + held[False]))}B)"

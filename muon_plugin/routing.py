@@ -86,26 +86,29 @@ def route(
                 )
     modules = _owners(model)
     config = getattr(model, "config", None)
-    if callable(getattr(config, "get_text_config", None)):
+    if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
     notes: list[str] = []
     for name, shape in shapes.items():
         module = modules.get(name)
-        if (reason := _not_a_matrix(name, shape, module, exclude)) is not None:
-            adamw[name] = reason
+        why = _not_a_matrix(name, shape, module, exclude)
+        if why is not None:
+            adamw[name] = why
             continue
         rows, cols, transposed = _geometry(shape, module)
         batch = math.prod(shape) // (rows * cols)
         transposed = transposed or (batch > 1 and _stored_in_out(name, rows, cols, config))
         outputs = cols if transposed else rows
-        pattern = next((p for p in split if _matches(name, p)), None)
-        if pattern is not None:
-            rule = _asked(name, shape, outputs, pattern, split[pattern])
+        asked = next((p for p in split if _matches(name, p)), None)
+        if asked is not None:
+            rule = _asked(name, shape, outputs, asked, split[asked])
         else:
-            rule, note = _default_rule(name, outputs, rows if transposed else cols, config)
-            notes += [note] if note else []
+            known = _default_rule(name, outputs, rows if transposed else cols, config)
+            rule = known or Rule((outputs,))
+            if known is None:
+                notes.append(f"{name} looks like fused query, key and value but is kept whole; to cut it, set split")
         parts = _cut(name, batch, rows, cols, rule, transposed)
         if any(min(part.rows, part.cols) == 1 for part in parts):
             adamw[name] = "a vector"
@@ -164,28 +167,24 @@ def _stored_in_out(name: str, rows: int, cols: int, config: Any) -> bool:
     return hidden == (rows if gate_or_up else cols)
 
 
-def _default_rule(name: str, outputs: int, inputs: int, config: Any) -> tuple[Rule, str | None]:
-    """The cut of the fused projections known by name; (rule, a note where one is known but does not fit)."""
+def _default_rule(name: str, outputs: int, inputs: int, config: Any) -> Rule | None:
+    """The cut of the fused projections known by name; None where the name is known but the sizes are not."""
     parts = name.lower().split(".")
     owner = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-    whole = Rule((outputs,))
     if owner in GATE_UP_NAMES and outputs % 2 == 0:
         if getattr(config, "model_type", None) == "gpt_oss":  # gate and up alternate
-            return Rule((1, 1), outputs // 2), None
-        return Rule((outputs // 2,) * 2), None
-    if owner in QKV_NAMES or owner in QKV_BY_HEAD_NAMES:
-        heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None)
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        if heads and outputs % (heads + 2 * groups) == 0:
-            width = outputs // (heads + 2 * groups)
-            if owner in QKV_NAMES:
-                return Rule((heads * width, groups * width, groups * width)), None
-            if heads == groups:
-                return Rule((width,) * 3, heads), None
-        elif owner in QKV_NAMES and outputs == 3 * inputs:
-            return Rule((inputs,) * 3), None
-        return whole, f"{name} looks like a fused query-key-value projection but is kept whole; to cut it, set split"
-    return whole, None
+            return Rule((1, 1), outputs // 2)
+        return Rule((outputs // 2,) * 2)
+    if owner not in QKV_NAMES | QKV_BY_HEAD_NAMES:
+        return Rule((outputs,))
+    heads = int(getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or 0)
+    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    width, rest = divmod(outputs, heads + 2 * groups) if heads else (0, 1)
+    if owner in QKV_BY_HEAD_NAMES:
+        return Rule((width,) * 3, heads) if not rest and heads == groups else None
+    if not rest:
+        return Rule((heads * width, groups * width, groups * width))
+    return Rule((inputs,) * 3) if not heads and outputs == 3 * inputs else None
 
 
 def _asked(name: str, shape: tuple[int, ...], outputs: int, pattern: str, value: Any) -> Rule:

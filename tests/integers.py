@@ -64,7 +64,8 @@ def config(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": gas,
         "steps_per_print": 10**9,
-        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 by default, and a norm summed over other shards rounds otherwise
+        # DeepSpeed clips at 1.0 by default, and a norm that is summed over other shards rounds otherwise.
+        "gradient_clipping": 0.0,
         "optimizer": {"type": "Muon", "params": {"lr": 0.01, "weight_decay": 0.1, **(params or {})}},
         "zero_optimization": zero,
         **sections,
@@ -116,7 +117,9 @@ def weights(engine: Any) -> dict[str, Tensor]:
             if p.requires_grad:
                 found[name + " (fp32)"] = safe_get_full_fp32_param(p).detach().clone().view(p.shape)
     elif wrapper is engine.basic_optimizer:
-        found |= {name + " (fp32)": p.detach().clone() for name, p in engine.module.named_parameters() if p.requires_grad}
+        found |= {
+            name + " (fp32)": p.detach().clone() for name, p in engine.module.named_parameters() if p.requires_grad
+        }
     return found
 
 

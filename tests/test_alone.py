@@ -179,7 +179,7 @@ def test_bad_settings_are_refused(settings, match):
     ("params", "match"),
     [
         (lambda: list(layers().parameters()), "without a name"),
-        (lambda: [], "params is empty"),
+        (list, "params is empty"),
         (lambda: [{"params": list(layers().named_parameters()), "ns_steps": 3}], "a parameter group sets ns_steps=3"),
         (lambda: [{"params": list(layers().named_parameters()), "lr": -3}], "param group lr=-3"),
         (lambda: [("a", p) for p in [nn.Parameter(torch.randn(3, 3))] * 2], "twice"),

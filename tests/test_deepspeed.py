@@ -132,7 +132,13 @@ def test_bad_configs_end_in_one_error_on_every_rank(ranks):
     values = ["x", -1, None, [], {}, float("nan"), float("inf"), True, 2**70, [1], "auto"]
     keys = ["lr", "weight_decay", "momentum", "ns_steps", "ns_coefficients", "ns_method", "adjust_lr_fn", "betas"]
     keys += ["eps", "exclude", "split", "adamw", "per_head_muon", "torch_adam", "Lr", "muon_momentum"]
-    allowed = {("exclude", "[]"), ("split", "{}"), ("weight_decay", str(2**70)), ("lr", str(2**70)), ("eps", str(2**70))}
+    allowed = {
+        ("exclude", "[]"),
+        ("split", "{}"),
+        ("weight_decay", str(2**70)),
+        ("lr", str(2**70)),
+        ("eps", str(2**70)),
+    }
     for _ in range(40):
         key, value, who = draw.choice(keys), draw.choice(values), draw.choice([(0, 1), (0,), (1,)])
         if (key, str(value)) in allowed or (key, value) == ("ns_method", "auto") or (key, value) == ("adamw", "auto"):

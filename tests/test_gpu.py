@@ -179,6 +179,7 @@ def _replicas(rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
     """Every rank holds everything, as under DDP: the weights after the last step."""
     parameters = _parameters(device)
     muon = Muon(parameters.items(), process_group=dist.group.WORLD if size > 1 else None, **SETTINGS)
+    assert size == 1 or all(muon.plans[0].bytes_sent), "a rank has nothing to send"
     for step in range(STEPS):
         _set_gradients(parameters, step)
         muon.step()
@@ -201,6 +202,7 @@ def _halves(rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
         parts.append(part)
         group["params"] = [part]
     muon.attach(holdings)
+    assert size == 1 or all(muon.plans[0].bytes_sent), "a rank has nothing to send"
     for step in range(STEPS):
         _set_gradients(whole, step)
         for part in parts:

@@ -17,7 +17,10 @@ def gpt() -> tuple[Matrix, ...]:
     shapes = {}
     for layer in range(LAYERS):
         shapes |= {f"layers.{layer}.{name}.weight": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "o")}
-        shapes |= {f"layers.{layer}.in.weight": (4 * HIDDEN, HIDDEN), f"layers.{layer}.out.weight": (HIDDEN, 4 * HIDDEN)}
+        shapes |= {
+            f"layers.{layer}.in.weight": (4 * HIDDEN, HIDDEN),
+            f"layers.{layer}.out.weight": (HIDDEN, 4 * HIDDEN),
+        }
     return route(shapes).matrices
 
 

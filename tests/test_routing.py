@@ -186,7 +186,7 @@ def test_a_range_cut_anywhere_keeps_every_element_once_and_in_order(where):
     size = where.start + where.stride * where.count + where.run + 5
     flat = torch.arange(size)
     elements = where.view(flat).reshape(-1)
-    for first in range(0, size + 1):
+    for first in range(size + 1):
         assert where.before(first) == (elements < first).sum()
         for last in range(first, size + 1, 3):
             a, b = where.before(first), where.before(last)

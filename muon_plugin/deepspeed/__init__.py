@@ -48,8 +48,8 @@ def register() -> None:
         found = list(inspect.signature(function).parameters) if function else "nothing of that name"
         if found != expected:
             raise RuntimeError(
-                f"DeepSpeed {deepspeed.__version__} is not as muon_plugin knows it: {_holder(name).__name__}.{name} has "
-                f"{found}, not {expected}. Use a release that was tested ({', '.join(TESTED)}), or a newer muon_plugin"
+                f"DeepSpeed {deepspeed.__version__} is not as muon_plugin knows it: {_holder(name).__name__}.{name} "
+                f"has {found}, not {expected}. Use a release that was tested ({', '.join(TESTED)}), or a newer muon_plugin"
             )
     from ..optimizer import Muon
     from . import engine

@@ -26,6 +26,7 @@ def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: 
 def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_parameters: Any) -> Any:
     if not _asks_for_muon(engine):
         return original(engine, model_parameters)
+
     def prepare() -> tuple[list[Any], dict[str, Any]]:
         _check_supported(engine)
         return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})

@@ -1,0 +1,50 @@
+# Every target makes the environment it needs in .venv (Python 3.10 to 3.12).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEEPSPEED ?= deepspeed==0.19.8
+BIN := .venv/bin
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: train test lint bench gpu clean
+
+train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; about 8 minutes on 2 cores
+	$(BIN)/python examples/llama/compare.py
+
+test: lint  ## everything that CI runs; about 8 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev  ## DeepSpeed's built-in Muon, ours and AdamW in one run; then the table in the README
+	$(BIN)/python benchmarks/deepspeed_muon.py
+	$(BIN)/python benchmarks/into_readme.py
+
+gpu: export DS_ACCELERATOR :=
+gpu: .venv/gpu  ## the checks and the Newton-Schulz benchmark on a CUDA device
+	$(BIN)/python -m pytest tests/test_gpu.py -rs
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.md
+
+clean:
+	rm -rf .venv runs build *.egg-info
+
+.venv/base:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and f"Python 3.10 to 3.12 is needed, not {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -q '$(TORCH)' numpy
+	touch $@
+
+.venv/examples: .venv/base pyproject.toml
+	$(BIN)/python -m pip install -q '$(DEEPSPEED)' -e '.[examples]'
+	touch $@
+
+.venv/dev: .venv/base pyproject.toml
+	$(BIN)/python -m pip install -q '$(DEEPSPEED)' -e '.[examples,dev]'
+	touch $@
+
+.venv/gpu: .venv/dev
+	-$(BIN)/python -m pip install -q -e '.[gpu]'
+	touch $@
