@@ -206,8 +206,8 @@ def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int]) -> lis
         newton_schulz = f"{sum(flops) / 1e9:.1f} ({max(flops) / 1e9:.1f}) GFLOP" if kind != "AdamW" else ""
         state = max(rank[kind]["state"] for rank in found)
         rows.append(
-            f"| {kind} | {seconds[kind]:.3f} s | {extra[0]} | {extra[1]} | {sent / 1e6:.2f} MB | {state / 1e6:.1f} MB | "
-            f"{peaks[kind] / 2**20:.0f} MiB | {newton_schulz} |"
+            f"| {kind} | {seconds[kind]:.3f} s | {extra[0]} | {extra[1]} | {sent / 1e6:.2f} MB | "
+            f"{state / 1e6:.1f} MB | {peaks[kind] / 2**20:.0f} MiB | {newton_schulz} |"
         )
     operations = sorted({name for kind in KINDS for name in found[0][kind]["sent"] if found[0][kind]["sent"][name]})
     rows += ["", f"Sent by rank 0 a step, MB, by operation ({', '.join(operations)}):"]

@@ -150,7 +150,7 @@ def coefficients_for(steps: int, which: str | Triple | tuple[Triple, ...]) -> tu
     return tuple(triples[min(step, len(triples) - 1)] for step in range(steps))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device: torch.device) -> bool:
     """Whether a batch of this shape gives the bits of one matrix at a time, tried once with random matrices.
 

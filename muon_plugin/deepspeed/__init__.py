@@ -23,7 +23,7 @@ HOOKED = {
     "_configure_basic_optimizer": ["self", "model_parameters"],
     "_configure_optimizer": ["self", "client_optimizer", "model_parameters"],
 }
-TESTED = ("0.18.9", "0.19.8")
+TESTED = ("0.19.8",)
 _originals: dict[str, Callable[..., Any]] = {}
 
 
@@ -49,7 +49,8 @@ def register() -> None:
         if found != expected:
             raise RuntimeError(
                 f"DeepSpeed {deepspeed.__version__} is not as muon_plugin knows it: {_holder(name).__name__}.{name} "
-                f"has {found}, not {expected}. Use a release that was tested ({', '.join(TESTED)}), or a newer muon_plugin"
+                f"has {found}, not {expected}. Use a release that was tested ({', '.join(TESTED)}), or a newer "
+                "muon_plugin"
             )
     from ..optimizer import Muon
     from . import engine

@@ -1,0 +1,35 @@
+"""Puts the measured results into the README: every table there comes from a file under benchmarks/results/.
+
+python benchmarks/into_readme.py                   # the tables
+python benchmarks/into_readme.py --train runs/llama    # and first takes over what `make train` gave
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(readme: str) -> str:
+    """The README's text with each block between begin and end replaced by its file."""
+    return BLOCK.sub(lambda found: found[1] + (ROOT / found[2]).read_text().strip() + "\n" + found[3], readme)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", type=Path, help="output folder of `make train` whose result to take over")
+    options = parser.parse_args()
+    if options.train:
+        shutil.copy(options.train / "result.md", ROOT / "benchmarks" / "results" / "llama.md")
+        shutil.copy(options.train / "loss.png", ROOT / "docs" / "loss.png")
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()
