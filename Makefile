@@ -22,10 +22,9 @@ bench: .venv/dev  ## DeepSpeed's built-in Muon, ours and AdamW in one run; then 
 	$(BIN)/python benchmarks/deepspeed_muon.py
 	$(BIN)/python benchmarks/into_readme.py
 
-gpu: export DS_ACCELERATOR :=
 gpu: .venv/gpu  ## the checks and the Newton-Schulz benchmark on a CUDA device
-	$(BIN)/python -m pytest tests/test_gpu.py -rs
-	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.md
+	env -u DS_ACCELERATOR $(BIN)/python -m pytest tests/test_gpu.py
+	env -u DS_ACCELERATOR $(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.md
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -110,8 +110,7 @@ class Muon(Optimizer):
         Args:
             holdings: one for each parameter group, in order.
         """
-        self.state.clear()
-        self._attached = []
+        self.detach()
         for group, holding in zip(self.param_groups, holdings, strict=True):
             if group["use_muon"]:
                 self._attached.append(self._plan(group, holding))
@@ -119,11 +118,19 @@ class Muon(Optimizer):
                     self.state[p] = {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
         rest = [group for group in self.param_groups if not group["use_muon"]]
         if rest:
-            self._adamw, self._adamw_name = adamw.build(rest, self.settings.adamw)
+            all_ranks = holdings[0].process_group
+            self._adamw, self._adamw_name = together(lambda: adamw.build(rest, self.settings.adamw), all_ranks)
+            advice = "Install the same packages on every rank, or set adamw"
+            agree("the AdamW to use", [self._adamw_name], advice, all_ranks)
             for group in rest:
                 for p in group["params"]:
                     self.state[p] = adamw.new_state(self._adamw, p)
         self._ready = True
+
+    def detach(self) -> None:
+        """Lets go of the tensors: until `attach`, a step does nothing. For an engine that takes over the optimizer."""
+        self.state.clear()
+        self._attached, self._ready = [], False
 
     def _plan(self, group: dict[str, Any], holding: Holding) -> _Attached:
         names = {shard.parameter for shard in holding.shards}
@@ -131,6 +138,7 @@ class Muon(Optimizer):
         names = names.union(*everyones)
         matrices = [matrix for matrix in self.routing.matrices if matrix.parameter in names]
         tensors: list[Tensor] = group["params"]
+        device = together(lambda: _one_device(tensors), holding.process_group)
         mine = pieces(matrices, holding.shards, {id(tensor): i for i, tensor in enumerate(tensors)})
         index = gather([(piece.matrix, piece.inside) for piece in mine], holding.process_group)
         newton_schulz = self.settings.newton_schulz
@@ -138,7 +146,7 @@ class Muon(Optimizer):
         plan = together(lambda: make_plan(matrices, index, newton_schulz.flops, 2 * normalize), holding.process_group)
         agree("the plan", [repr(plan)], "Please report this as a bug", holding.process_group)
         exchange = Exchange(
-            matrices, mine, plan, newton_schulz, holding.process_group, tensors[0].device, normalize=normalize
+            matrices, mine, plan, newton_schulz, holding.process_group, device, normalize=normalize
         )
         return _Attached(tensors, matrices, plan, exchange)
 
@@ -151,10 +159,15 @@ class Muon(Optimizer):
                 loss = closure()
         if not self._ready:
             return loss  # DeepSpeed steps once on zeros while it builds its wrapper: that must change nothing
-        groups = {group["params"][0]: group for group in self.param_groups if group["use_muon"]}
-        for attached in self._attached:
-            if attached.tensors[0] in groups:
-                self._step_matrices(attached, groups[attached.tensors[0]])
+        planned = {attached.tensors[0]: attached for attached in self._attached}
+        for group in self.param_groups:
+            if group["use_muon"]:
+                if group["params"][0] not in planned:
+                    raise RuntimeError(
+                        "the tensors of Muon's parameter groups are not those that it planned for: an engine replaced "
+                        "them. Call muon_plugin.register() before the engine is built"
+                    )
+                self._step_matrices(planned[group["params"][0]], group)
         rest = [group for group in self.param_groups if not group["use_muon"]]
         if rest and self._adamw is not None:
             self._adamw.state, self._adamw.param_groups = self.state, rest
@@ -283,6 +296,13 @@ def _shape(name: str, p: Tensor) -> tuple[int, ...]:
     if not p.is_contiguous():
         raise ValueError(f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters")
     return tuple(p.shape)
+
+
+def _one_device(tensors: Sequence[Tensor]) -> torch.device:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"one process holds matrices on {sorted(map(str, devices))}; allowed: one device a process")
+    return devices.pop()
 
 
 def _halves(groups: list[dict[str, Any]], routing: Routing, settings: Settings) -> list[dict[str, Any]]:

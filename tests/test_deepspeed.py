@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from integers import IntegerModel, build, config
+from integers import IntegerModel, build, config, differing, train, trained, weights
 from ranks import RankError
 from torch import nn
 
@@ -79,6 +79,44 @@ def tags(rank: int) -> tuple[list[str], str]:
     engine = build(rank, config(2))
     tagged = [name for name, p in engine.module.named_parameters() if hasattr(p, "use_muon")]
     return tagged, type(engine.basic_optimizer).__name__
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_client_can_hand_over_the_optimizer(ranks, stage):
+    """`deepspeed.initialize(optimizer=muon_plugin.Muon(...))` is the same as the JSON."""
+    from_json = ranks(1).run(trained, config(stage, "bf16"))[0]
+    for found in ranks(2).run(client_optimizer, config(stage, "bf16")):
+        assert differing(found, from_json) == []
+
+
+def client_optimizer(rank: int, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from muon_plugin import Muon
+
+    params = settings.pop("optimizer")["params"]
+    model = IntegerModel().bfloat16()
+    engine = build(rank, settings, model, optimizer=Muon(model.named_parameters(), model=model, **params))
+    train(engine, rank, 10)
+    return weights(engine)
+
+
+def test_an_engine_that_was_built_without_register_does_not_train_silently(ranks):
+    with pytest.raises(RankError, match=r"Call muon_plugin\.register"):
+        ranks(1).run(not_registered)
+
+
+def not_registered(rank: int) -> None:
+    import deepspeed
+
+    import muon_plugin
+
+    muon_plugin.unregister()
+    model = IntegerModel()
+    settings = config(1, zero_allow_untested_optimizer=True)
+    del settings["optimizer"]
+    engine, *_ = deepspeed.initialize(
+        model=model, config=settings, optimizer=muon_plugin.Muon(model.named_parameters(), model=model)
+    )
+    train(engine, rank, 1)
 
 
 def test_another_optimizer_is_left_alone(ranks):

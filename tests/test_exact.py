@@ -46,9 +46,9 @@ def test_zero_options_change_no_bit(ranks, reference, option, stage, world):
 
 def test_fp32_gradient_accumulation_under_bf16_changes_no_bit(ranks, reference):
     """`data_types.grad_accum_dtype` fp32 makes DeepSpeed take another wrapper for stage 1: BF16_Optimizer."""
-    settings = config(1, "bf16", gas=2, data_types={"grad_accum_dtype": "fp32"})
-    for world in (1, 2, 3):
-        assert differing(ranks(world).run(trained, settings)[0], reference["bf16"]) == []
+    for stage, world in ((1, 1), (1, 2), (1, 3), (2, 2)):
+        settings = config(stage, "bf16", gas=2, data_types={"grad_accum_dtype": "fp32"})
+        assert differing(ranks(world).run(trained, settings)[0], reference["bf16"]) == [], (stage, world)
 
 
 def test_more_ranks_than_matrices(ranks):

@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps of each run (default: %(default)s)")
     # Chosen for AdamW alone; Muon takes it over as it is. AdamW's validation loss after runs of 300 steps:
     # 5.327 with 0.0005, 5.221 with 0.001, 5.217 with 0.002, 5.533 with 0.004.
-    parser.add_argument("--lr", type=float, default=0.002, help="peak learning rate of both (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate of both (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of both (default: %(default)s)")
     parser.add_argument("--optimizers", nargs="+", choices=list(COLORS), default=list(COLORS), help="which to run")
     parser.add_argument("--nproc", type=int, default=2, help="processes to train with (default: %(default)s)")

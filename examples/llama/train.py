@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=["AdamW", "Muon"], default="Muon")
-    parser.add_argument("--lr", type=float, default=0.002, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps in all (default: %(default)s)")
     parser.add_argument("--eval-every", type=int, default=20, help="steps from one validation to the next")
@@ -126,12 +126,13 @@ class Metrics:
     def __init__(self, file: Path, start: int) -> None:
         self.seconds = 0.0  # spent in training steps, validation left out
         self.file = None
+        if dist.get_rank() != 0:
+            return
         kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
         if kept:
             self.seconds = json.loads(kept[-1])["seconds"]
-        if dist.get_rank() == 0:
-            self.file = file.open("w")
-            self.file.writelines(line + "\n" for line in kept)
+        self.file = file.open("w")
+        self.file.writelines(line + "\n" for line in kept)
 
     def write(self, **values: float) -> None:
         """Writes and flushes, so that the file can be followed while the run goes on."""

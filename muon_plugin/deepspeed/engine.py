@@ -38,6 +38,9 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
 def _configure_optimizer(
     original: Callable[..., Any], engine: Any, client_optimizer: Any, model_parameters: Any
 ) -> None:
+    if isinstance(client_optimizer, Muon):
+        together(lambda: _check_supported(engine))
+        client_optimizer.detach()
     original(engine, client_optimizer, model_parameters)
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
