@@ -145,9 +145,7 @@ class Muon(Optimizer):
         normalize = self.settings.adjust_lr_fn == "update_norm"
         plan = together(lambda: make_plan(matrices, index, newton_schulz.flops, 2 * normalize), holding.process_group)
         agree("the plan", [repr(plan)], "Please report this as a bug", holding.process_group)
-        exchange = Exchange(
-            matrices, mine, plan, newton_schulz, holding.process_group, device, normalize=normalize
-        )
+        exchange = Exchange(matrices, mine, plan, newton_schulz, holding.process_group, device, normalize=normalize)
         return _Attached(tensors, matrices, plan, exchange)
 
     @torch.no_grad()
