@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT = 180  # seconds; a hang must end a test, not the suite
+TIMEOUT = 400  # seconds; a hang must end a test, not the suite
 
 
 class RankError(AssertionError):

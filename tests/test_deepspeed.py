@@ -223,7 +223,8 @@ engine, *_ = deepspeed.initialize(model=model, config=sys.argv[1])
 for _ in range(2):
     engine.backward(engine(torch.randn(4, 16)).square().mean())
     engine.step()
-print("ended", type(engine.basic_optimizer).__module__, sys.argv[-1])
+# One write: the ranks share a pipe.
+sys.stdout.write(f"ended {type(engine.basic_optimizer).__module__} {sys.argv[-1]}\\n")
 """
 
 
@@ -243,7 +244,7 @@ def test_a_launcher_needs_no_change_of_code(tmp_path, launch):
     settings.write_text(json.dumps(config(1)))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launch, str(script), str(settings), "last"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     output = found.stdout + found.stderr
     assert found.returncode == 0, output
     assert output.count("ended muon_plugin.optimizer") == 2
