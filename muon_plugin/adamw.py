@@ -27,8 +27,15 @@ def _torch_fused(groups: Groups) -> Optimizer:
 
 
 def _deepspeed(groups: Groups) -> Optimizer:
+    if any(len(group["params"]) > 1 for group in groups):
+        # It counts steps on one tensor of a group: wrong where tensors differ in dtype, or one has no gradient.
+        raise ImportError("DeepSpeed's FusedAdam is used for one flat tensor a group, as ZeRO has them")
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.adam import FusedAdam  # compiles its kernel where no wheel has it
 
+    ours, theirs = groups[0]["params"][0].device.type, get_accelerator().device_name()
+    if ours != theirs:
+        raise ImportError(f"DeepSpeed's accelerator is {theirs} (DS_ACCELERATOR), the parameters are on {ours}")
     return FusedAdam(groups, adam_w_mode=True)
 
 
@@ -42,6 +49,8 @@ def _apex(groups: Groups) -> Optimizer:
             stacklevel=2,
         )
         raise ImportError("PyPI's apex is not NVIDIA's apex")
+    if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
+        raise ImportError("apex's FusedAdam is used for fp32 parameters; for others its kernel wants fp32 state")
     return apex.optimizers.FusedAdam(groups, adam_w_mode=True)
 
 
@@ -77,6 +86,8 @@ def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
                     f"allowed: {', '.join(IMPLEMENTATIONS)}"
                 ) from error
             continue
+        for group in groups:
+            group.update(_own_options(optimizer))
         inexact = not on_cuda and name != "torch"
         return optimizer, name + (" (not bit-exact over layouts on CPU)" if inexact else "")
     raise RuntimeError("unreachable: torch's AdamW can always be built")
@@ -84,6 +95,13 @@ def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
 
 def _is_cuda(groups: Groups) -> bool:
     return bool(groups[0]["params"][0].is_cuda)
+
+
+def _own_options(optimizer: Optimizer) -> dict[str, Any]:
+    """What this implementation keeps in a group beside the settings that are ours."""
+    return {
+        key: value for key, value in optimizer.defaults.items() if key not in ("lr", "betas", "eps", "weight_decay")
+    }
 
 
 def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
@@ -99,12 +117,11 @@ def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 
 def adopt(optimizer: Optimizer, group: dict[str, Any], state: Any) -> None:
     """Brings a restored group and its state to the format of `optimizer`, which may not be the one that saved them."""
-    own = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "betas", "eps", "weight_decay")}
-    group.update(own)
+    group.update(_own_options(optimizer))
     steps = [state[p]["step"] for p in group["params"] if "step" in state[p]] or [group.pop("step", 0)]
     step = max(float(s) for s in steps)  # DeepSpeed's FusedAdam counts on one tensor of a group only
     for p in group["params"]:
-        fresh = new_state(optimizer, p[:0])
+        fresh = new_state(optimizer, p.reshape(-1)[:0])
         if "step" not in fresh:
             group["step"] = int(step)
             state[p].pop("step", None)

@@ -13,6 +13,7 @@ average differs from Eq. 1's sum by a factor that Newton-Schulz removes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import adamw, report
-from .agreement import agree, gather, together
+from .agreement import agree, gather, together, world_of
 from .exchange import Exchange
 from .layout import Matrix, Shard, Strided, pieces
 from .plan import Plan, make_plan
@@ -77,12 +78,19 @@ class Muon(Optimizer):
         self._attached: list[_Attached] = []
         self._adamw: Optimizer | None = None
         self._adamw_name = "none"
+        #: (group of ranks that should be replicas, checked at the first step), without an engine
+        self._replicas: tuple[Any] | None = None
 
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
             checked = Settings.from_dict(settings)
             groups = _named_groups(params)
             shapes = {name: _shape(name, p) for group in groups for name, p in group["params"]}
             routing = route(shapes, model=model, exclude=checked.exclude, split=checked.split)
+            if not routing.matrices and not checked.exclude:
+                raise ValueError(
+                    f"none of the {len(shapes)} parameters is a matrix of a hidden layer, nothing is left for Muon: "
+                    f"{dict(list(routing.adamw.items())[:5])}. Give whole, unflattened parameters, or use AdamW"
+                )
             names = {p: name for group in groups for name, p in group["params"]}
             return checked, _halves(groups, routing, checked), routing, names
 
@@ -96,6 +104,8 @@ class Muon(Optimizer):
         )
         super().__init__(groups, {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay})
         self._complete = True
+        for group, members in zip(self.param_groups, groups):
+            group["layout"] = _layout_digest(members["params"], names)
         self._scales = {m.name: scale_for(self.settings.adjust_lr_fn, *m.out_in) for m in self.routing.matrices}
         if engine is None:
             whole = [
@@ -103,6 +113,7 @@ class Muon(Optimizer):
                 for group in self.param_groups
             ]
             self.attach(whole)
+            self._replicas = (process_group,)
 
     def attach(self, holdings: Sequence[Holding]) -> None:
         """Takes the tensors that the parameter groups now hold, creates the state, and plans. Collective.
@@ -155,6 +166,8 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._replicas is not None:
+            self._check_replicas()
         if not self._ready:
             return loss  # DeepSpeed steps once on zeros while it builds its wrapper: that must change nothing
         planned = {attached.tensors[0]: attached for attached in self._attached}
@@ -171,6 +184,20 @@ class Muon(Optimizer):
             self._adamw.state, self._adamw.param_groups = self.state, rest
             self._adamw.step()
         return loss
+
+    def _check_replicas(self) -> None:
+        """Once, at the first step (DDP may make the replicas later): ranks with models of their own mix updates."""
+        (group,), self._replicas = self._replicas or (None,), None
+        if world_of(group)[1] > 1:
+            tensors = [p for g in self.param_groups for p in g["params"]]
+            sums = [[t.double().sum().item() for t in (p, p.grad) if t is not None] for p in tensors]
+            agree(
+                "the weights or the gradients",
+                [f"sums of weights and gradients {values}" for values in sums],
+                "Without an engine, all ranks must hold replicas (DistributedDataParallel). For a model of its own on "
+                "each rank, pass process_group=torch.distributed.new_group([rank]) made for each rank",
+                group,
+            )
 
     def _step_matrices(self, attached: _Attached, group: dict[str, Any]) -> None:
         lr, momentum, nesterov = float(group["lr"]), group["momentum"], group["nesterov"]
@@ -222,11 +249,12 @@ class Muon(Optimizer):
             ValueError: if the saved groups were routed otherwise (another `exclude`, another optimizer).
         """
         saved, current = state_dict["param_groups"], self.param_groups
-        ways = [[(g.get("use_muon"), len(g["params"])) for g in groups] for groups in (saved, current)]
+        ways = [[(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, current)]
         if ways[0] != ways[1]:
             raise ValueError(
-                f"the checkpoint's optimizer has (use_muon, tensors) groups {ways[0]}, this run has {ways[1]}; load it "
-                "with the settings it was saved with (exclude, parameter groups), or load the weights alone"
+                f"the checkpoint's optimizer has parameter groups {ways[0]}, this run has {ways[1]} (name, digest of "
+                "the parameters in order): load it with the model and the settings it was saved with (exclude, "
+                "parameter groups), or load the weights alone"
             )
         momenta = {
             p: state_dict["state"][i]["momentum_buffer"]
@@ -294,6 +322,12 @@ def _shape(name: str, p: Tensor) -> tuple[int, ...]:
     if not p.is_contiguous():
         raise ValueError(f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters")
     return tuple(p.shape)
+
+
+def _layout_digest(members: Sequence[Tensor], names: dict[Tensor, str]) -> str:
+    """Which parameters a group holds, in order: ZeRO keeps a group as one flat tensor that does not say."""
+    lines = "\n".join(f"{names[p]} {list(p.shape)}" for p in members)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def _one_device(tensors: Sequence[Tensor]) -> torch.device:

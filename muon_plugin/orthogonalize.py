@@ -147,6 +147,10 @@ def coefficients_for(steps: int, which: str | Triple | tuple[Triple, ...]) -> tu
             raise ValueError(f"ns_coefficients={which!r} is not made of triples; allowed: {allowed}") from None
         if not all(math.isfinite(value) for triple in triples for value in triple):
             raise ValueError(f"ns_coefficients={which!r} holds a number that is not finite; allowed: {allowed}")
+        if len(triples) > steps:
+            raise ValueError(
+                f"ns_coefficients has {len(triples)} triples for ns_steps={steps}; allowed: at most one a step"
+            )
     return tuple(triples[min(step, len(triples) - 1)] for step in range(steps))
 
 

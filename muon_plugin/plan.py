@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .layout import Index, Matrix, Strided
 
@@ -157,15 +157,15 @@ def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> tuple[list[Rou
             of_owner.setdefault(route.owner, []).append(number)
     if not of_owner:
         return routes, 0
-    most = max(sum(matrices[i].numel for i in mine) for mine in of_owner.values())
+    # A rank holds its own matrices of a round, and, where updates are broadcast, those of all owners.
+    loads = [sum(matrices[i].numel for i in mine) for mine in of_owner.values()]
+    most = sum(loads) if any(route.everywhere for route in routes) else max(loads)
     rounds = max(-(-most // ROUND_ELEMENTS), min(ROUNDS, max(len(mine) for mine in of_owner.values())))
     scheduled = list(routes)
     for mine in of_owner.values():
         mine.sort(key=lambda i: (matrices[i].rows, matrices[i].cols, i))  # equal shapes together: one batch
         total, done = sum(matrices[i].numel for i in mine), 0
         for number in mine:
-            route = routes[number]
-            when = done * rounds // total
-            scheduled[number] = Route(route.owner, route.sources, route.holders, route.everywhere, when)
+            scheduled[number] = replace(routes[number], round=done * rounds // total)
             done += matrices[number].numel
     return scheduled, rounds

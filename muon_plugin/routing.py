@@ -10,21 +10,26 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
 
 from .layout import Matrix, Strided
 
-#: Words in a name that say "table looked up by token or position" (DeepSpeed's own Muon knows "embed" and "lm_head").
+#: Words in the last two parts of a name that say "looked up by token or position" (DeepSpeed's own Muon: "embed").
 EMBEDDING_WORDS = ("embed", "wte", "wpe")
-#: Names of an output head, wherever it sits, and names that mean one only outside numbered blocks.
-HEADS = {"lm_head", "embed_out", "output_layer"}
-OUTER_HEADS = {"head", "output", "classifier", "score"}
-#: Names of fused projections that the defaults take apart, all parts one after the other along the output dimension.
-QKV_NAMES = {"qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_weight", "w_pack"}
-#: GPT-NeoX and BLOOM: q, k and v of one head, then of the next.
-QKV_BY_HEAD_NAMES = {"query_key_value"}
+#: Names of an output head wherever it sits, and names that mean one only outside numbered blocks.
+HEADS = {"lm_head", "lm_heads", "embed_out", "output_layer", "qa_outputs"}
+OUTER_HEADS = {"head", "output", "classifier", "score", "fc", "proj_out"}
+#: Tables and vectors that have two or more dimensions: the last part of the name ends or starts so.
+NOT_MATRICES = re.compile(r"(bias|_table|_tokens?|A_log)$|^rel_pos")
+#: Fused query, key and value, one after the other along the output dimension, in plain torch and timm models ...
+QKV_NAMES = {"qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_weight", "query_key_value", "w_pack"}
+#: ... and in models with a config: those whose code was read. Others use the same names for other layouts.
+QKV_IN_ORDER = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "phi3", "mpt", "dbrx", "modernbert"}
+#: q, k and v of one head, then of the next.
+QKV_BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}
 GATE_UP_NAMES = {"gate_up_proj", "w12", "gate_up"}
 
 SPLIT_HELP = (
@@ -85,35 +90,46 @@ def route(
                     f"shell-style pattern. The names here are like {', '.join(list(shapes)[:5])}"
                 )
     modules = _owners(model)
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    if model is not None and not set(shapes) <= set(modules):
+        missing = sorted(set(shapes) - set(modules))
+        raise ValueError(f"model has no parameter {missing[0]}; allowed: the module whose named_parameters() these are")
+    heads = _tables(model)
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
     notes: list[str] = []
     for name, shape in shapes.items():
-        module = modules.get(name)
-        why = _not_a_matrix(name, shape, module, exclude)
+        module, config = modules.get(name, (None, None))
+        why = heads.get(name) or _not_a_matrix(name, shape, module, exclude)
         if why is not None:
             adamw[name] = why
             continue
         rows, cols, transposed = _geometry(shape, module)
         batch = math.prod(shape) // (rows * cols)
+        gate_up = _owner(name).lower() in GATE_UP_NAMES
         transposed = transposed or (batch > 1 and _stored_in_out(name, rows, cols, config))
         outputs = cols if transposed else rows
         asked = next((p for p in split if _matches(name, p)), None)
         if asked is not None:
             rule = _asked(name, shape, outputs, asked, split[asked])
         else:
-            known = _default_rule(name, outputs, rows if transposed else cols, config)
+            ambiguous = gate_up and batch > 1 and rows == cols
+            known = None if ambiguous else _default_rule(name, outputs, rows if transposed else cols, config)
             rule = known or Rule((outputs,))
             if known is None:
-                notes.append(f"{name} looks like fused query, key and value but is kept whole; to cut it, set split")
+                notes.append(f"{name} looks like a fused projection of an unknown layout and is kept whole; see split")
         parts = _cut(name, batch, rows, cols, rule, transposed)
         if any(min(part.rows, part.cols) == 1 for part in parts):
+            if asked is not None and min(rows, cols) > 1:
+                raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
             adamw[name] = "a vector"
         else:
             matrices += parts
+    for pattern in split:
+        if not any(next((p for p in split if _matches(m.parameter, p)), None) == pattern for m in matrices):
+            raise ValueError(
+                f"split[{pattern!r}]={split[pattern]!r} cuts nothing: what it matches goes to AdamW, or an earlier "
+                "pattern matches it first; allowed: patterns of parameters that go to Muon"
+            )
     return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
 
 
@@ -121,29 +137,58 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or (not any(c in pattern for c in "*?[") and pattern in name)
 
 
-def _owners(model: nn.Module | None) -> dict[str, nn.Module]:
-    """Parameter name -> the module that holds it."""
-    found: dict[str, nn.Module] = {}
-    for prefix, module in model.named_modules() if model is not None else ():
+def _owners(model: nn.Module | None) -> dict[str, tuple[nn.Module, Any]]:
+    """Parameter name -> the module that holds it, and the config nearest above it (a vision tower has its own)."""
+    found: dict[str, tuple[nn.Module, Any]] = {}
+    configs: dict[str, Any] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False) if model is not None else ():
+        above = configs.get(prefix.rpartition(".")[0]) if prefix else None
+        config = getattr(module, "config", None) or above
+        configs[prefix] = config
+        if config is not None and hasattr(config, "get_text_config"):
+            config = config.get_text_config()
         for name, _ in module.named_parameters(recurse=False):
-            found[f"{prefix}.{name}" if prefix else name] = module
+            found[f"{prefix}.{name}" if prefix else name] = module, config
     return found
+
+
+def _tables(model: nn.Module | None) -> dict[str, str]:
+    """What a Hugging Face model itself calls its embeddings and its output head."""
+    found: dict[int, str] = {}
+    for get, why in (("get_output_embeddings", "output head"), ("get_input_embeddings", "embedding")):
+        try:
+            module = getattr(model, get)()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+        found |= {id(p): why for p in (module.parameters() if isinstance(module, nn.Module) else ())}
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found} if model is not None else {}
+
+
+def _owner(name: str) -> str:
+    """The name of the module, or of the bare parameter, that holds the weight."""
+    parts = name.split(".")
+    return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
 
 
 def _not_a_matrix(name: str, shape: tuple[int, ...], module: nn.Module | None, exclude: Iterable[str]) -> str | None:
     if any(_matches(name, pattern) for pattern in exclude):
         return "excluded"
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         return "a vector"
     parts = name.split(".")
-    owner = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
     if isinstance(module, nn.Embedding) or "Embedding" in type(module).__name__:
         return "embedding"
-    if any(word in part for part in parts for word in EMBEDDING_WORDS) and "embed_out" not in parts:
+    if any(word in part for part in parts[-2:] for word in EMBEDDING_WORDS) and "embed_out" not in parts:
         return "embedding"
-    in_block = any(re.fullmatch(r"\d+", part) for part in parts)
-    if owner in HEADS or (owner in OUTER_HEADS and not in_block):
+    if NOT_MATRICES.search(parts[-1]):
+        return "a table or a bias"
+    outside = [*takewhile(lambda part: not part.isdigit(), parts)]
+    if set(parts) & HEADS or set(outside) & OUTER_HEADS:
         return "output head"
+    experts = "expert" in name.lower() or "expert" in type(module).__name__.lower()
+    if len(shape) > 2 and not (experts or isinstance(module, nn.modules.conv._ConvNd)):
+        # A batch of matrices and a kernel look alike; by names alone, four dimensions can only be a kernel.
+        return None if module is None and len(shape) > 3 else f"{len(shape)} dimensions, neither a kernel nor experts"
     return None
 
 
@@ -169,22 +214,31 @@ def _stored_in_out(name: str, rows: int, cols: int, config: Any) -> bool:
 
 def _default_rule(name: str, outputs: int, inputs: int, config: Any) -> Rule | None:
     """The cut of the fused projections known by name; None where the name is known but the sizes are not."""
-    parts = name.lower().split(".")
-    owner = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
+    owner = _owner(name).lower()
     if owner in GATE_UP_NAMES and outputs % 2 == 0:
         if getattr(config, "model_type", None) == "gpt_oss":  # gate and up alternate
             return Rule((1, 1), outputs // 2)
         return Rule((outputs // 2,) * 2)
-    if owner not in QKV_NAMES | QKV_BY_HEAD_NAMES:
+    if owner not in QKV_NAMES:
         return Rule((outputs,))
-    heads = int(getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or 0)
-    groups = int(getattr(config, "num_key_value_heads", None) or heads)
-    width, rest = divmod(outputs, heads + 2 * groups) if heads else (0, 1)
-    if owner in QKV_BY_HEAD_NAMES:
-        return Rule((width,) * 3, heads) if not rest and heads == groups else None
-    if not rest:
-        return Rule((heads * width, groups * width, groups * width))
-    return Rule((inputs,) * 3) if not heads and outputs == 3 * inputs else None
+    model_type = getattr(config, "model_type", None)
+    if model_type is None and owner == "query_key_value":
+        return None  # by head in most models
+    if owner in ("in_proj_weight", "qkv") or model_type is None:  # torch's attention, vision transformers, plain models
+        heads = groups = 0
+    elif model_type in QKV_IN_ORDER | QKV_BY_HEAD:
+        heads = int(getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or 0)
+        groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    else:
+        return None
+    if not heads:
+        return Rule((inputs,) * 3) if outputs == 3 * inputs else None
+    width, rest = divmod(outputs, heads + 2 * groups)
+    if rest:
+        return None
+    if model_type in QKV_BY_HEAD:
+        return Rule((width,) * 3, heads) if heads == groups else None
+    return Rule((heads * width, groups * width, groups * width))
 
 
 def _asked(name: str, shape: tuple[int, ...], outputs: int, pattern: str, value: Any) -> Rule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -111,7 +112,7 @@ def _check(key: str, value: Any) -> None:
     name = key.rsplit(" ", 1)[-1]
 
     def number(v: Any) -> bool:
-        return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        return isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v)
 
     checks = {
         "lr": (lambda v: number(v) and v >= 0, "a number >= 0"),

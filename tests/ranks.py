@@ -78,6 +78,12 @@ def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
+    try:  # compiled at start otherwise, for inference alone; a build that is killed leaves a lock on which others wait
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    except ImportError:
+        pass
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:

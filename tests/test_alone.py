@@ -105,6 +105,40 @@ def ddp(rank: int) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def test_ranks_with_models_of_their_own_are_told(ranks):
+    with pytest.raises(RankError, match="the ranks disagree about the weights or the gradients"):
+        ranks(2).run(no_replicas, False)
+    ranks(2).run(no_replicas, True)
+
+
+def no_replicas(rank: int, own_group: bool) -> None:
+    import torch.distributed as dist
+
+    groups = [dist.new_group([r]) for r in range(2)]
+    torch.manual_seed(rank)
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    muon = Muon(model.named_parameters(), process_group=groups[rank] if own_group else None)
+    random_gradients(model, rank)
+    muon.step()
+
+
+def test_each_half_has_its_own_learning_rate():
+    muon = Muon(layers().named_parameters(), lr=0.1, muon_lr=0.02, adam_lr=0.003)
+    assert {group["use_muon"]: group["lr"] for group in muon.param_groups} == {True: 0.02, False: 0.003}
+
+
+def test_a_model_without_matrices_is_refused():
+    with pytest.raises(ValueError, match="nothing is left for Muon"):
+        Muon([("a", nn.Parameter(torch.zeros(8)))])
+
+
+def test_a_scalar_parameter_loads():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    model.register_parameter("logit_scale", nn.Parameter(torch.tensor(1.0)))
+    muon = Muon(model.named_parameters())
+    muon.load_state_dict(copy.deepcopy(muon.state_dict()))
+
+
 def test_a_parameter_without_gradient_is_left_alone():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     muon = Muon(model.named_parameters(), lr=0.1)
@@ -243,8 +277,18 @@ def test_pypis_apex_gets_a_warning_and_the_next_choice(monkeypatch):
         assert adamw.build(groups, "auto")[1] == "torch"
 
 
+def test_deepspeeds_adamw_is_for_flat_groups():
+    """It counts steps on one tensor of a group."""
+    with pytest.raises(ValueError, match="one flat tensor a group"):
+        Muon(layers().named_parameters(), adamw="deepspeed")
+
+
 @pytest.mark.parametrize("which", ["torch_fused", "deepspeed"])
 def test_another_adamw_is_a_choice_that_the_table_calls_inexact(which):
+    def layers() -> nn.ModuleDict:  # one tensor in the AdamW group, as under ZeRO
+        torch.manual_seed(0)
+        return nn.ModuleDict({"embed": nn.Embedding(50, 32), "up": nn.Linear(32, 128, bias=False)})
+
     model = layers()
     muon = Muon(model.named_parameters(), adamw=which)
     assert f"({which} (not bit-exact over layouts on CPU))" in muon.summary()

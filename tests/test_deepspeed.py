@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,16 +86,21 @@ def tags(rank: int) -> tuple[list[str], str]:
 def test_a_client_can_hand_over_the_optimizer(ranks, stage):
     """`deepspeed.initialize(optimizer=muon_plugin.Muon(...))` is the same as the JSON."""
     from_json = ranks(1).run(trained, config(stage, "bf16"))[0]
-    for found in ranks(2).run(client_optimizer, config(stage, "bf16")):
-        assert differing(found, from_json) == []
+    for as_callable in (False, True):
+        for found in ranks(2).run(client_optimizer, config(stage, "bf16"), as_callable):
+            assert differing(found, from_json) == []
 
 
-def client_optimizer(rank: int, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+def client_optimizer(rank: int, settings: dict[str, Any], as_callable: bool) -> dict[str, torch.Tensor]:
     from muon_plugin import Muon
 
     params = settings.pop("optimizer")["params"]
     model = IntegerModel().bfloat16()
-    engine = build(rank, settings, model, optimizer=Muon(model.named_parameters(), model=model, **params))
+
+    def make(_: Any = None) -> Muon:
+        return Muon(model.named_parameters(), model=model, **params)
+
+    engine = build(rank, settings, model, optimizer=make if as_callable else make())
     train(engine, rank, 10)
     return weights(engine)
 
@@ -150,6 +156,8 @@ UNSUPPORTED = [
     ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3 is not supported"),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer.device='cpu' is not"),
     ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint=True is not supported"),
+    ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal=True is not supported"),
+    ({"scheduler": {"type": "WarmupLR", "params": {}}, "params": {"adam_lr": 0.1}}, "adam_lr=0.1 is not supported"),
     ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast=True is not supported"),
 ]
 
@@ -162,6 +170,38 @@ def test_what_is_not_supported_is_refused_before_the_first_step(ranks, sections,
         ranks(2).run(build, config(stage, **sections))
     for kind, message in caught.value.errors:
         assert (kind, match in message) == ("ValueError", True), message
+
+
+REFUSED = {
+    "tensor_parallel.autotp_size": {"autotp_size": lambda: 2},
+    "mpu": {"mp_world_size": 2},
+    "sequence_parallel_size": {"sequence_parallel_size": 2},
+    "deepspeed.moe": {"has_moe_layers": True},
+    "PipelineModule": {"pipeline_parallelism": True},
+    "bf16_optimizer_states": {"bf16_optimizer_states": lambda: True},
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_every_mode_that_is_not_supported_is_named(setting):
+    from muon_plugin.deepspeed.engine import _check_supported
+
+    zero = SimpleNamespace(stage=1, offload_optimizer=None, offload_param=None, elastic_checkpoint=False, zenflow=None)
+    engine = SimpleNamespace(
+        _config=SimpleNamespace(zero_config=zero),
+        mp_world_size=1,
+        sequence_parallel_size=1,
+        has_moe_layers=False,
+        pipeline_parallelism=False,
+        **{name: lambda: False for name in ("torch_autocast_enabled", "bf16_optimizer_states", "scheduler_name")},
+        **{name: lambda: None for name in ("optimizer_params", "scheduler_params", "load_universal_checkpoint")},
+        autotp_size=lambda: 0,
+    )
+    _check_supported(engine)
+    for name, value in REFUSED[setting].items():
+        setattr(engine, name, value)
+    with pytest.raises(ValueError, match=setting):
+        _check_supported(engine)
 
 
 def test_bad_configs_end_in_one_error_on_every_rank(ranks):

@@ -80,6 +80,18 @@ def test_singular_values_end_near_one(method):
     assert values.max() < 1.25
 
 
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("simple", 0.67, 1.15), ("quintic", 0.97, 1.04), ("polar_express", 0.86, 1.13)]
+)
+def test_coefficient_sets_drive_singular_values_to_one(name, low, high):
+    """Five steps of each set, on numbers: a wrong coefficient leaves the band."""
+    values = torch.linspace(0.02, 1, 5000, dtype=torch.float64)
+    for a, b, c in coefficients_for(5, name):
+        values = a * values + b * values**3 + c * values**5
+    assert low < values.min()
+    assert values.max() < high
+
+
 def test_a_zero_matrix_stays_zero():
     assert not any(x.any() for x in NewtonSchulz(PAPER)(torch.zeros(2, 8, 16, dtype=torch.bfloat16)))
 
@@ -105,7 +117,9 @@ def test_coefficients_repeat_the_last_triple():
     assert len(coefficients_for(10, "polar_express")) == 10
 
 
-@pytest.mark.parametrize("bad", ["fast", [1, 2], [], [[1, 2, 3], [1, 2]], [1.0, 2.0, float("nan")], 3, {"a": 1}])
+@pytest.mark.parametrize(
+    "bad", [[[1, 2, 3]] * 6, "fast", [1, 2], [], [[1, 2, 3], [1, 2]], [1.0, 2.0, float("nan")], 3, {"a": 1}]
+)
 def test_bad_coefficients_are_refused(bad):
     with pytest.raises(ValueError, match="ns_coefficients"):
         coefficients_for(5, bad)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from integers import IntegerModel, build, config, differing, train, trained, weights
+from ranks import RankError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -216,3 +217,21 @@ def test_state_exists_before_the_first_step(ranks):
 def state_keys(rank: int, settings: dict[str, Any]) -> list[list[str]]:
     muon = build(rank, settings).basic_optimizer
     return [sorted(muon.state[p]) for group in muon.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_checkpoint_of_another_routing_does_not_load(ranks, tmp_path, stage):
+    """ZeRO keeps a group as one flat tensor: without a check, `a` would get what was saved of `b`."""
+    with pytest.raises(RankError, match="the checkpoint's optimizer has parameter groups"):
+        ranks(2).run(rerouted, config(stage, "bf16"), str(tmp_path))
+
+
+def rerouted(rank: int, settings: dict[str, Any], folder: str) -> None:
+    for name in ("a", "b"):
+        settings["optimizer"]["params"]["exclude"] = [f"{name}.weight"]
+        model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in "abc"})
+        engine = build(rank, settings, model)
+        if name == "a":
+            engine.save_checkpoint(folder)
+        else:
+            engine.load_checkpoint(folder)

@@ -79,7 +79,7 @@ def test_experts_are_a_batch():
 def test_qkv_with_fewer_key_value_heads_needs_the_config():
     model = nn.Module()
     model.qkv_proj = nn.Linear(16, (4 + 2 + 2) * 4, bias=False)
-    model.config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=16)
+    model.config = SimpleNamespace(model_type="phi3", num_attention_heads=4, num_key_value_heads=2)
     found = cut(model)
     assert [m.shape for m in found.values()] == [(16, 16), (8, 16), (8, 16)]
     assert torch.equal(found["qkv_proj.weight[1]"], positions(32, 16)[16:24])
@@ -103,7 +103,7 @@ def test_gpt2_stores_in_out():
 def test_query_key_value_by_head():
     model = nn.Module()
     model.query_key_value = nn.Linear(8, 24, bias=False)
-    model.config = SimpleNamespace(num_attention_heads=2)
+    model.config = SimpleNamespace(model_type="bloom", num_attention_heads=2)
     found = cut(model)
     rows = positions(24, 8)
     assert torch.equal(found["query_key_value.weight[1]"], torch.cat([rows[4:8], rows[16:20]]))
@@ -146,16 +146,9 @@ def test_a_split_that_the_user_asks_for(value, rows, stored):
     else:
         model.mix = type("Conv1D", (nn.Module,), {})()
         model.mix.weight = nn.Parameter(torch.randn(5, 12))
-    try:
-        found = list(cut(model, split={"mix": value}).values())
-    except StopIteration:
-        found = []
-    kept = [list(r) for r in rows]
-    if any(len(r) == 1 for r in kept):
-        assert not found
-        return
+    found = list(cut(model, split={"mix": value}).values())
     full = positions(12, 5) if stored == "out, in" else positions(5, 12)
-    for part, r in zip(found, kept, strict=True):
+    for part, r in zip(found, (list(r) for r in rows), strict=True):
         assert torch.equal(part, full[r] if stored == "out, in" else full[:, r])
 
 
@@ -167,13 +160,16 @@ def test_a_split_that_the_user_asks_for(value, rows, stored):
         ({"split": {"mix": "heads"}}, "is not a split"),
         ({"split": {"mix": {"size": [12]}}}, "the keys are"),
         ({"split": {"mix": [12, 0]}}, "is not a split"),
+        ({"split": {"mix": [11, 1]}}, "a part of one row is not a matrix"),
+        ({"split": {"mix": 2, "mi": 3}}, "'mi'.=3 cuts nothing"),
+        ({"split": {"lm_head": 2}}, "'lm_head'.=2 cuts nothing"),
         ({"split": {"nothing": 2}}, "split pattern 'nothing' matches no trainable parameter"),
         ({"exclude": ["*.nothing"]}, "exclude pattern"),
     ],
 )
 def test_what_cannot_be_split_as_asked_is_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        route({"mix.weight": (12, 5)}, **options)
+        route({"mix.weight": (12, 5), "lm_head.weight": (8, 4)}, **options)
 
 
 def test_exclude():
@@ -206,3 +202,68 @@ def test_pieces_of_a_strided_matrix_in_a_shard():
         whole = routing.matrices[piece.matrix].where.view(parameter).reshape(-1)
         for block in piece.blocks:
             assert torch.equal(block.local.view(tensor).reshape(-1), block.inside.view(whole).reshape(-1))
+
+
+def test_a_vision_tower_has_its_own_heads():
+    """The text model's head counts once cut the vision tower's qkv in 2880, 480 and 480 rows."""
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="qwen2_vl", num_attention_heads=12, num_key_value_heads=2)
+    model.visual = nn.Module()
+    model.visual.qkv = nn.Linear(1280, 3840)
+    assert [tuple(v.shape) for v in cut(model).values()] == [(1280, 1280)] * 3
+
+
+def test_a_known_name_in_a_model_whose_layout_was_not_read_is_kept_whole_and_noted():
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="codegen", num_attention_heads=4)
+    model.qkv_proj = nn.Linear(16, 48, bias=False)
+    routing = route(shapes(model), model=model)
+    assert [(m.rows, m.cols) for m in routing.matrices] == [(48, 16)]
+    assert "kept whole" in routing.notes[0]
+
+
+def test_experts_stored_in_out_are_cut_along_the_outputs():
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="llama4_text", hidden_size=6)
+    model.experts = nn.Module()
+    model.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 6, 8))
+    found = cut(model)
+    assert torch.equal(found["experts.gate_up_proj[1,0]"], positions(2, 6, 8)[1, :, :4])
+    model.config = SimpleNamespace(model_type="gpt_oss", hidden_size=6)
+    assert torch.equal(cut(model)["experts.gate_up_proj[0,1]"], positions(2, 6, 8)[0, :, 1::2])
+    model.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 6, 6))  # rows or columns? not cut, and said
+    routing = route(shapes(model), model=model)
+    assert len(routing.matrices) == 2
+    assert "kept whole" in routing.notes[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x.gate_up_proj_bias", "x.relative_position_bias_table", "x.A_log", "x.query_tokens", "x.rel_pos_h"],
+)
+def test_tables_and_biases_of_two_dimensions_go_to_adamw(name):
+    assert route({name: (8, 4)}).adamw == {name: "a table or a bias"}
+
+
+@pytest.mark.parametrize("name", ["head.fc.weight", "classifier.1.weight", "fc.weight", "lm_head.decoder.weight"])
+def test_output_heads_by_name(name):
+    assert route({name: (8, 4)}).adamw == {name: "output head"}
+
+
+def test_a_hugging_face_model_says_what_its_head_is():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=32,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.BertForMaskedLM(config)
+    assert route(shapes(model), model=model).adamw["cls.predictions.decoder.weight"] == "output head"
+
+
+def test_three_dimensions_that_are_no_experts_go_to_adamw():
+    assert "neither a kernel nor experts" in route({"rel_attn.q": (8, 4, 4)}).adamw["rel_attn.q"]
+
+
+def test_a_model_of_other_names_is_refused():
+    with pytest.raises(ValueError, match=r"model has no parameter a\.weight"):
+        route({"a.weight": (8, 4)}, model=nn.ModuleDict({"b": nn.Linear(4, 8)}))

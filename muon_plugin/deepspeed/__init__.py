@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,12 @@ def register() -> None:
                 f"has {found}, not {expected}. Use a release that was tested ({', '.join(TESTED)}), or a newer "
                 "muon_plugin"
             )
+    if deepspeed.__version__ not in TESTED:
+        warnings.warn(
+            f"muon_plugin was not tested with DeepSpeed {deepspeed.__version__} (tested: {', '.join(TESTED)}). Its "
+            "layout is checked at start all the same",
+            stacklevel=2,
+        )
     from ..optimizer import Muon
     from . import engine
 

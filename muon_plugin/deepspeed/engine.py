@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.module import PipelineModule
 
 from ..agreement import agree, together, world_of
 from ..optimizer import Muon
@@ -15,7 +20,13 @@ def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: 
     if config_class.optimizer_name != "muon":
         original(config_class, model)
         return
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:
+        # The engine does so later; a collective before it would put all ranks of a node on one device.
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     together(lambda: Settings.from_dict(config_class.optimizer_params or {}))
+    if isinstance(model, PipelineModule):
+        raise ValueError("PipelineModule is not supported by muon_plugin's Muon; supported: models without stages")
     agree(
         "the model",
         [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()],
@@ -38,10 +49,16 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
 def _configure_optimizer(
     original: Callable[..., Any], engine: Any, client_optimizer: Any, model_parameters: Any
 ) -> None:
-    if isinstance(client_optimizer, Muon):
-        together(lambda: _check_supported(engine))
-        client_optimizer.detach()
-    original(engine, client_optimizer, model_parameters)
+    def taken_over(optimizer: Any) -> Any:
+        if isinstance(optimizer, Muon):
+            together(lambda: _check_supported(engine))
+            optimizer.detach()
+        return optimizer
+
+    if client_optimizer is None or isinstance(client_optimizer, torch.optim.Optimizer):
+        original(engine, taken_over(client_optimizer), model_parameters)
+    else:  # a callable that makes one
+        original(engine, lambda parameters: taken_over(client_optimizer(parameters)), model_parameters)
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         return
@@ -90,11 +107,30 @@ def _check_supported(engine: Any) -> None:
         "sequence_parallel_size": (engine.sequence_parallel_size > 1, engine.sequence_parallel_size, "1"),
         "model with deepspeed.moe layers": (engine.has_moe_layers, True, "dense models"),
         "PipelineModule": (engine.pipeline_parallelism, True, "models without pipeline stages"),
+        "bf16.bf16_optimizer_states": (engine.bf16_optimizer_states(), True, "false: momentum is fp32"),
+        "checkpoint.load_universal": (engine.load_universal_checkpoint(), True, "false"),
+        **_one_rate_schedulers(engine),
         "torch_autocast": (engine.torch_autocast_enabled(), True, "bf16 or fp16 by their own sections"),
     }
     for setting, (is_set, value, supported) in refused.items():
         if is_set:
             raise ValueError(f"{setting}={value!r} is not supported by muon_plugin's Muon; supported: {supported}")
+
+
+def _one_rate_schedulers(engine: Any) -> dict[str, tuple[bool, Any, str]]:
+    """Schedulers of DeepSpeed's that set one learning rate for all groups, over muon_lr and adam_lr."""
+    options, name = engine.optimizer_params() or {}, engine.scheduler_name()
+    schedule = engine.scheduler_params() or {}
+    ends = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
+    overrides = name in {*ends, "LRRangeTest"} and not isinstance(schedule.get(ends.get(name)), list)
+    return {
+        key: (
+            overrides and key in options,
+            options.get(key),
+            f"it without the scheduler {name}, which sets one rate for all",
+        )
+        for key in ("muon_lr", "adam_lr")
+    }
 
 
 def _device(offload: Any) -> str:

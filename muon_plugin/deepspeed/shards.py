@@ -89,7 +89,7 @@ def _partition(
 def _compare(shard: Shard, parameter: Tensor) -> None:
     ours = shard.tensor.detach().view(-1)[shard.offset : shard.offset + shard.length]
     theirs = parameter.detach().view(-1)[shard.start : shard.start + shard.length]
-    if not torch.equal(ours.to(theirs.dtype), theirs.to(ours.device)):
+    if not torch.allclose(ours.to(theirs.dtype), theirs.to(ours.device), rtol=0, atol=0, equal_nan=True):
         raise ValueError(
             f"elements {shard.start} to {shard.start + shard.length} of {shard.parameter} are not where DeepSpeed's "
             "tables say: muon_plugin does not know this release's layout. Please report the release and the config"
