@@ -141,7 +141,7 @@ class Muon(Optimizer):
     def detach(self) -> None:
         """Lets go of the tensors: until `attach`, a step does nothing. For an engine that takes over the optimizer."""
         self.state.clear()
-        self._attached, self._ready = [], False
+        self._attached, self._ready, self._replicas = [], False, None
 
     def _plan(self, group: dict[str, Any], holding: Holding) -> _Attached:
         names = {shard.parameter for shard in holding.shards}
@@ -166,19 +166,19 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._replicas is not None:
-            self._check_replicas()
         if not self._ready:
             return loss  # DeepSpeed steps once on zeros while it builds its wrapper: that must change nothing
         planned = {attached.tensors[0]: attached for attached in self._attached}
-        for group in self.param_groups:
-            if group["use_muon"]:
-                if group["params"][0] not in planned:
-                    raise RuntimeError(
-                        "the tensors of Muon's parameter groups are not those that it planned for: an engine replaced "
-                        "them. Call muon_plugin.register() before the engine is built"
-                    )
-                self._step_matrices(planned[group["params"][0]], group)
+        mine = [group for group in self.param_groups if group["use_muon"]]
+        if any(group["params"][0] not in planned for group in mine):
+            raise RuntimeError(
+                "the tensors of Muon's parameter groups are not those that it planned for: an engine replaced them. "
+                "Call muon_plugin.register() before the engine is built"
+            )
+        if self._replicas is not None:
+            self._check_replicas()
+        for group in mine:
+            self._step_matrices(planned[group["params"][0]], group)
         rest = [group for group in self.param_groups if not group["use_muon"]]
         if rest and self._adamw is not None:
             self._adamw.state, self._adamw.param_groups = self.state, rest
