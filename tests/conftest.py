@@ -1,5 +1,11 @@
+import os
+import tempfile
+
 import pytest
 from ranks import Ranks
+
+# DeepSpeed compiles kernels at first use. A build elsewhere that was killed leaves a lock on which all later ones wait.
+os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp()
 
 
 @pytest.fixture(scope="session")
