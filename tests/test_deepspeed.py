@@ -246,6 +246,17 @@ def different_models(rank: int) -> None:
     build(rank, config(1), nn.Sequential(nn.Linear(8, 8 + rank)))
 
 
+def test_named_parameters_are_taken_too(ranks):
+    assert ranks(1).run(named) == [12]
+
+
+def named(rank: int) -> int:
+    model = IntegerModel()
+    engine = build(rank, config(1), model, model_parameters=list(model.named_parameters()))
+    train(engine, rank, 1)
+    return len(engine.basic_optimizer.routing.matrices)
+
+
 def test_a_parameter_that_is_not_the_models_is_refused(ranks):
     with pytest.raises(RankError, match="does not have; allowed: parameters of that model"):
         ranks(1).run(stranger)

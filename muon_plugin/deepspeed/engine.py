@@ -75,6 +75,8 @@ def _named(model_parameters: Iterable[Any], names: Any) -> list[Any]:
     """The client's parameters or groups, with their names in the model."""
 
     def pair(p: Any) -> tuple[str, Any]:
+        if isinstance(p, tuple):  # model.named_parameters(), as standalone Muon takes them
+            p = p[1]
         if p not in names:
             raise ValueError(
                 f"model_parameters holds a parameter of shape {list(p.shape)} that the model given to "
