@@ -207,14 +207,10 @@ class Exchange:
             rank: torch.cat([flat for m, inside in parts for flat in _packed(*updates[m], inside)])
             for rank, parts in this.update_to.items()
         }
-        parts_from = {
-            rank: [(m, tensor, local) for m in mine for tensor, local in self._blocks(m)]
-            for rank, mine in this.update_from.items()
-        }
         extra = 2 * self.normalize
         sizes = {
-            rank: sum(local.numel for *_, local in parts) + extra * len(this.update_from[rank])
-            for rank, parts in parts_from.items()
+            rank: sum(local.numel for m in mine for _, local in self._blocks(m)) + extra * len(mine)
+            for rank, mine in this.update_from.items()
         }
         wait = self._transfer(sends, sizes, tag=2 * number + 1)
 

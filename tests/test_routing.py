@@ -90,7 +90,8 @@ def test_qkv_with_fewer_key_value_heads_needs_the_config():
 
 
 def test_gpt2_stores_in_out():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16, n_positions=8)
     model = transformers.GPT2LMHeadModel(config)
     found = cut(model)
@@ -110,7 +111,8 @@ def test_query_key_value_by_head():
 
 
 def test_llama_moe_and_phi3_of_transformers():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     phi = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, **heads))
@@ -251,7 +253,8 @@ def test_output_heads_by_name(name):
 
 
 def test_a_hugging_face_model_says_what_its_head_is():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=32,
         tie_word_embeddings=False,
