@@ -48,7 +48,8 @@ class Strided:
             index, inside = divmod(first, self.run)
             whole = (last - first) // self.run if inside == 0 else 0
             run = self.run if whole else min(self.run - inside, last - first)
-            parts.append(Strided(self.start + index * self.stride + inside, run, self.stride, max(whole, 1)))
+            count = max(whole, 1)
+            parts.append(Strided(self.start + index * self.stride + inside, run, self.stride * (count > 1), count))
             first += parts[-1].numel
         return parts
 
@@ -84,13 +85,24 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements `start` to `start + length` of the flattened `parameter` lie at `offset` of the flat `tensor`."""
+    """Elements that this rank holds of a parameter: where in the whole, flattened parameter, and where in a tensor.
+
+    Attributes:
+        parameter: its name.
+        where: positions in the whole parameter, as if no rank had cut it.
+        tensor: this rank's tensor, flat or not.
+        local: positions in the flattened tensor, in the same order and the same number of runs.
+    """
 
     parameter: str
-    start: int
-    length: int
+    where: Strided
     tensor: Tensor
-    offset: int = 0
+    local: Strided
+
+    @staticmethod
+    def of_range(parameter: str, start: int, length: int, tensor: Tensor, offset: int = 0) -> Shard:
+        """Elements `start` to `start + length` lie at `offset` of the tensor, one after the other."""
+        return Shard(parameter, Strided(start, length), tensor, Strided(offset, length))
 
 
 @dataclass(frozen=True)
@@ -135,16 +147,50 @@ def pieces(matrices: Sequence[Matrix], shards: Iterable[Shard], tensors: Mapping
         tensors: id of a tensor -> its number.
     """
     of_parameter = by_parameter(matrices)
-    found = []
+    found: dict[tuple[int, int], list[Block]] = {}
     for shard in shards:
         for number in of_parameter.get(shard.parameter, ()):
             where = matrices[number].where
-            first, last = where.before(shard.start), where.before(shard.start + shard.length)
-            blocks, inside = [], first
-            for part in where.cut(first, last):
-                local = Strided(part.start - shard.start + shard.offset, part.run, part.stride, part.count)
-                blocks.append(Block(local, Strided(inside, part.numel)))
-                inside += part.numel
+            blocks = [
+                Block(places(shard.local, ordinals(shard.where, part)), ordinals(where, part))
+                for part in common(shard.where, where)
+            ]
             if blocks:
-                found.append(Piece(number, tensors[id(shard.tensor)], tuple(blocks)))
+                found.setdefault((number, tensors[id(shard.tensor)]), []).extend(blocks)
+    return [Piece(number, tensor, tuple(blocks)) for (number, tensor), blocks in found.items()]
+
+
+def common(a: Strided, b: Strided) -> list[Strided]:
+    """The positions in both, in order; each run of a part lies in one run of `a` and in one run of `b`."""
+    if b.count == 1:
+        return a.cut(a.before(b.start), a.before(b.start + b.run))
+    if a.count == 1:
+        return common(b, a)
+    if a.stride != b.stride:
+        runs = (Strided(a.start + i * a.stride, a.run) for i in range(a.count))
+        return [part for run in runs for part in common(b, run)]
+    period, found = a.stride, []
+    for shift in ((a.start - b.start) // period, (a.start - b.start) // period + 1):
+        # Run i of a against run i + shift of b.
+        low = max(a.start, b.start + shift * period)
+        high = min(a.start + a.run, b.start + shift * period + b.run)
+        first, last = max(0, -shift), min(a.count, b.count - shift)
+        if low < high and first < last:
+            found.append(Strided(low + first * period, high - low, period, last - first))
     return found
+
+
+def ordinals(whole: Strided, part: Strided) -> Strided:
+    """Where the positions `part` (of `common`) come in the order of `whole`."""
+    apart = whole.count > 1 and part.stride >= whole.stride  # each run of the part in a run of its own
+    stride = whole.run if apart else part.stride
+    return Strided(whole.before(part.start), part.run, stride if part.count > 1 else 0, part.count)
+
+
+def places(positions: Strided, ordinals: Strided) -> Strided:
+    """The positions that come at these ordinals."""
+    index, inside = divmod(ordinals.start, positions.run)
+    apart = positions.count > 1 and ordinals.stride >= positions.run
+    stride = positions.stride if apart else ordinals.stride
+    start = positions.start + index * positions.stride + inside
+    return Strided(start, ordinals.run, stride if ordinals.count > 1 else 0, ordinals.count)

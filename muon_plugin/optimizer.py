@@ -1,14 +1,6 @@
 """Muon for the matrices of a model, AdamW for the rest: one ``torch.optim.Optimizer`` for whole or cut tensors.
 
-One step, for every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda, momentum mu::
-
-    M <- M + (1 - mu) (G - M)                      on each shard, fp32, in place
-    D  = G + mu (M - G)   (Nesterov; else M)       on each shard, to bf16
-    O  = NewtonSchulz(D)                           on the one rank that owns the matrix
-    W <- W (1 - eta lambda) - eta s(A, B) O        on each shard
-
-This is the paper's Eq. 4 (s = 0.2 sqrt(max(A, B))) with torch.optim.Muon's scaling of the momentum: an exponential
-average differs from Eq. 1's sum by a factor that Newton-Schulz removes.
+Here are the parameter groups, the state and its checkpoints; `update` has the formulas and the step.
 """
 
 from __future__ import annotations
@@ -23,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import adamw, report
-from .agreement import agree, gather, together, world_of
-from .exchange import Exchange
-from .layout import Matrix, Shard, Strided, pieces
-from .plan import Plan, make_plan
+from .agreement import agree, together, world_of
+from .layout import Shard
+from .plan import Plan
 from .routing import Routing, route
 from .settings import Settings, scale_for
+from .update import Update
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,8 @@ class Muon(Optimizer):
     ) -> None:
         self._engine = engine
         self._complete = self._ready = False
-        self._attached: list[_Attached] = []
+        #: the first tensor of a group with matrices -> its update
+        self._updates: dict[Tensor, Update] = {}
         self._adamw: Optimizer | None = None
         self._adamw_name = "none"
         #: (group of ranks that should be replicas, checked at the first step), without an engine
@@ -106,10 +99,9 @@ class Muon(Optimizer):
         self._complete = True
         for group, members in zip(self.param_groups, groups):
             group["layout"] = _layout_digest(members["params"], names)
-        self._scales = {m.name: scale_for(self.settings.adjust_lr_fn, *m.out_in) for m in self.routing.matrices}
         if engine is None:
             whole = [
-                Holding(tuple(Shard(names[p], 0, p.numel(), p) for p in group["params"]), process_group)
+                Holding(tuple(Shard.of_range(names[p], 0, p.numel(), p) for p in group["params"]), process_group)
                 for group in self.param_groups
             ]
             self.attach(whole)
@@ -124,7 +116,15 @@ class Muon(Optimizer):
         self.detach()
         for group, holding in zip(self.param_groups, holdings, strict=True):
             if group["use_muon"]:
-                self._attached.append(self._plan(group, holding))
+                self._updates[group["params"][0]] = Update(
+                    self.routing.matrices,
+                    holding.shards,
+                    holding.process_group,
+                    group["params"][0].device,
+                    self.settings.newton_schulz,
+                    lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
+                    normalize=self.settings.adjust_lr_fn == "update_norm",
+                )
                 for p in group["params"]:
                     self.state[p] = {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
         rest = [group for group in self.param_groups if not group["use_muon"]]
@@ -141,23 +141,7 @@ class Muon(Optimizer):
     def detach(self) -> None:
         """Lets go of the tensors: until `attach`, a step does nothing. For an engine that takes over the optimizer."""
         self.state.clear()
-        self._attached, self._ready, self._replicas = [], False, None
-
-    def _plan(self, group: dict[str, Any], holding: Holding) -> _Attached:
-        names = {shard.parameter for shard in holding.shards}
-        everyones = gather(sorted(names), holding.process_group)
-        names = names.union(*everyones)
-        matrices = [matrix for matrix in self.routing.matrices if matrix.parameter in names]
-        tensors: list[Tensor] = group["params"]
-        device = together(lambda: _one_device(tensors), holding.process_group)
-        mine = pieces(matrices, holding.shards, {id(tensor): i for i, tensor in enumerate(tensors)})
-        index = gather([(piece.matrix, piece.inside) for piece in mine], holding.process_group)
-        newton_schulz = self.settings.newton_schulz
-        normalize = self.settings.adjust_lr_fn == "update_norm"
-        plan = together(lambda: make_plan(matrices, index, newton_schulz.flops, 2 * normalize), holding.process_group)
-        agree("the plan", [repr(plan)], "Please report this as a bug", holding.process_group)
-        exchange = Exchange(matrices, mine, plan, newton_schulz, holding.process_group, device, normalize=normalize)
-        return _Attached(tensors, matrices, plan, exchange)
+        self._updates, self._ready, self._replicas = {}, False, None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -168,9 +152,8 @@ class Muon(Optimizer):
                 loss = closure()
         if not self._ready:
             return loss  # DeepSpeed steps once on zeros while it builds its wrapper: that must change nothing
-        planned = {attached.tensors[0]: attached for attached in self._attached}
         mine = [group for group in self.param_groups if group["use_muon"]]
-        if any(group["params"][0] not in planned for group in mine):
+        if any(group["params"][0] not in self._updates for group in mine):
             raise RuntimeError(
                 "the tensors of Muon's parameter groups are not those that it planned for: an engine replaced them. "
                 "Call muon_plugin.register() before the engine is built"
@@ -178,7 +161,9 @@ class Muon(Optimizer):
         if self._replicas is not None:
             self._check_replicas()
         for group in mine:
-            self._step_matrices(planned[group["params"][0]], group)
+            update = self._updates[group["params"][0]]
+            momenta = [self.state[p]["momentum_buffer"] for p in update.tensors]
+            update.step([group] * len(update.tensors), momenta)
         rest = [group for group in self.param_groups if not group["use_muon"]]
         if rest and self._adamw is not None:
             self._adamw.state, self._adamw.param_groups = self.state, rest
@@ -198,39 +183,6 @@ class Muon(Optimizer):
                 "each rank, pass process_group=torch.distributed.new_group([rank]) made for each rank",
                 group,
             )
-
-    def _step_matrices(self, attached: _Attached, group: dict[str, Any]) -> None:
-        lr, momentum, nesterov = float(group["lr"]), group["momentum"], group["nesterov"]
-        decay = 1 - lr * group["weight_decay"]
-        tensors = attached.tensors
-        flat = [p.view(-1) for p in tensors]
-        # A parameter without a gradient is left alone, as torch's optimizers do. (The engines fill in zeros.)
-        grads = [None if p.grad is None else p.grad.reshape(-1).float() for p in tensors]
-        buffers = [self.state[p]["momentum_buffer"].view(-1) for p in tensors]
-        for p, grad, buffer in zip(flat, grads, buffers):
-            if grad is not None:
-                buffer.lerp_(grad, 1 - momentum)
-                p.mul_(decay)
-
-        def read(tensor: int, local: Strided, out: Tensor) -> None:
-            grad = grads[tensor]
-            if grad is None:
-                out.zero_()
-            elif nesterov:
-                out.copy_(local.view(grad).lerp(local.view(buffers[tensor]), momentum))
-            else:
-                out.copy_(local.view(buffers[tensor]))
-
-        def write(tensor: int, local: Strided, matrix: int, update: Tensor, scale: Tensor | None) -> None:
-            if grads[tensor] is None:
-                return
-            # Always in this order: u to fp32, times its scale, times the learning rate. Another order rounds otherwise.
-            change = update.float().mul_(self._scales[attached.matrices[matrix].name])
-            if scale is not None:
-                change.mul_(scale)
-            local.view(flat[tensor]).add_(change, alpha=-lr)
-
-        attached.exchange.run(read, write)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while the optimizer is built.
@@ -272,21 +224,11 @@ class Muon(Optimizer):
     @property
     def plans(self) -> list[Plan]:
         """One plan for each parameter group with matrices, in order."""
-        return [attached.plan for attached in self._attached]
+        return [update.plan for update in self._updates.values()]
 
     def summary(self) -> str:
         """The start-up table: what goes to Muon and to AdamW, the plan's balance, bytes and memory."""
         return report.table(self.routing, self.settings, self._adamw_name, self.plans, self.param_groups)
-
-
-@dataclass(frozen=True)
-class _Attached:
-    """One parameter group with matrices, ready to step."""
-
-    tensors: list[Tensor]
-    matrices: list[Matrix]
-    plan: Plan
-    exchange: Exchange
 
 
 def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -328,13 +270,6 @@ def _layout_digest(members: Sequence[Tensor], names: dict[Tensor, str]) -> str:
     """Which parameters a group holds, in order: ZeRO keeps a group as one flat tensor that does not say."""
     lines = "\n".join(f"{names[p]} {list(p.shape)}" for p in members)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
-
-
-def _one_device(tensors: Sequence[Tensor]) -> torch.device:
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"one process holds matrices on {sorted(map(str, devices))}; allowed: one device a process")
-    return devices.pop()
 
 
 def _halves(groups: list[dict[str, Any]], routing: Routing, settings: Settings) -> list[dict[str, Any]]:

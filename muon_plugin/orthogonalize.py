@@ -54,6 +54,23 @@ COEFFICIENT_SETS: dict[str, tuple[Triple, ...]] = {
         (1.8564, -1.2132, 0.3568),
         (1.8750, -1.2500, 0.3750),
     ),
+    # Chebyshev-type polynomials by Remez' algorithm (arXiv 2506.10935).
+    "cans": (
+        (8.4703, -25.1081, 18.6293),
+        (4.1828, -3.1087, 0.5806),
+        (3.9619, -2.9541, 0.5630),
+        (3.2866, -2.4647, 0.5074),
+        (2.2737, -1.6447, 0.4162),
+    ),
+    # https://github.com/thib-s/flash-newton-schulz
+    "aol": (
+        (4.0098, -7.0585, 2.4635),
+        (3.4585, -5.5479, 2.5959),
+        (2.7573, -3.2939, 1.4254),
+        (2.7215, -3.0494, 1.3169),
+    ),
+    # Eight steps of "simple", then Newton-Schulz proper.
+    "deepseekv4": ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2,
 }
 #: The most by which a pair of steps may stretch a small singular value before bf16's rounding of the product of the
 #: two polynomials shows: at 33 (Polar Express' first pair) the error doubles, at 16 (quintic's) it does not.

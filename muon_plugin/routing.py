@@ -117,7 +117,7 @@ def route(
             rule = known or Rule((outputs,))
             if known is None:
                 notes.append(f"{name} looks like a fused projection of an unknown layout and is kept whole; see split")
-        parts = _cut(name, batch, rows, cols, rule, transposed)
+        parts = cut(name, batch, rows, cols, rule, transposed)
         if any(min(part.rows, part.cols) == 1 for part in parts):
             if asked is not None and min(rows, cols) > 1:
                 raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
@@ -266,7 +266,7 @@ def _asked(name: str, shape: tuple[int, ...], outputs: int, pattern: str, value:
     return Rule(tuple(sizes), groups)
 
 
-def _cut(name: str, batch: int, rows: int, cols: int, rule: Rule, transposed: bool) -> list[Matrix]:
+def cut(name: str, batch: int, rows: int, cols: int, rule: Rule, transposed: bool) -> list[Matrix]:
     """The matrices of one parameter: each part of the rule, for each entry of the batch."""
     found = []
     period, several = sum(rule.sizes), batch * len(rule.sizes) > 1

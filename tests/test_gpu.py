@@ -208,10 +208,9 @@ def _halves(rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
         for part in parts:
             part.grad = torch.zeros_like(part)
         for shard in all_shards:
-            grad = whole[shard.parameter].grad.view(-1)[shard.start : shard.start + shard.length]
-            shard.tensor.grad[shard.offset : shard.offset + shard.length] = grad
+            shard.local.view(shard.tensor.grad).copy_(shard.where.view(whole[shard.parameter].grad.view(-1)))
         muon.step()
-    return {shard.parameter: shard.tensor[shard.offset : shard.offset + shard.length].cpu() for shard in all_shards}
+    return {shard.parameter: shard.local.view(shard.tensor).flatten().cpu() for shard in all_shards}
 
 
 def _shards(sizes: list[tuple[str, int]], begin: int, part: Tensor) -> list[Shard]:
@@ -220,7 +219,7 @@ def _shards(sizes: list[tuple[str, int]], begin: int, part: Tensor) -> list[Shar
     for name, size in sizes:
         first, last = max(at, begin), min(at + size, begin + part.numel())
         if first < last:
-            found.append(Shard(name, first - at, last - first, part, first - begin))
+            found.append(Shard.of_range(name, first - at, last - first, part, first - begin))
         at += size
     return found
 

@@ -35,7 +35,7 @@ def zero_index(matrices, world):
         for m in matrices:
             first, last = max(offset, rank * size), min(offset + m.numel, (rank + 1) * size)
             if first < last:
-                shards.append(Shard(m.parameter, first - offset, last - first, tensor, first - rank * size))
+                shards.append(Shard.of_range(m.parameter, first - offset, last - first, tensor, first - rank * size))
             offset += m.numel
         index.append([(p.matrix, p.inside) for p in pieces(matrices, shards, {id(tensor): 0})])
     return index

@@ -174,7 +174,7 @@ def counted_bytes(rank: int, settings: dict[str, Any]) -> tuple[int, tuple[int, 
 
     dist.batch_isend_irecv, dist.broadcast = count_p2p, count_broadcast
     try:
-        for exchange in (attached.exchange for attached in muon._attached):
+        for exchange in (update._exchange for update in muon._updates.values()):
             exchange.run(lambda *_: None, lambda *_: None)
     finally:
         dist.batch_isend_irecv, dist.broadcast = p2p, broadcast

@@ -197,7 +197,7 @@ def test_a_range_cut_anywhere_keeps_every_element_once_and_in_order(where):
 def test_pieces_of_a_strided_matrix_in_a_shard():
     routing = route({"qkv.weight": (12, 4)}, split={"qkv": {"sizes": [2, 2], "groups": 3}})
     tensor = torch.arange(100.0)
-    shard = Shard("qkv.weight", 5, 30, tensor, 40)
+    shard = Shard.of_range("qkv.weight", 5, 30, tensor, 40)
     parameter = torch.arange(48.0)
     tensor[40:70] = parameter[5:35]
     for piece in pieces(routing.matrices, [shard], {id(tensor): 0}):

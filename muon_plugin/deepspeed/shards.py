@@ -50,7 +50,7 @@ def holdings(engine: Any, names: Names) -> list[Holding]:
 
 def _whole(pairs: Iterator[tuple[Tensor, Tensor]], names: Names) -> list[Shard]:
     """No ZeRO: every rank holds every parameter, or its fp32 copy, whole."""
-    return [Shard(names[p], 0, p.numel(), master) for p, master in pairs]
+    return [Shard.of_range(names[p], 0, p.numel(), master) for p, master in pairs]
 
 
 def _zero_1_and_2(zero: Any, group: int, names: Names) -> list[Shard]:
@@ -82,15 +82,15 @@ def _partition(
     for p, offset in zip(parameters, offsets):
         first, last = max(offset, begin), min(offset + p.numel(), begin + master.numel())
         if first < last:
-            found.append(Shard(names[p], first - offset, last - first, master, first - begin))
+            found.append(Shard.of_range(names[p], first - offset, last - first, master, first - begin))
     return found
 
 
 def _compare(shard: Shard, parameter: Tensor) -> None:
-    ours = shard.tensor.detach().view(-1)[shard.offset : shard.offset + shard.length]
-    theirs = parameter.detach().view(-1)[shard.start : shard.start + shard.length]
+    ours = shard.local.view(shard.tensor.detach().view(-1))
+    theirs = shard.where.view(parameter.detach().view(-1))
     if not torch.allclose(ours.to(theirs.dtype), theirs.to(ours.device), rtol=0, atol=0, equal_nan=True):
         raise ValueError(
-            f"elements {shard.start} to {shard.start + shard.length} of {shard.parameter} are not where DeepSpeed's "
+            f"elements {shard.where.start} to {shard.where.start + shard.where.numel} of {shard.parameter} are not where DeepSpeed's "
             "tables say: muon_plugin does not know this release's layout. Please report the release and the config"
         )

@@ -1,0 +1,158 @@
+"""The stock DistributedOptimizer with Muon inside: one inner optimizer, and Adam's names in the checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import adamw
+from ..update import Update
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+#: Marks the parameter groups of a checkpoint whose exp_avg of matrices is Muon's momentum.
+MARK = "muon_plugin"
+
+
+class InnerOptimizer(Optimizer):
+    """Muon for the matrices and Megatron's own Adam for the rest, in Megatron's own parameter groups.
+
+    The groups stay as Megatron made them, so that its schedulers and its checkpoints find what they would find with
+    AdamW; which half a tensor belongs to is kept here.
+
+    State, from construction on: ``momentum_buffer`` (fp32) for matrices; ``exp_avg``, ``exp_avg_sq`` for the rest; and
+    for both ``step``, where Megatron's Adam counts in tensors.
+
+    Args:
+        adam: the optimizer that Megatron built; its `param_groups` hold this rank's shards.
+        update: the matrices' half.
+        settings: momentum, Nesterov, offload.
+    """
+
+    def __init__(self, adam: Optimizer, update: Update, settings: Settings) -> None:
+        # As Megatron does: its shards are views, which the constructor would refuse.
+        super().__init__([{"params": []}], adam.defaults)
+        self.param_groups = adam.param_groups
+        self.update, self.settings = update, settings
+        self._matrices = {id(tensor) for tensor in update.tensors}
+        self._adam = adam
+        self._in_tensors = isinstance(adam, torch.optim.AdamW)
+        for group in self.param_groups:
+            group[MARK] = True
+            for p in group["params"]:
+                self.state[p] = self._new_state(p)
+        self._give_adam_its_part()
+
+    def is_matrix(self, p: Tensor) -> bool:
+        return id(p) in self._matrices
+
+    def _new_state(self, p: Tensor) -> dict[str, Any]:
+        state = adamw.new_state(self._adam, p.detach())
+        if self.is_matrix(p):
+            for name in ("exp_avg", "exp_avg_sq"):
+                del state[name]
+            state["momentum_buffer"] = self._momentum(torch.zeros_like(p, dtype=torch.float32))
+        return state
+
+    def _momentum(self, momentum: Tensor) -> Tensor:
+        """Where the momentum lives: on the device, or in pinned CPU memory."""
+        if not self.settings.offload or momentum.device.type == "cpu":
+            return momentum
+        return momentum.cpu().pin_memory()
+
+    def _give_adam_its_part(self) -> None:
+        self._adam.state = self.state
+        self._adam.param_groups = [
+            {**group, "params": [p for p in group["params"] if not self.is_matrix(p)]} for group in self.param_groups
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates every shard. Collective over DP and TP."""
+        options = {"momentum": self.settings.momentum, "nesterov": self.settings.nesterov}
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        tensors = self.update.tensors
+        groups = [{**group_of[id(p)], **options} for p in tensors]
+        self.update.step(groups, [self.state[p]["momentum_buffer"] for p in tensors])
+        for p in tensors:
+            if "step" in self.state[p]:
+                self.state[p]["step"] += 1
+        for group, part in zip(self.param_groups, self._adam.param_groups, strict=True):
+            part.update({key: value for key, value in group.items() if key != "params"})
+        self._adam.step()
+        if not self._in_tensors:  # FusedAdam counts in its groups, but not in empty ones
+            step = max(part.get("step", 0) for part in self._adam.param_groups)
+            step = step if any(part["params"] for part in self._adam.param_groups) else self._count() + 1
+            for group in (*self.param_groups, *self._adam.param_groups):
+                group["step"] = step
+
+    def _count(self) -> int:
+        return max((group.get("step", 0) for group in self.param_groups), default=0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group[MARK] = True
+            for p in group["params"]:
+                state = self.state[p]
+                if "step" in state:  # Megatron hands one tensor to all, and each counts in its own
+                    state["step"] = state["step"].clone()
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"] = self._momentum(state["momentum_buffer"])
+        self._give_adam_its_part()
+
+
+class MuonDistributedOptimizer(DistributedOptimizer):
+    """Megatron's DistributedOptimizer around an `InnerOptimizer`.
+
+    Megatron's checkpoints know Adam's names: momentum is written as ``exp_avg``, with a zero ``exp_avg_sq`` that costs
+    bytes on disk and none in memory. A checkpoint of Megatron's AdamW lacks our mark; its weights are taken and the
+    momentum of matrices starts from zero.
+    """
+
+    @classmethod
+    def convert(cls, optimizer: DistributedOptimizer, update: Update, settings: Settings) -> None:
+        """Makes a stock optimizer, as just built around Adam, one of this class."""
+        optimizer.optimizer = InnerOptimizer(optimizer.optimizer, update, settings)
+        optimizer.__class__ = cls
+        optimizer._fresh_momentum = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["optimizer"]["param_groups"]
+        self._fresh_momentum = not any(group.get(MARK) for group in groups)
+        if self._fresh_momentum and torch.distributed.get_rank() == 0:
+            logger.warning(
+                "muon_plugin: the checkpoint is of Megatron's AdamW, not of Muon: weights and AdamW's half are taken, "
+                "the momentum of matrices starts from zero"
+            )
+        super().load_state_dict(state_dict)
+
+    def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
+        main, state = self._main_and_state(model_param)
+        if "momentum_buffer" in state:
+            momentum = state["momentum_buffer"].to(main.device)
+            return {"param": main, "exp_avg": momentum, "exp_avg_sq": torch.zeros_like(momentum)}
+        return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+    @torch.no_grad()
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        main, state = self._main_and_state(model_param)
+        main.copy_(tensors["param"])
+        if "momentum_buffer" not in state:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name].copy_(tensors[name])
+        elif self._fresh_momentum:
+            state["momentum_buffer"].zero_()
+        else:
+            state["momentum_buffer"].copy_(tensors["exp_avg"])
+
+    def _main_and_state(self, model_param: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        return main, self.optimizer.state[main]

@@ -1,0 +1,228 @@
+"""Which of Megatron's parameters are matrices, which matrices a fused one holds, and how TP cuts it.
+
+Megatron's own rule: two-dimensional, and not an embedding or the output layer. Its modules' configs say what is fused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layout import Matrix, Strided
+from ..routing import Routing, Rule, cut
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as Megatron holds it on this rank, and how it lies in the whole one.
+
+    Attributes:
+        name: without the wrappers' prefixes; with the model chunk's number where there are several.
+        tensor: this rank's part.
+        batch, rows, cols: its shape, as a batch (grouped experts) of matrices.
+        dim: the dimension of a matrix that TP cuts, None where every TP rank holds all of it.
+        stride: this rank holds so many equal parts, one from each part of the whole (2: gate, then up).
+        size: the TP ranks that share it.
+        transposed: stored (in, out).
+    """
+
+    name: str
+    tensor: Tensor
+    batch: int
+    rows: int
+    cols: int
+    dim: int | None = None
+    stride: int = 1
+    size: int = 1
+    transposed: bool = False
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Rows and columns of one matrix with its TP parts put together."""
+        factors = [self.size if self.dim == dim else 1 for dim in (0, 1)]
+        return self.rows * factors[0], self.cols * factors[1]
+
+    def places(self, rank: int) -> Iterator[tuple[Strided, Strided]]:
+        """(Where in the flattened part of TP rank `rank`, where in the flattened whole), the same elements in order."""
+        rows, cols = self.whole
+        if self.dim is None or self.size == 1:
+            yield Strided(0, self.batch * rows * cols), Strided(0, self.batch * rows * cols)
+            return
+        # Along columns every row of every matrix of the batch is cut alike; along rows, every matrix of the batch.
+        count, mine, whole = (
+            (self.batch, self.rows * self.cols, rows * cols)
+            if self.dim == 0
+            else (self.batch * self.rows, self.cols, cols)
+        )
+        part = mine // self.stride
+        for number in range(self.stride):
+            local = Strided(number * part, part, mine, count)
+            start = (number * self.size + rank) * part
+            yield _joined(local), _joined(Strided(start, part, whole, count))
+
+
+def _joined(positions: Strided) -> Strided:
+    """One run where there is one, whatever the stride says."""
+    return Strided(positions.start, positions.run) if positions.count == 1 else positions
+
+
+def parameters(chunks: Sequence[nn.Module], tp: int, expert_tp: int) -> list[Parameter]:
+    """All trainable parameters of this rank's model chunks, in Megatron's order.
+
+    Args:
+        chunks: the model chunks, wrapped or not.
+        tp, expert_tp: sizes of the tensor parallel groups of the dense layers and of the experts.
+    """
+    found = []
+    for number, chunk in enumerate(chunks):
+        prefix = f"chunk{number}." if len(chunks) > 1 else ""
+        for path, module, config in _modules(chunk):
+            for name, p in module.named_parameters(recurse=False):
+                if p.requires_grad:
+                    found.append(_parameter(f"{prefix}{path}.{name}", p, module, config, tp, expert_tp))
+    unique = {id(p.tensor): p for p in reversed(found)}  # tied: the first name
+    return [p for p in found if unique[id(p.tensor)] is p]
+
+
+def _modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(Path without wrappers, module, the config nearest above it)."""
+    configs: dict[str, Any] = {}
+    for path, module in chunk.named_modules():
+        config = getattr(module, "config", None) or configs.get(path.rpartition(".")[0] if path else "")
+        configs[path] = config
+        parts = path.split(".")
+        while parts and parts[0] == "module":
+            parts.pop(0)
+        yield ".".join(parts), module, config
+
+
+def is_expert(name: str) -> bool:
+    """Whether the parameter belongs to the routed experts (their TP is the expert TP)."""
+    return "experts" in name.split(".")
+
+
+def _parameter(name: str, p: Tensor, module: nn.Module, config: Any, tp: int, expert_tp: int) -> Parameter:
+    size = expert_tp if is_expert(name) else tp
+    leaf = name.rpartition(".")[2]
+    gated = bool(getattr(config, "gated_linear_unit", False))
+    if is_expert(name) and leaf in ("weight1", "weight2") and p.dim() == 2:
+        # The legacy grouped experts: a (hidden, experts x outputs) parameter that is read as (experts, hidden, outputs).
+        batch, hidden = module.num_local_experts, config.hidden_size
+        others = p.numel() // (batch * hidden)
+        rows, cols = (hidden, others) if leaf == "weight1" else (others, hidden)
+        stride = 2 if gated and leaf == "weight1" else 1
+        return Parameter(name, p, batch, rows, cols, int(leaf == "weight1"), stride, size, transposed=True)
+    if p.dim() < 2:
+        return Parameter(name, p, 1, 1, p.numel())
+    batch = math.prod(p.shape[:-2])
+    dim, stride = None, 1
+    if getattr(p, "tensor_model_parallel", False) and getattr(p, "partition_dim", -1) in (0, 1):
+        dim, stride = p.partition_dim, getattr(p, "partition_stride", 1)
+    owner = name.split(".")[-2] if "." in name else ""
+    if is_expert(name) and owner in ("linear_fc1", "linear_fc2"):
+        dim = int(owner == "linear_fc2")  # not every release marks them
+    if owner == "linear_fc1":
+        stride = 2 if gated else 1  # each rank holds its part of gate, then of up, whatever is marked
+    return Parameter(name, p, batch, p.shape[-2], p.shape[-1], dim, stride, size if dim is not None else 1)
+
+
+def route(found: Sequence[Parameter], chunks: Sequence[nn.Module], split_qkv: bool = True) -> Routing:
+    """Decides for every parameter.
+
+    Args:
+        found: what `parameters` found.
+        chunks: the same model chunks.
+        split_qkv: take attention's fused projections apart (``--muon-no-split-qkv``: don't).
+
+    Raises:
+        ValueError: for a fused projection whose shape is not what the model's config says.
+    """
+    configs = {
+        id(p): config
+        for chunk in chunks
+        for _, module, config in _modules(chunk)
+        for p in module.parameters(recurse=False)
+    }
+    embeddings = {
+        id(p)
+        for chunk in chunks
+        for module in chunk.modules()
+        if "Embedding" in type(module).__name__
+        for p in module.parameters(recurse=False)
+    }
+    matrices: list[Matrix] = []
+    adamw: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter in found:
+        rows, cols = parameter.whole
+        shapes[parameter.name] = (parameter.batch, rows, cols) if parameter.batch > 1 else (rows, cols)
+        why = _not_a_matrix(parameter, id(parameter.tensor) in embeddings)
+        if parameter.tensor.dim() < 2:
+            shapes[parameter.name] = tuple(parameter.tensor.shape)
+        if why is not None:
+            adamw[parameter.name] = why
+            continue
+        outputs = cols if parameter.transposed else rows
+        rule = _rule(parameter, outputs, configs[id(parameter.tensor)], split_qkv)
+        matrices += cut(parameter.name, parameter.batch, rows, cols, rule, parameter.transposed)
+    return Routing(tuple(matrices), adamw, shapes)
+
+
+def _not_a_matrix(parameter: Parameter, embedding: bool) -> str | None:
+    p, name = parameter.tensor, parameter.name
+    if p.dim() < 2 or min(parameter.whole) == 1:
+        return "a vector"
+    if getattr(p, "is_embedding_or_output_parameter", False) or "output_layer" in name.split("."):
+        return "embedding or output head"
+    if embedding:  # learned positions, and copies that Megatron does not mark
+        return "embedding"
+    if p.dim() > 2 and not is_expert(name):
+        return f"{p.dim()} dimensions"
+    return None
+
+
+def _rule(parameter: Parameter, outputs: int, config: Any, split_qkv: bool) -> Rule:
+    """How the outputs of a fused projection are cut, from the config of the model that it is in."""
+    parts = parameter.name.split(".")
+    owner = parts[-1] if parts[-1] == "weight1" else parts[-2]
+    rule = _fused(owner, outputs, config) if split_qkv or owner in ("linear_fc1", "weight1") else None
+    if rule is None:
+        return Rule((outputs,))
+    if sum(rule.sizes) * rule.groups != outputs or not all(rule.sizes):
+        raise ValueError(
+            f"{parameter.name} has {outputs} outputs, but the model's config says {rule.groups} x {list(rule.sizes)}: "
+            "muon_plugin does not know this layer. Its projections can stay fused with --muon-no-split-qkv"
+        )
+    return rule
+
+
+def _fused(owner: str, outputs: int, config: Any) -> Rule | None:
+    if owner in ("linear_fc1", "weight1"):
+        return Rule((outputs // 2,) * 2) if getattr(config, "gated_linear_unit", False) else None
+    if owner == "linear_qkv":
+        return _qkv(config)
+    if owner == "linear_kv":  # cross attention: key and value of one head, then of the next
+        return Rule((config.kv_channels,) * 2, config.num_query_groups)
+    if not getattr(config, "multi_latent_attention", False):
+        return None
+    latent, rope, heads = config.kv_lora_rank, config.qk_pos_emb_head_dim, config.num_attention_heads
+    # DeepSeek's names: W_DQ, W_DKV, W_KR; W_UQ and W_QR head by head; W_UK and W_UV head by head.
+    rules: Mapping[str, Rule] = {
+        "linear_kv_down_proj": Rule((latent, rope)),
+        "linear_qkv_down_proj": Rule((config.q_lora_rank or 0, latent, rope)),
+        "linear_q_proj": Rule((config.qk_head_dim, rope), heads),
+        "linear_q_up_proj": Rule((config.qk_head_dim, rope), heads),
+        "linear_kv_up_proj": Rule((config.qk_head_dim, config.v_head_dim), heads),
+    }
+    return rules.get(owner)
+
+
+def _qkv(config: Any) -> Rule:
+    """Query (and its gate), key and value of one query group, then of the next."""
+    query = config.num_attention_heads // config.num_query_groups * config.kv_channels
+    queries = (query, query) if getattr(config, "attention_output_gate", False) else (query,)
+    return Rule((*queries, config.kv_channels, config.kv_channels), config.num_query_groups)

@@ -1,0 +1,129 @@
+"""Megatron's ``--muon-*`` flags, with Megatron's meaning and defaults, read from its OptimizerConfig."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..layout import Matrix
+from ..orthogonalize import COEFFICIENT_SETS, METHODS, NewtonSchulz, Triple
+
+#: The paper's settings in Megatron's terms (Eqs. 1, 2 and 4): what ``--muon-paper`` sets.
+PAPER: dict[str, Any] = {
+    "muon_momentum": 0.95,
+    "muon_nesterov": True,
+    "muon_num_ns_steps": 5,
+    "muon_coefficient_type": "simple",
+    "muon_scale_mode": "spectral",
+    "muon_extra_scale_factor": 0.2,
+}
+#: Factor on the update of a matrix with `a` outputs and `b` inputs.
+SCALE_MODES = {
+    "spectral": lambda a, b: math.sqrt(max(a, b)),
+    "unit_rms_norm": lambda a, b: math.sqrt(a / b),
+    "shape_scaling": lambda a, b: math.sqrt(max(1.0, a / b)),
+}
+#: Sets that start over when there are more steps than triples; of the others the last triple repeats.
+CYCLED = ("simple", "quintic", "aol")
+TP_MODES = ("blockwise", "duplicated", "distributed")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `from_config` read.
+
+    Attributes:
+        momentum, nesterov: ``--muon-momentum``, ``--muon-nesterov`` (0.16.1: ``--muon-use-nesterov``).
+        steps, coefficients, method: Newton-Schulz; the method is ours (``--muon-ns-method``).
+        scale_mode, extra_scale_factor: the factor on the update.
+        split_qkv: attention's fused projections are taken apart.
+        offload: the momentum lives in CPU memory (``--muon-offload``).
+        notes: flags that were set and do nothing here, and why.
+
+    Raises:
+        ValueError: with the flag, its value and what is allowed.
+    """
+
+    momentum: float
+    nesterov: bool
+    steps: int
+    coefficients: str
+    scale_mode: str
+    extra_scale_factor: float
+    split_qkv: bool
+    method: str
+    offload: bool
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        def require(good: bool, flag: str, value: Any, allowed: str) -> None:
+            if not good:
+                raise ValueError(f"--{flag} {value} is not valid for Muon; allowed: {allowed}")
+
+        require(0 <= self.momentum < 1, "muon-momentum", self.momentum, "a number from 0 to below 1")
+        require(1 <= self.steps < 100, "muon-num-ns-steps", self.steps, "a whole number from 1 to 99")
+        require(
+            self.coefficients in COEFFICIENT_SETS,
+            "muon-coefficient-type",
+            self.coefficients,
+            ", ".join(COEFFICIENT_SETS),
+        )
+        require(self.scale_mode in SCALE_MODES, "muon-scale-mode", self.scale_mode, ", ".join(SCALE_MODES))
+        factor = self.extra_scale_factor
+        require(math.isfinite(factor) and factor > 0, "muon-extra-scale-factor", factor, "a number above 0")
+        require(self.method in METHODS, "muon-ns-method", self.method, ", ".join(METHODS))
+
+    @classmethod
+    def from_config(cls, config: Any) -> Settings:
+        """Reads an OptimizerConfig (0.16.1 or 0.19.2); what a release does not have gets the default of 0.19.2."""
+        notes = []
+        mode = getattr(config, "muon_tp_mode", "blockwise")
+        if mode not in TP_MODES:
+            raise ValueError(f"--muon-tp-mode {mode} is not valid for Muon; allowed: {', '.join(TP_MODES)}")
+        if mode != "blockwise":  # the default, so perhaps not asked for
+            notes.append(f"--muon-tp-mode {mode} does nothing: every matrix is orthogonalized whole, once")
+        precision = getattr(config, "muon_fp32_matmul_prec", "medium")
+        if precision != "medium":
+            notes.append(f"--muon-fp32-matmul-prec {precision} does nothing: Newton-Schulz runs in bf16")
+        return cls(
+            momentum=config.muon_momentum,
+            nesterov=bool(getattr(config, "muon_nesterov", getattr(config, "muon_use_nesterov", False))),
+            steps=config.muon_num_ns_steps,
+            coefficients=getattr(config, "muon_coefficient_type", "quintic"),
+            scale_mode=config.muon_scale_mode,
+            extra_scale_factor=config.muon_extra_scale_factor,
+            split_qkv=config.muon_split_qkv,
+            method=getattr(config, "muon_ns_method", "auto"),
+            offload=bool(getattr(config, "muon_offload", False)),
+            notes=tuple(notes),
+        )
+
+    @property
+    def newton_schulz(self) -> NewtonSchulz:
+        triples = COEFFICIENT_SETS[self.coefficients]
+        chosen: list[Triple] = [
+            triples[step % len(triples) if self.coefficients in CYCLED else min(step, len(triples) - 1)]
+            for step in range(self.steps)
+        ]
+        return NewtonSchulz(tuple(chosen), self.method)
+
+    def scale(self, matrix: Matrix) -> float:
+        return SCALE_MODES[self.scale_mode](*matrix.out_in) * self.extra_scale_factor
+
+    def describe(self) -> str:
+        """One line for the start-up table, with what differs from the paper."""
+        flags = {
+            "muon_momentum": self.momentum,
+            "muon_nesterov": self.nesterov,
+            "muon_num_ns_steps": self.steps,
+            "muon_coefficient_type": self.coefficients,
+            "muon_scale_mode": self.scale_mode,
+            "muon_extra_scale_factor": self.extra_scale_factor,
+        }
+        ours = (
+            f"scale {self.extra_scale_factor:g} x {self.scale_mode}, momentum {self.momentum:g}"
+            f"{' (Nesterov)' if self.nesterov else ''}, {self.steps} steps ({self.coefficients}, {self.method})"
+        )
+        other = [f"{key.removeprefix('muon_')} {PAPER[key]}" for key, value in flags.items() if value != PAPER[key]]
+        return ours + (f"; the paper has {', '.join(other)} (--muon-paper)" if other else "; as in the paper")

@@ -1,0 +1,78 @@
+"""Where Megatron's DistributedOptimizer put the elements of each parameter, and which ranks hold the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..agreement import gather, together
+from ..layout import Shard, Strided, common, ordinals, places
+from .routing import Parameter
+
+
+def masters(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """(Model parameter, this rank's fp32 shard of it) of a DistributedOptimizer."""
+    for models, shards in (
+        (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+        (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+    ):
+        for of_models, of_shards in zip(models, shards, strict=True):
+            yield from zip(of_models, of_shards, strict=True)
+
+
+def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int) -> list[Shard]:
+    """This rank's shards of the parameters of one DistributedOptimizer, each compared with its parameter.
+
+    Args:
+        optimizer: Megatron's DistributedOptimizer.
+        parameters: id of a model parameter -> what it is.
+        tp_rank: this rank in the TP group of these parameters.
+
+    Raises:
+        ValueError: where a shard does not hold what Megatron's tables say.
+    """
+    found = []
+    for model, master in masters(optimizer):
+        held = optimizer._get_model_param_range_map(model)["param"]
+        theirs = model.detach().view(-1)[held.start : held.end]
+        if theirs.numel() != master.numel() or not torch.equal(master.detach().to(theirs.dtype), theirs):
+            raise ValueError(
+                f"elements {held.start} to {held.end} of {parameters[id(model)].name} are not where Megatron's tables "
+                "say: muon_plugin does not know this release's layout. Please report the release and the arguments"
+            )
+        found += cut_range(parameters[id(model)], tp_rank, held.start, held.end, master)
+    return found
+
+
+def cut_range(parameter: Parameter, tp_rank: int, start: int, end: int, tensor: Tensor) -> list[Shard]:
+    """Elements `start` to `end` of the flattened part of TP rank `tp_rank`, which lie in `tensor`."""
+    found = []
+    for local, whole in parameter.places(tp_rank):
+        for part in common(local, Strided(start, end - start)):
+            where = places(whole, ordinals(local, part))
+            inside = Strided(part.start - start, part.run, part.stride, part.count)
+            found.append(Shard(parameter.name, where, tensor, inside))
+    return found
+
+
+def joint_group(dp_group: Any, tp_group: Any) -> Any:
+    """The process group of all ranks that share matrices: the TP groups of all ranks of the DP group. Collective."""
+
+    def ranks() -> tuple[int, ...]:
+        mine = dist.get_process_group_ranks(tp_group)
+        return tuple(sorted(set().union(*gather(mine, dp_group))))
+
+    wanted = together(ranks)
+    for group in (dp_group, tp_group):
+        if tuple(sorted(dist.get_process_group_ranks(group))) == wanted:
+            return group
+    # Only the members call: with thousands of groups, a barrier of the whole world for each takes minutes.
+    return dist.new_group(list(wanted), use_local_synchronization=True)
+
+
+def names(parameters: Iterable[Parameter]) -> dict[int, Parameter]:
+    return {id(p.tensor): p for p in parameters}

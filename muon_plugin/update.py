@@ -1,0 +1,123 @@
+"""One step for the matrices of one call: momentum on the shards, exchange, Newton-Schulz, the update applied.
+
+For every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda, momentum mu::
+
+    M <- M + (1 - mu) (G - M)                      on each shard, fp32, in place
+    D  = G + mu (M - G)   (Nesterov; else M)       on each shard, to bf16
+    O  = NewtonSchulz(D)                           on the one rank that owns the matrix
+    W <- W (1 - eta lambda) - eta s(A, B) O        on each shard
+
+This is the paper's Eq. 4 (s = 0.2 sqrt(max(A, B))) with torch.optim.Muon's scaling of the momentum: an exponential
+average differs from Eq. 1's sum by a factor that Newton-Schulz removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .agreement import agree, gather, together
+from .exchange import Exchange
+from .layout import Matrix, Shard, Strided, pieces
+from .orthogonalize import NewtonSchulz
+from .plan import make_plan
+
+
+class Update:
+    """The matrices of one call of the optimizer, planned and ready to step. Building one is collective.
+
+    Args:
+        matrices: candidates, the same on every rank; those of which no rank holds a shard are left out.
+        shards: what this rank holds; it may be nothing.
+        process_group: its ranks together hold every element of every matrix; None is the default group.
+        device: where the shards lie and the matrices are put together.
+        newton_schulz: the iteration.
+        scale: the factor on the update of a matrix.
+        normalize: the update's RMS is set to 1 first (Eq. 6).
+
+    Raises:
+        ValueError: on every rank, where the ranks' shards do not make up the matrices, or lie on several devices.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        shards: Sequence[Shard],
+        process_group: Any,
+        device: torch.device,
+        newton_schulz: NewtonSchulz,
+        scale: Callable[[Matrix], float],
+        normalize: bool = False,
+    ) -> None:
+        held = set().union(*gather(sorted({shard.parameter for shard in shards}), process_group))
+        self.matrices = [matrix for matrix in matrices if matrix.parameter in held]
+        self.tensors: list[Tensor] = list({id(shard.tensor): shard.tensor for shard in shards}.values())
+        together(lambda: _check_device(self.tensors, device), process_group)
+        mine = pieces(self.matrices, shards, {id(tensor): i for i, tensor in enumerate(self.tensors)})
+        index = gather([(piece.matrix, piece.inside) for piece in mine], process_group)
+        self.plan = together(lambda: make_plan(self.matrices, index, newton_schulz.flops, 2 * normalize), process_group)
+        agree("the plan", [repr(self.plan)], "Please report this as a bug", process_group)
+        self._exchange = Exchange(
+            self.matrices, mine, self.plan, newton_schulz, process_group, device, normalize=normalize
+        )
+        self._scales = [scale(matrix) for matrix in self.matrices]
+
+    def step(self, groups: Sequence[Mapping[str, Any]], momenta: Sequence[Tensor]) -> None:
+        """Updates `tensors` from their gradients. Collective.
+
+        Args:
+            groups: for each tensor, its "lr", "weight_decay", "momentum" and "nesterov".
+            momenta: for each tensor, its fp32 momentum: on the tensor's device, or on the CPU (offloaded).
+        """
+        flat = [p.view(-1) for p in self.tensors]
+        # A parameter without a gradient is left alone, as torch's optimizers do. (The engines fill in zeros.)
+        directions = [
+            None if p.grad is None else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group)
+            for p, momentum, group in zip(self.tensors, momenta, groups)
+        ]
+        rates = [float(group["lr"]) for group in groups]
+        for p, direction, rate, group in zip(flat, directions, rates, groups):
+            if direction is not None:
+                p.mul_(1 - rate * group["weight_decay"])
+
+        def read(tensor: int, local: Strided, out: Tensor) -> None:
+            direction = directions[tensor]
+            if direction is None:
+                out.zero_()
+            else:
+                direction(local, out)
+
+        def write(tensor: int, local: Strided, matrix: int, update: Tensor, scale: Tensor | None) -> None:
+            if directions[tensor] is None:
+                return
+            # Always in this order: u to fp32, times its scale, times the learning rate. Another order rounds otherwise.
+            change = update.float().mul_(self._scales[matrix])
+            if scale is not None:
+                change.mul_(scale)
+            local.view(flat[tensor]).add_(change, alpha=-rates[tensor])
+
+        self._exchange.run(read, write)
+
+
+def _direction(grad: Tensor, momentum: Tensor, group: Mapping[str, Any]) -> Callable[[Strided, Tensor], Any]:
+    """Brings the momentum up to date; the result fills in the bf16 direction of some of the elements."""
+    mu, nesterov = group["momentum"], group["nesterov"]
+    if momentum.device != grad.device:
+        # Offloaded: one tensor's momentum at a time is on the device, and its direction takes the gradient's place.
+        here = momentum.to(grad.device, non_blocking=True).lerp_(grad, 1 - mu)
+        momentum.copy_(here)
+        whole = grad.lerp_(here, mu) if nesterov else here
+        return lambda local, out: out.copy_(local.view(whole))
+    momentum.lerp_(grad, 1 - mu)
+    if nesterov:
+        return lambda local, out: out.copy_(local.view(grad).lerp(local.view(momentum), mu))
+    return lambda local, out: out.copy_(local.view(momentum))
+
+
+def _check_device(tensors: Sequence[Tensor], device: torch.device) -> None:
+    devices = {tensor.device for tensor in tensors} | {device}
+    if len(devices) > 1:
+        raise ValueError(f"one process holds matrices on {sorted(map(str, devices))}; allowed: one device a process")
