@@ -228,7 +228,10 @@ class Muon(Optimizer):
 
     def summary(self) -> str:
         """The start-up table: what goes to Muon and to AdamW, the plan's balance, bytes and memory."""
-        return report.table(self.routing, self.settings, self._adamw_name, self.plans, self.param_groups)
+        groups = self.param_groups
+        held = [sum(p.numel() for g in groups if g["use_muon"] is muon for p in g["params"]) for muon in (True, False)]
+        options = report.options(self.settings, groups)
+        return report.table(self.routing, options, self._adamw_name, self.plans, *held)
 
 
 def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

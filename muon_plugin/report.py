@@ -14,12 +14,21 @@ from .settings import Settings
 
 def table(
     routing: Routing,
-    settings: Settings,
+    options: str,
     adamw_name: str,
     plans: Sequence[Plan],
-    groups: Sequence[Mapping[str, Any]],
+    held_muon: int,
+    held_adamw: int,
 ) -> str:
-    """Plain text, about as many lines as a layer has parameters."""
+    """Plain text, about as many lines as a layer has parameters.
+
+    Args:
+        routing: every parameter's way.
+        options: one line about the settings.
+        adamw_name: of the AdamW in use.
+        plans: what one step computes and sends.
+        held_muon, held_adamw: elements on this rank, of matrices and of the rest.
+    """
     numels = {name: math.prod(shape) for name, shape in routing.shapes.items()}
     muon_names = {matrix.parameter for matrix in routing.matrices}
     muon_elements = sum(numels[name] for name in muon_names)
@@ -34,7 +43,7 @@ def table(
         f"AdamW  {len(routing.adamw)} parameters, {sum(numels[n] for n in routing.adamw):,} elements ({adamw_name})",
         *_names((name, f"{shapes[name]}, {why}") for name, why in routing.adamw.items()),
         *(f"note: {note}" for note in routing.notes),
-        _options(settings, groups),
+        options,
     ]
     if plans:
         flops = [sum(of_rank) for of_rank in zip(*(plan.flops for plan in plans))]
@@ -44,12 +53,9 @@ def table(
             f"({max(flops) * len(flops) / sum(flops):.2f} of the mean)"
         )
         rows.append(f"exchange a step: {_si(sum(sent))}B sent over all ranks, {_si(max(sent))}B by the busiest")
-    held = {
-        muon: sum(p.numel() for g in groups if g["use_muon"] is muon for p in g["params"]) for muon in (True, False)
-    }
     rows.append(
-        f"optimizer state on this rank: {_si(4 * held[True] + 8 * held[False])}B (AdamW alone: "
-        f"{_si(8 * (held[True] + held[False]))}B)"
+        f"optimizer state on this rank: {_si(4 * held_muon + 8 * held_adamw)}B (AdamW alone: "
+        f"{_si(8 * (held_muon + held_adamw))}B)"
     )
     width = max(len(row) for row in rows)
     return "\n".join(["muon_plugin ".ljust(width + 2, "-"), *("  " + row for row in rows), "-" * (width + 2)])
@@ -64,7 +70,8 @@ def _names(named: Any) -> list[str]:
             for (pattern, way), n in merged.items()]  # fmt: skip
 
 
-def _options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
+def options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
+    """One line: the settings, and each group's learning rate and decay."""
     method = settings.ns_method
     if isinstance(settings.ns_coefficients, str):
         method += f", {settings.ns_coefficients}"

@@ -91,6 +91,6 @@ def _compare(shard: Shard, parameter: Tensor) -> None:
     theirs = shard.where.view(parameter.detach().view(-1))
     if not torch.allclose(ours.to(theirs.dtype), theirs.to(ours.device), rtol=0, atol=0, equal_nan=True):
         raise ValueError(
-            f"elements {shard.where.start} to {shard.where.start + shard.where.numel} of {shard.parameter} are not where DeepSpeed's "
+            f"{shard.where.numel} elements of {shard.parameter} from {shard.where.start} on are not where DeepSpeed's "
             "tables say: muon_plugin does not know this release's layout. Please report the release and the config"
         )

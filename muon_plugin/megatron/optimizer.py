@@ -87,13 +87,9 @@ class InnerOptimizer(Optimizer):
             part.update({key: value for key, value in group.items() if key != "params"})
         self._adam.step()
         if not self._in_tensors:  # FusedAdam counts in its groups, but not in empty ones
-            step = max(part.get("step", 0) for part in self._adam.param_groups)
-            step = step if any(part["params"] for part in self._adam.param_groups) else self._count() + 1
+            step = 1 + max((group.get("step", 0) for group in self.param_groups), default=0)
             for group in (*self.param_groups, *self._adam.param_groups):
                 group["step"] = step
-
-    def _count(self) -> int:
-        return max((group.get("step", 0) for group in self.param_groups), default=0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

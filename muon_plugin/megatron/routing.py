@@ -105,13 +105,13 @@ def is_expert(name: str) -> bool:
     return "experts" in name.split(".")
 
 
-def _parameter(name: str, p: Tensor, module: nn.Module, config: Any, tp: int, expert_tp: int) -> Parameter:
+def _parameter(name: str, p: Any, module: Any, config: Any, tp: int, expert_tp: int) -> Parameter:
     size = expert_tp if is_expert(name) else tp
     leaf = name.rpartition(".")[2]
     gated = bool(getattr(config, "gated_linear_unit", False))
     if is_expert(name) and leaf in ("weight1", "weight2") and p.dim() == 2:
-        # The legacy grouped experts: a (hidden, experts x outputs) parameter that is read as (experts, hidden, outputs).
-        batch, hidden = module.num_local_experts, config.hidden_size
+        # The legacy grouped experts: (hidden, experts x outputs), read as (experts, hidden, outputs).
+        batch, hidden = int(module.num_local_experts), int(config.hidden_size)
         others = p.numel() // (batch * hidden)
         rows, cols = (hidden, others) if leaf == "weight1" else (others, hidden)
         stride = 2 if gated and leaf == "weight1" else 1

@@ -75,9 +75,18 @@ class Settings:
         require(self.method in METHODS, "muon-ns-method", self.method, ", ".join(METHODS))
 
     @classmethod
-    def from_config(cls, config: Any) -> Settings:
-        """Reads an OptimizerConfig (0.16.1 or 0.19.2); what a release does not have gets the default of 0.19.2."""
+    def from_config(cls, config: Any, arguments: Any = None) -> Settings:
+        """Reads an OptimizerConfig.
+
+        Args:
+            config: of 0.16.1 or 0.19.2; what a release does not have gets the default of 0.19.2.
+            arguments: Megatron's command line, for the flags that the OptimizerConfig does not know.
+        """
         notes = []
+
+        def ours(key: str, default: Any) -> Any:
+            return getattr(config, key, getattr(arguments, key, default))
+
         mode = getattr(config, "muon_tp_mode", "blockwise")
         if mode not in TP_MODES:
             raise ValueError(f"--muon-tp-mode {mode} is not valid for Muon; allowed: {', '.join(TP_MODES)}")
@@ -90,12 +99,12 @@ class Settings:
             momentum=config.muon_momentum,
             nesterov=bool(getattr(config, "muon_nesterov", getattr(config, "muon_use_nesterov", False))),
             steps=config.muon_num_ns_steps,
-            coefficients=getattr(config, "muon_coefficient_type", "quintic"),
+            coefficients=ours("muon_coefficient_type", "quintic"),
             scale_mode=config.muon_scale_mode,
             extra_scale_factor=config.muon_extra_scale_factor,
             split_qkv=config.muon_split_qkv,
-            method=getattr(config, "muon_ns_method", "auto"),
-            offload=bool(getattr(config, "muon_offload", False)),
+            method=ours("muon_ns_method", "auto"),
+            offload=bool(ours("muon_offload", False)),
             notes=tuple(notes),
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..agreement import gather, together
 from ..layout import Shard, Strided, common, ordinals, places
-from .routing import Parameter
+from .routing import Parameter, is_expert
 
 
 def masters(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -24,13 +24,13 @@ def masters(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
             yield from zip(of_models, of_shards, strict=True)
 
 
-def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int) -> list[Shard]:
+def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int, expert_tp_rank: int) -> list[Shard]:
     """This rank's shards of the parameters of one DistributedOptimizer, each compared with its parameter.
 
     Args:
         optimizer: Megatron's DistributedOptimizer.
         parameters: id of a model parameter -> what it is.
-        tp_rank: this rank in the TP group of these parameters.
+        tp_rank, expert_tp_rank: this rank in the TP groups of the dense layers and of the experts.
 
     Raises:
         ValueError: where a shard does not hold what Megatron's tables say.
@@ -44,7 +44,8 @@ def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int) ->
                 f"elements {held.start} to {held.end} of {parameters[id(model)].name} are not where Megatron's tables "
                 "say: muon_plugin does not know this release's layout. Please report the release and the arguments"
             )
-        found += cut_range(parameters[id(model)], tp_rank, held.start, held.end, master)
+        rank = expert_tp_rank if is_expert(parameters[id(model)].name) else tp_rank
+        found += cut_range(parameters[id(model)], rank, held.start, held.end, master)
     return found
 
 
