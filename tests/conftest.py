@@ -10,13 +10,16 @@ os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp()
 
 @pytest.fixture(scope="session")
 def ranks():
-    """`ranks(n)`: a pool of n processes, started at its first use."""
-    pools: dict[int, Ranks] = {}
+    """`ranks(n)`: a pool of n processes, started at its first use; `ranks(n, "0.19.2")`: with that Megatron-Core."""
+    pools: dict[tuple[int, str | None], Ranks] = {}
 
-    def pool(size: int) -> Ranks:
-        if size not in pools or not pools[size].alive:
-            pools[size] = Ranks(size)
-        return pools[size]
+    def pool(size: int, megatron: str | None = None) -> Ranks:
+        key = size, megatron
+        for other in [k for k in pools if k[1] != megatron]:  # tests of one engine stand together: memory for one
+            pools.pop(other).close()
+        if key not in pools or not pools[key].alive:
+            pools[key] = Ranks(size, megatron)
+        return pools[key]
 
     yield pool
     for started in pools.values():

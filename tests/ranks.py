@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 400  # seconds; a hang must end a test, not the suite
 
 
@@ -20,17 +27,30 @@ class RankError(AssertionError):
         self.errors = errors
 
 
+def release(version: str) -> Path:
+    """The folder of an unpacked Megatron-Core; without it the test is skipped (`make test` unpacks the releases)."""
+    folder = Path(os.environ.get("MEGATRON_CORE", ROOT / ".venv" / "megatron-core")) / version
+    if not (folder / "megatron").is_dir():
+        if os.environ.get("REQUIRE_MEGATRON"):
+            raise FileNotFoundError(f"{folder}: run make test, which installs the releases there")
+        pytest.skip(f"Megatron-Core {version} is not in {folder} (make .venv/dev)")
+    return folder
+
+
 class Ranks:
     """`size` processes with torch.distributed initialized; `run` calls a module-level function on each."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, megatron: str | None = None) -> None:
+        """With `megatron`, the processes see that release of Megatron-Core, on the CPU."""
+        if megatron is not None:
+            release(megatron)
         context = multiprocessing.get_context("spawn")
         self.size = size
         store = os.path.join(tempfile.mkdtemp(), "store")
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, store), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, size, store, megatron), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -64,7 +84,7 @@ class Ranks:
             process.join()
 
 
-def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
+def _serve(pipe: Any, rank: int, size: int, store: str, megatron: str | None) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -84,6 +104,13 @@ def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     except ImportError:
         pass
+    if megatron is not None:
+        sys.path[:0] = [str(release(megatron)), str(ROOT / "examples" / "megatron")]
+        import on_cpu
+
+        warnings.simplefilter("ignore")
+        on_cpu.install()
+        logging.getLogger("megatron").setLevel("ERROR")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:

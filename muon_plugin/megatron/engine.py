@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import megatron.core.optimizer
-import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,7 +21,7 @@ from ..update import Update
 from .optimizer import MuonDistributedOptimizer
 from .routing import Parameter, parameters, route
 from .settings import PAPER, Settings
-from .shards import joint_group, names, shards
+from .shards import joint_groups, names, shards
 
 
 def asks_for_muon(config: Any) -> bool:
@@ -67,11 +65,17 @@ def build(
     stock = copy.copy(config)
     stock.optimizer = "adam"
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
-    updates = []
-    for optimizer in getattr(chained, "chained_optimizers", [chained]):
-        together(functools.partial(_check_built, optimizer))
-        if not optimizer.is_stub_optimizer:
-            updates.append(_convert(optimizer, found, routing, settings, groups))
+    together(lambda: _check_built(chained))
+    live = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
+    tp, expert_tp = _tp_groups(groups)
+    experts = [any(group["is_expert_parallel"] for group in optimizer.param_groups) for optimizer in live]
+    process_groups = joint_groups(
+        [(o.data_parallel_group, expert_tp if e else tp) for o, e in zip(live, experts, strict=True)]
+    )
+    updates = [
+        _convert(optimizer, found, routing, settings, group, (dist.get_rank(tp), dist.get_rank(expert_tp)))
+        for optimizer, group in zip(live, process_groups, strict=True)
+    ]
     _report(chained, routing, settings, [update.plan for update in updates])
     return chained
 
@@ -87,23 +91,20 @@ def _tp_groups(groups: Any) -> tuple[Any, Any]:
     return groups.tp, getattr(groups, "expt_tp", None) or groups.tp
 
 
-def _convert(optimizer: Any, found: list[Parameter], routing: Routing, settings: Settings, groups: Any) -> Update:
-    tp, expert_tp = _tp_groups(groups)
-    experts = any(group["is_expert_parallel"] for group in optimizer.param_groups)
-    process_group = joint_group(optimizer.data_parallel_group, expert_tp if experts else tp)
-    of_tensor = names(found)
+def _convert(
+    optimizer: Any,
+    found: Sequence[Parameter],
+    routing: Routing,
+    settings: Settings,
+    process_group: Any,
+    tp_ranks: tuple[int, int],
+) -> Update:
+    """Puts Muon into one stock DistributedOptimizer."""
     muon = {matrix.parameter for matrix in routing.matrices}
-    mine = together(
-        lambda: [
-            shard
-            for shard in shards(optimizer, of_tensor, dist.get_rank(tp), dist.get_rank(expert_tp))
-            if shard.parameter in muon
-        ],
-        process_group,
-    )
+    held = together(lambda: shards(optimizer, names(found), *tp_ranks), process_group)
     update = Update(
         routing.matrices,
-        mine,
+        [shard for shard in held if shard.parameter in muon],
         process_group,
         found[0].tensor.device,
         settings.newton_schulz,
@@ -113,15 +114,13 @@ def _convert(optimizer: Any, found: list[Parameter], routing: Routing, settings:
     return update
 
 
-def _check_built(optimizer: Any) -> None:
-    if type(optimizer) is not DistributedOptimizer:
-        raise ValueError(
-            f"Megatron built a {type(optimizer).__name__}; supported under Muon: its DistributedOptimizer "
-            "(--use-distributed-optimizer, without FSDP)"
-        )
-    inner = getattr(optimizer, "optimizer", None)
-    if inner is not None and isinstance(inner, torch.optim.Adam) and not isinstance(inner, torch.optim.AdamW):
-        raise ValueError("Megatron built Adam with L2 decay; supported under Muon: decoupled weight decay (AdamW)")
+def _check_built(chained: Any) -> None:
+    for optimizer in chained.chained_optimizers:
+        if type(optimizer) is not DistributedOptimizer:
+            raise ValueError(
+                f"Megatron built a {type(optimizer).__name__}; supported under Muon: its DistributedOptimizer "
+                "(--use-distributed-optimizer, without FSDP)"
+            )
 
 
 def _check_supported(config: Any, model_chunks: Sequence[Any]) -> None:

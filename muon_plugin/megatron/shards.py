@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,19 +61,23 @@ def cut_range(parameter: Parameter, tp_rank: int, start: int, end: int, tensor: 
     return found
 
 
-def joint_group(dp_group: Any, tp_group: Any) -> Any:
-    """The process group of all ranks that share matrices: the TP groups of all ranks of the DP group. Collective."""
+def joint_groups(pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """For each (DP group, TP group): the process group of the TP groups of all ranks of the DP group.
 
-    def ranks() -> tuple[int, ...]:
-        mine = dist.get_process_group_ranks(tp_group)
-        return tuple(sorted(set().union(*gather(mine, dp_group))))
+    These ranks share matrices. Collective over the world: every rank takes part in making every group.
+    """
 
-    wanted = together(ranks)
-    for group in (dp_group, tp_group):
-        if tuple(sorted(dist.get_process_group_ranks(group))) == wanted:
-            return group
-    # Only the members call: with thousands of groups, a barrier of the whole world for each takes minutes.
-    return dist.new_group(list(wanted), use_local_synchronization=True)
+    def wanted(dp: Any, tp: Any) -> tuple[int, ...]:
+        return tuple(sorted(set().union(*gather(dist.get_process_group_ranks(tp), dp))))
+
+    everyone = [together(functools.partial(wanted, dp, tp)) for dp, tp in pairs]
+    known = {tuple(sorted(dist.get_process_group_ranks(group))): group for pair in pairs for group in reversed(pair)}
+    lacking = gather([ranks for ranks in everyone if ranks not in known], None)
+    for ranks in sorted(set().union(*lacking)):
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            known[ranks] = group
+    return [known[ranks] for ranks in everyone]
 
 
 def names(parameters: Iterable[Parameter]) -> dict[int, Parameter]:
