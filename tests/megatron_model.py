@@ -6,6 +6,7 @@ same model, and what they end in must not differ by a bit.
 
 from __future__ import annotations
 
+import gc
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,12 +66,12 @@ def _config(layout: Layout) -> Any:
         gradient_accumulation_fusion=False,
         **half,
     )
-    swiglu = dict(
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-    )
+    swiglu = {
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+    }
     kinds: dict[str, dict[str, Any]] = {
         "dense": swiglu,
         "few_groups": {**swiglu, "num_query_groups": 2},
@@ -93,6 +94,10 @@ def parallel(layout: Layout) -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):  # hundreds of gloo's threads would pile up
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
@@ -118,7 +123,7 @@ def build(layout: Layout) -> list[Any]:
     chunks: list[Any] = []
     for stage in range(layout.vp or 1):
         vp = stage if layout.vp else None
-        ends = dict(ignore_virtual=False, vp_stage=vp)
+        ends = {"ignore_virtual": False, "vp_stage": vp}
         model = GPTModel(
             config,
             get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp),
@@ -285,11 +290,7 @@ def set_gradients(chunks: list[Any], layout: Layout, step: int, scale: float = 1
         whole *= scale * dense.size() / group.size()
         p.main_grad.copy_(part_of(whole, dim, stride, rank, size))
     for chunk in chunks:
-        if layout.overlap_grad_reduce or layout.instances == 1:
-            chunk.finish_grad_sync()
-        else:
-            chunk.start_grad_sync()
-            chunk.finish_grad_sync()
+        chunk.finish_grad_sync()
 
 
 def step(chunks: list[Any], optimizer: Any, layout: Layout, number: int) -> Any:
@@ -342,7 +343,7 @@ def full_masters(chunks: list[Any], optimizer: Any, layout: Layout) -> dict[str,
                 for model, master in zip(of_models, of_masters):
                     held = part._get_model_param_range_map(model)["param"]
                     model.data.view(-1)[held.start : held.end] = master.detach()
-    for name, p, _ in named(chunks):
+    for _name, p, _ in named(chunks):
         expert = not getattr(p, "allreduce", True)
         group = (
             mpu.get_expert_data_parallel_group(partial_expert_data_parallel=True)

@@ -50,7 +50,7 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, store, megatron), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, size, store, megatron))
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
