@@ -168,21 +168,22 @@ def config_for(layout: Layout, **options: Any) -> Any:
     from megatron.core.optimizer import OptimizerConfig
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[layout.dtype]
-    values = dict(
-        optimizer="muon",
-        lr=0.01,
-        min_lr=0.01,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        clip_grad=0.0,
-        use_distributed_optimizer=True,
-        bf16=layout.dtype == "bf16",
-        fp16=layout.dtype == "fp16",
-        initial_loss_scale=16.0,
-        params_dtype=dtype,
-        overlap_param_gather=layout.overlap_param_gather,
-        **{**layout.muon, **options},
-    )
+    values: dict[str, Any] = {
+        "optimizer": "muon",
+        "lr": 0.01,
+        "min_lr": 0.01,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "clip_grad": 0.0,
+        "use_distributed_optimizer": True,
+        "bf16": layout.dtype == "bf16",
+        "fp16": layout.dtype == "fp16",
+        "initial_loss_scale": 16.0,
+        "params_dtype": dtype,
+        "overlap_param_gather": layout.overlap_param_gather,
+        **layout.muon,
+        **options,
+    }
     known = set(OptimizerConfig.__dataclass_fields__)
     config = OptimizerConfig(**{key: value for key, value in values.items() if key in known})
     for key in set(values) - known:  # a release that lacks the field; the plugin reads it all the same

@@ -33,7 +33,7 @@ def release(version: str) -> Path:
     if not (folder / "megatron").is_dir():
         if os.environ.get("REQUIRE_MEGATRON"):
             raise FileNotFoundError(f"{folder}: run make test, which installs the releases there")
-        pytest.skip(f"Megatron-Core {version} is not in {folder} (make .venv/dev)")
+        pytest.skip(f"Megatron-Core {version} is not in {folder} (make .venv/megatron)")
     return folder
 
 

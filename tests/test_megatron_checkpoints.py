@@ -109,7 +109,8 @@ FULLY = {
     "TP 2 x PP 2 to DP 4": (4, Layout(tp=2, pp=2), 4, Layout()),
     "DP 4 to TP 4": (4, Layout(), 4, Layout(tp=4)),
     "EP 2 x DP 2 to EP 4": (4, Layout("moe", ep=2), 4, Layout("moe", ep=4)),
-    "EP 4 to TP 2 x PP 2": (4, Layout("moe", ep=4), 4, Layout("moe", tp=2, pp=2)),
+    "EP 4 to TP 2 x EP 2": (4, Layout("moe", ep=4), 4, Layout("moe", tp=2, ep=2, etp=1)),
+    "EP 2 to PP 2 x EP 2": (2, Layout("moe", ep=2), 4, Layout("moe", pp=2, ep=2)),
 }
 BY_DP = {
     "DP 2 to 4": (2, Layout(), 4, Layout()),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from counted import bytes_sent
 from integers import IntegerModel, build, config, differing, train, trained, weights
 from ranks import RankError
 from torch import Tensor, nn
@@ -160,24 +160,9 @@ def counted_bytes(rank: int, settings: dict[str, Any]) -> tuple[int, tuple[int, 
     engine = build(rank, settings)
     muon = engine.basic_optimizer
     engine.backward(engine(0, 0, rank, dist.get_world_size(), 1))
-    sent: Counter[str] = Counter()
-    p2p, broadcast = dist.batch_isend_irecv, dist.broadcast
-
-    def count_p2p(ops: Any) -> Any:
-        sent["p2p"] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
-        return p2p(ops)
-
-    def count_broadcast(tensor: Tensor, src: int, **kwargs: Any) -> Any:
-        if src == rank:
-            sent["broadcast"] += tensor.nbytes * (dist.get_world_size() - 1)
-        return broadcast(tensor, src, **kwargs)
-
-    dist.batch_isend_irecv, dist.broadcast = count_p2p, count_broadcast
-    try:
+    with bytes_sent() as sent:
         for exchange in (update._exchange for update in muon._updates.values()):
             exchange.run(lambda *_: None, lambda *_: None)
-    finally:
-        dist.batch_isend_irecv, dist.broadcast = p2p, broadcast
     (plan,) = muon.plans
     matrices = muon.routing.matrices
     cut = sum(m.numel for m, r in zip(matrices, plan.routes) if any(rank != r.owner for rank, _ in r.holders))

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ..layout import Matrix, Strided
 from ..routing import Routing, Rule, cut
 
+#: Layers whose outputs are gate, then up, in models with gated units.
+GATED = ("linear_fc1", "experts.weight1")
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -105,11 +108,18 @@ def is_expert(name: str) -> bool:
     return "experts" in name.split(".")
 
 
+def _owner(name: str) -> str:
+    """The layer that a parameter is the weight of; of the legacy grouped experts, which one of the two."""
+    *path, leaf = name.split(".")
+    owner = path[-1] if path else ""
+    return f"{owner}.{leaf}" if owner == "experts" else owner
+
+
 def _parameter(name: str, p: Any, module: Any, config: Any, tp: int, expert_tp: int) -> Parameter:
     size = expert_tp if is_expert(name) else tp
-    leaf = name.rpartition(".")[2]
+    owner, leaf = _owner(name), name.rpartition(".")[2]
     gated = bool(getattr(config, "gated_linear_unit", False))
-    if is_expert(name) and leaf in ("weight1", "weight2") and p.dim() == 2:
+    if owner in ("experts.weight1", "experts.weight2"):
         # The legacy grouped experts: (hidden, experts x outputs), read as (experts, hidden, outputs).
         batch, hidden = int(module.num_local_experts), int(config.hidden_size)
         others = p.numel() // (batch * hidden)
@@ -122,7 +132,6 @@ def _parameter(name: str, p: Any, module: Any, config: Any, tp: int, expert_tp: 
     dim, stride = None, 1
     if getattr(p, "tensor_model_parallel", False) and getattr(p, "partition_dim", -1) in (0, 1):
         dim, stride = p.partition_dim, getattr(p, "partition_stride", 1)
-    owner = name.split(".")[-2] if "." in name else ""
     if is_expert(name) and owner in ("linear_fc1", "linear_fc2"):
         dim = int(owner == "linear_fc2")  # not every release marks them
     if owner == "linear_fc1":
@@ -187,9 +196,8 @@ def _not_a_matrix(parameter: Parameter, embedding: bool) -> str | None:
 
 def _rule(parameter: Parameter, outputs: int, config: Any, split_qkv: bool) -> Rule:
     """How the outputs of a fused projection are cut, from the config of the model that it is in."""
-    parts = parameter.name.split(".")
-    owner = parts[-1] if parts[-1] == "weight1" else parts[-2]
-    rule = _fused(owner, outputs, config) if split_qkv or owner in ("linear_fc1", "weight1") else None
+    owner = _owner(parameter.name)
+    rule = _fused(owner, outputs, config) if split_qkv or owner in GATED else None
     if rule is None:
         return Rule((outputs,))
     if sum(rule.sizes) * rule.groups != outputs or not all(rule.sizes):
@@ -201,7 +209,7 @@ def _rule(parameter: Parameter, outputs: int, config: Any, split_qkv: bool) -> R
 
 
 def _fused(owner: str, outputs: int, config: Any) -> Rule | None:
-    if owner in ("linear_fc1", "weight1"):
+    if owner in GATED:
         return Rule((outputs // 2,) * 2) if getattr(config, "gated_linear_unit", False) else None
     if owner == "linear_qkv":
         return _qkv(config)

@@ -1,0 +1,457 @@
+"""What breaks in Megatron's own Muon (docs/design.md), each row a test; and what is refused, how it is said."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+import torch.distributed as dist
+from counted import bytes_sent
+from integers import build as deepspeed_build
+from integers import config as deepspeed_config
+from integers import gradient
+from megatron_model import Layout, build, config_for, full_weights, optimizer_for, set_gradients, step, trained
+from ranks import RankError
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from muon_plugin.layout import pieces
+
+RELEASES = ("0.16.1", "0.19.2")
+release = pytest.fixture(params=RELEASES)(lambda request: request.param)
+
+
+def updates(optimizer: Any) -> list[Any]:
+    return [part.optimizer.update for part in optimizer.chained_optimizers]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_stock_distributed_optimizer_stays_in_place(ranks, release, dtype):
+    """Row 11: Megatron refuses Muon with the byte-sharded distributed optimizer, or replaces it; and refuses fp16."""
+    kinds, cut = ranks(3, release).run(kinds_of, Layout(dtype=dtype))[0]
+    assert kinds == [("MuonDistributedOptimizer", True)]
+    assert cut, "no matrix crosses a rank's border: the optimizer is not byte-sharded"
+
+
+def kinds_of(rank: int, layout: Layout) -> Any:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    optimizer = optimizer_for(build(layout), layout)
+    parts = optimizer.chained_optimizers
+    kinds = [(type(part).__name__, isinstance(part, DistributedOptimizer)) for part in parts]
+    return kinds, any(len(route.holders) > 1 for update in updates(optimizer) for route in update.plan.routes)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_gate_and_up_are_orthogonalized_apart(ranks, release, tp):
+    """Row 13 (#6688, #7077): SwiGLU's linear_fc1 as one matrix; ours: two, each with singular values near 1."""
+    whole = ranks(2, release).run(first_update, Layout(tp=tp, dtype="fp32"))[0]
+    fc1 = whole["decoder.layers.1.mlp.linear_fc1.weight"]
+    for part in fc1.chunk(2):
+        values = torch.linalg.svdvals(part)
+        assert 0.6 < values.min() < values.max() < 1.4
+
+
+def first_update(rank: int, layout: Layout) -> dict[str, Tensor]:
+    """The first step's update of every whole parameter, over lr and scale."""
+    chunks = build(layout)
+    before = full_weights(chunks, layout)
+    optimizer = optimizer_for(chunks, layout, weight_decay=0.0)
+    step(chunks, optimizer, layout, 0)
+    after = full_weights(chunks, layout)
+    return {name: (before[name] - after[name]) / 0.01 / max(40, 24) ** 0.5 for name in before}
+
+
+@pytest.mark.parametrize(("world", "layout"), [(2, Layout(tp=2)), (4, Layout(tp=4)), (4, Layout(tp=2)), (4, Layout())])
+def test_nothing_is_computed_twice_under_tp(ranks, release, world, layout):
+    """Row 16 (#6683, #6720): TP ranks repeat the same Newton-Schulz; ours: the FLOPs that ran are one process's."""
+    ((alone, *_),) = ranks(1, release).run(counted, Layout())
+    found = ranks(world, release).run(counted, layout)
+    assert sum(ran for ran, *_ in found) == alone
+    assert [ran for ran, *_ in found] == [planned for _, planned, *_ in found]
+
+
+@pytest.mark.parametrize(("world", "layout"), [(3, Layout()), (4, Layout(tp=2)), (4, Layout(tp=4)), (3, Layout("moe"))])
+def test_pieces_go_to_one_owner_and_back(ranks, release, world, layout):
+    """Row 17 (PR 1428): an all-gather of everything; ours: at most 4 bytes per element of what is cut, in all."""
+    found = ranks(world, release).run(counted, layout)
+    assert [sent for *_, sent, _, _ in found] == [planned for *_, planned, _ in found]
+    assert 0 < sum(sent for *_, sent, _, _ in found) <= sum(most for *_, most in found)
+
+
+def counted(rank: int, layout: Layout) -> tuple[int, int, int, int, int]:
+    """FLOPs that ran and those planned, bytes sent and those planned, 4 bytes per element of owned cut matrices."""
+    chunks = build(layout)
+    optimizer = optimizer_for(chunks, layout)
+    set_gradients(chunks, layout, 0)
+    optimizer.prepare_grads()
+    with FlopCounterMode(display=False) as counter, bytes_sent() as sent:
+        for part in optimizer.chained_optimizers:
+            part.optimizer.step()
+    flops = planned = most = 0
+    for update in updates(optimizer):
+        mine = dist.get_rank(update._exchange.group)
+        flops += update.plan.flops[mine]
+        planned += update.plan.bytes_sent[mine]
+        for matrix, route in zip(update.matrices, update.plan.routes):
+            if route.owner == mine and any(r != mine for r, _ in route.holders):
+                replicas = max(1, sum(s.numel for _, inside in route.holders for s in inside) // matrix.numel)
+                most += 2 * matrix.numel * (1 + replicas)
+    return counter.get_total_flops(), flops, sum(sent.values()), planned, most
+
+
+def test_the_same_bits_as_under_deepspeed(ranks, release):
+    """The same matrices, the same gradients, the other engine."""
+    ours = ranks(2, release).run(trained, Layout(tp=2, dtype="fp32", muon={"muon_extra_scale_factor": 0.2}), 4)[0]
+    theirs = ranks(2, release).run(under_deepspeed, Layout(dtype="fp32"), 4)[0]
+    assert len(theirs) == 16
+    for name, weight in theirs.items():
+        assert torch.equal(weight, ours[name]), name
+
+
+def under_deepspeed(rank: int, layout: Layout, steps: int) -> dict[str, Tensor]:
+    """DeepSpeed's ZeRO-1 on the matrices of the Megatron model."""
+    weights = {
+        name: w
+        for name, w in full_weights(build(layout), layout).items()
+        if w.dim() == 2 and "embedding" not in name and "output_layer" not in name
+    }
+
+    class Matrices(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, weight in weights.items():
+                self.register_parameter(name.replace(".", "/"), nn.Parameter(weight))
+
+        def forward(self, number: int) -> Tensor:
+            gradients = {
+                name: gradient(w.shape, crc32(name.encode()), number, 0, rank, dist.get_world_size(), 1)
+                for name, w in weights.items()
+            }
+            return sum((p * gradients[name.replace("/", ".")]).sum() for name, p in self.named_parameters())
+
+    params = {
+        "momentum": 0.95,
+        "nesterov": False,
+        "ns_coefficients": "quintic",
+        "split": {"*linear_qkv*": {"sizes": [12, 6, 6], "groups": 4}, "*linear_fc1*": 2},
+    }
+    engine = deepspeed_build(rank, deepspeed_config(1, params=params), Matrices())
+    for number in range(steps):
+        engine.backward(engine(number))
+        engine.step()
+    return {name.replace("/", "."): p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+REFUSED = {
+    "precision aware": ({"use_precision_aware_optimizer_": True}, "--use-precision-aware-optimizer", "--muon-offload"),
+    "offload": ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload", "--muon-offload"),
+    "lion": ({"muon_scalar_optimizer": "lion"}, "--muon-scalar-optimizer", "adam"),
+    "L2": ({"decoupled_weight_decay": False}, "decoupled_weight_decay", "true"),
+    "momentum": ({"muon_momentum": 1.5}, "--muon-momentum 1.5", "below 1"),
+    "steps": ({"muon_num_ns_steps": 0}, "--muon-num-ns-steps 0", "1 to 99"),
+    "coefficients": ({"muon_coefficient_type": "cubic"}, "--muon-coefficient-type cubic", "quintic"),
+    "scale mode": ({"muon_scale_mode": "frobenius"}, "--muon-scale-mode frobenius", "spectral"),
+    "scale factor": ({"muon_extra_scale_factor": -1.0}, "--muon-extra-scale-factor -1.0", "above 0"),
+    "TP mode": ({"muon_tp_mode": "sliced"}, "--muon-tp-mode sliced", "duplicated"),
+    "method": ({"muon_ns_method": "fast"}, "--muon-ns-method fast", "gram"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_before_the_first_step_on_every_rank(ranks, release, case):
+    options, setting, allowed = REFUSED[case]
+    with pytest.raises(RankError) as error:
+        ranks(2, release).run(refused, Layout(), options)
+    for kind, message in error.value.errors:
+        assert kind == "ValueError"
+        assert setting in message
+        assert allowed in message
+
+
+def refused(rank: int, layout: Layout, options: dict[str, Any], only: int | None = None) -> None:
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    import muon_plugin
+
+    muon_plugin.register("megatron")
+    chunks = build(layout)
+    config = config_for(layout)
+    if only in (None, rank):
+        for key, value in options.items():
+            setattr(config, key.rstrip("_"), value)  # past the config's own checks, which want Transformer Engine
+    get_megatron_optimizer(config, chunks)
+
+
+def test_one_ranks_bad_setting_is_every_ranks_error(ranks, release):
+    with pytest.raises(RankError) as error:
+        ranks(2, release).run(refused, Layout(), {"muon_momentum": 2.0}, only=1)
+    assert all(kind == "ValueError" and "muon-momentum" in message for kind, message in error.value.errors)
+
+
+def test_ranks_with_other_settings_are_told(ranks, release):
+    with pytest.raises(RankError) as error:
+        ranks(2, release).run(refused, Layout(), {"muon_momentum": 0.5}, only=1)
+    assert all("disagree" in message for _, message in error.value.errors)
+
+
+def test_flags_that_do_nothing_say_so_once(ranks, release):
+    printed = ranks(2, release).run(printed_by, Layout(tp=2, muon={"muon_tp_mode": "duplicated"}))
+    assert printed[0].count("--muon-tp-mode duplicated does nothing") == 1
+    assert "muon-tp-mode" not in printed[1]
+
+
+def printed_by(rank: int, layout: Layout) -> str:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        optimizer_for(build(layout), layout)
+    return out.getvalue()
+
+
+def test_the_table_says_how_the_run_differs_from_the_paper(ranks, release):
+    from muon_plugin.megatron.settings import PAPER
+
+    plain = ranks(1, release).run(printed_by, Layout())[0]
+    assert "the paper has nesterov True, coefficient_type simple, extra_scale_factor 0.2 (--muon-paper)" in plain
+    paper = ranks(1, release).run(printed_by, Layout(muon={**PAPER, "muon_use_nesterov": True}))[0]
+    assert "as in the paper" in paper
+
+
+def test_unregister_gives_megatron_its_own_code_back(ranks, release):
+    assert ranks(1, release).run(registered)[0] == (True, True)
+
+
+def registered(rank: int) -> tuple[bool, bool]:
+    import megatron.core.optimizer as module
+
+    import muon_plugin
+
+    muon_plugin.unregister()
+    own = module.get_megatron_optimizer
+    muon_plugin.register("megatron")
+    muon_plugin.register("megatron")
+    wrapped = module.get_megatron_optimizer is not own
+    muon_plugin.unregister()
+    return wrapped, module.get_megatron_optimizer is own
+
+
+def test_overrides_and_multipliers_reach_each_parameter(ranks, release):
+    """`config_overrides`: a learning rate of its own for one matrix."""
+    found = ranks(2, release).run(overridden, Layout(dtype="fp32"))[0]
+    assert found["decoder.layers.0.mlp.linear_fc2.weight"] == pytest.approx(0.5, rel=1e-4)
+    assert found["decoder.layers.1.mlp.linear_fc2.weight"] == pytest.approx(1.0, rel=1e-4)
+
+
+def overridden(rank: int, layout: Layout) -> dict[str, float]:
+    """RMS of the first update of each parameter over that without the override."""
+    from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+
+    import muon_plugin
+
+    muon_plugin.register("megatron")
+    sizes = []
+    for factor in (1.0, 0.5):
+        chunks = build(layout)
+        before = full_weights(chunks, layout)
+        key = ParamKey(name="*layers.0.mlp.linear_fc2.weight")
+        override = {key: {"max_lr": 0.01 * factor, "min_lr": 0.01 * factor, "wd_mult": 0.0}}
+        optimizer = get_megatron_optimizer(config_for(layout, weight_decay=0.0), chunks, override)
+        for group in optimizer.param_groups:  # as Megatron's scheduler does
+            group["lr"] = group["max_lr"]
+        step(chunks, optimizer, layout, 0)
+        after = full_weights(chunks, layout)
+        sizes.append({name: float((before[name] - after[name]).norm()) for name in before})
+    return {name: sizes[1][name] / sizes[0][name] for name in sizes[0]}
+
+
+def test_an_overflow_under_fp16_leaves_all_state_as_it_was(ranks, release):
+    assert ranks(2, release).run(overflowed, Layout(dtype="fp16")) == [True, True]
+
+
+def overflowed(rank: int, layout: Layout) -> bool:
+    chunks = build(layout)
+    optimizer = optimizer_for(chunks, layout)
+    step(chunks, optimizer, layout, 0)
+    state = [part.optimizer.state_dict()["state"] for part in optimizer.chained_optimizers]
+    before = [{k: v.clone() for k, v in s.items()} for part in state for s in part.values()]
+    set_gradients(chunks, layout, 1, float(optimizer.get_loss_scale()))
+    next(chunks[0].parameters()).main_grad.view(-1)[0] = float("inf")
+    for bucket in chunks[0].buffers:
+        bucket.grad_data[:5] = float("inf")
+    done, *_ = optimizer.step()
+    after = [s for part in optimizer.chained_optimizers for s in part.optimizer.state_dict()["state"].values()]
+    same = all(torch.equal(a[key], b[key]) for a, b in zip(before, after, strict=True) for key in a)
+    return same and not done
+
+
+# Forms that need Transformer Engine, on stand-ins with the same parameters and attributes.
+
+
+def stand_in(shapes: dict[str, tuple[int, ...]], config: Any, **attributes: Any) -> nn.Module:
+    """A module tree with parameters of these dotted names."""
+    root = nn.Module()
+    root.config = config
+    for name, shape in shapes.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        p = nn.Parameter(torch.randn(shape))
+        for key, value in attributes.get(leaf, {}).items():
+            setattr(p, key, value)
+        module.register_parameter(leaf, p)
+    return root
+
+
+def matrices_of(model: nn.Module, tp: int = 1, expert_tp: int = 1, **options: Any) -> Any:
+    from muon_plugin.megatron.routing import parameters, route
+
+    found = parameters([model], tp, expert_tp)
+    return found, route(found, [model], **options)
+
+
+CONFIG: dict[str, Any] = {"gated_linear_unit": True, "hidden_size": 6, "multi_latent_attention": False}
+COLUMN = {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 1}
+ROW = {"tensor_model_parallel": True, "partition_dim": 1, "partition_stride": 1}
+
+MLA = SimpleNamespace(
+    **{**CONFIG, "multi_latent_attention": True},
+    kv_lora_rank=5,
+    qk_pos_emb_head_dim=2,
+    qk_head_dim=4,
+    v_head_dim=3,
+    num_attention_heads=4,
+    q_lora_rank=None,
+)
+
+
+def reassembled(found: Any, routing: Any, whole: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Every matrix put together from the TP ranks' parts of whole parameters, by what `pieces` says."""
+    from muon_plugin.megatron.shards import cut_range
+
+    matrices = {m.name: torch.full((m.numel,), float("nan")) for m in routing.matrices}
+    for parameter in found:
+        for rank in range(parameter.size if parameter.dim is not None else 1):
+            part = torch.full((parameter.tensor.numel(),), float("nan"))
+            for local, where in parameter.places(rank):
+                local.view(part).copy_(where.view(whole[parameter.name].reshape(-1)))
+            half = part.numel() // 3
+            for first, last in ((0, half), (half, part.numel())):  # DP cuts it again
+                tensor = part[first:last].clone()
+                held = cut_range(parameter, rank, first, last, tensor)
+                for piece in pieces(routing.matrices, held, {id(tensor): 0}):
+                    for block in piece.blocks:
+                        target = matrices[routing.matrices[piece.matrix].name]
+                        block.inside.view(target).copy_(block.local.view(tensor))
+    return {m.name: matrices[m.name].view(m.rows, m.cols) for m in routing.matrices}
+
+
+def test_mlas_projections_are_taken_apart():
+    """Row 15 (#6326)."""
+    shapes = {
+        "self_attention.linear_kv_down_proj.weight": (7, 6),  # replicated over TP
+        "self_attention.linear_kv_up_proj.weight": (14, 5),
+        "self_attention.linear_q_proj.weight": (12, 6),
+    }
+    model = stand_in(shapes, MLA)
+    for name in ("linear_kv_up_proj", "linear_q_proj"):
+        for key, value in COLUMN.items():
+            setattr(getattr(model.self_attention, name).weight, key, value)
+    found, routing = matrices_of(model, tp=2)
+    whole = {p.name: torch.randn(p.whole) for p in found}
+    got = reassembled(found, routing, whole, 2)
+    down, up, q = (whole[name] for name in shapes)
+    heads = up.view(4, 7, 5)
+    expected = [down[:5], down[5:], heads[:, :4].reshape(16, 5), heads[:, 4:].reshape(12, 5)]
+    expected += [q.view(4, 6, 6)[:, :4].reshape(16, 6), q.view(4, 6, 6)[:, 4:].reshape(8, 6)]
+    assert [tuple(m.shape) for m in got.values()] == [tuple(m.shape) for m in expected]
+    assert all(torch.equal(a, b) for a, b in zip(got.values(), expected))
+    _, whole_ones = matrices_of(model, tp=2, split_qkv=False)
+    assert len(whole_ones.matrices) == 3
+
+
+def gate_up_down(whole: dict[str, Tensor]) -> list[Tensor]:
+    return [half for fc1 in whole.values() for half in fc1.chunk(2)]
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "0.16.1 marks nothing"])
+def test_te_grouped_experts(marked):
+    """weight0 ... weightN in one TEGroupedMLP; partition_stride says 1, yet each rank holds gate, then up."""
+    shapes = {f"mlp.experts.linear_fc1.weight{i}": (8, 6) for i in range(2)}
+    shapes |= {f"mlp.experts.linear_fc2.weight{i}": (6, 4) for i in range(2)}
+    model = stand_in(shapes, SimpleNamespace(**CONFIG))
+    if marked:
+        for name, p in model.named_parameters():
+            for key, value in (COLUMN if "fc1" in name else ROW).items():
+                setattr(p, key, value)
+    found, routing = matrices_of(model, tp=1, expert_tp=2)
+    whole = {p.name: torch.randn(p.whole) for p in found}
+    got = reassembled(found, routing, whole, 2)
+    expected = [half for name, w in whole.items() for half in (w.chunk(2) if "fc1" in name else [w])]
+    assert [tuple(w.shape) for w in whole.values()] == [(16, 6)] * 2 + [(6, 8)] * 2
+    assert all(torch.equal(a, b) for a, b in zip(got.values(), expected, strict=True))
+
+
+def test_a_single_grouped_weight():
+    """0.19.2 may hold all experts of a layer in one (experts, out, in) parameter."""
+    model = stand_in(
+        {"mlp.experts.linear_fc1.weight": (3, 8, 6), "mlp.experts.linear_fc2.weight": (3, 6, 4)},
+        SimpleNamespace(**CONFIG),
+    )
+    found, routing = matrices_of(model, expert_tp=2)
+    whole = {p.name: torch.randn(p.batch, *p.whole) for p in found}
+    got = reassembled(found, routing, whole, 2)
+    fc1, fc2 = whole.values()
+    expected = [half for expert in fc1 for half in expert.chunk(2)] + list(fc2)
+    assert all(torch.equal(a, b) for a, b in zip(got.values(), expected, strict=True))
+
+
+def test_legacy_grouped_experts():
+    """0.16.1's weight1 and weight2: (hidden, experts x outputs), read as (experts, hidden, outputs)."""
+    model = nn.Module()
+    model.config = SimpleNamespace(**CONFIG)
+    model.experts = nn.Module()
+    model.experts.num_local_experts = 3
+    model.experts.weight1 = nn.Parameter(torch.randn(6, 3 * 8))
+    model.experts.weight2 = nn.Parameter(torch.randn(3 * 4, 6))
+    found, routing = matrices_of(model, expert_tp=2)
+    whole = {p.name: torch.randn(p.batch, *p.whole) for p in found}
+    got = reassembled(found, routing, whole, 2)
+    first, second = whole.values()
+    assert (tuple(first.shape), tuple(second.shape)) == ((3, 6, 16), (3, 8, 6))
+    expected = [half for expert in first for half in expert.chunk(2, dim=1)] + list(second)
+    assert all(torch.equal(a, b) for a, b in zip(got.values(), expected, strict=True))
+    assert [m.out_in for m in routing.matrices[:1] + routing.matrices[-1:]] == [(8, 6), (6, 8)]
+
+
+def test_what_is_no_matrix():
+    model = stand_in(
+        {
+            "embedding.word_embeddings.weight": (8, 6),
+            "decoder.router.weight": (4, 6),
+            "decoder.shared_experts.gate_weight": (1, 6),
+            "decoder.conv1d.weight": (6, 1, 4),
+            "decoder.norm.weight": (6,),
+            "output_layer.weight": (8, 6),
+        },
+        SimpleNamespace(**CONFIG),
+    )
+    model.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
+    _, routing = matrices_of(model)
+    assert [m.name for m in routing.matrices] == ["decoder.router.weight"]
+    assert len(routing.adamw) == 5
+
+
+def test_a_fused_layer_that_is_not_as_the_config_says_is_told():
+    config = SimpleNamespace(**CONFIG, num_attention_heads=4, num_query_groups=2, kv_channels=3)
+    model = stand_in({"self_attention.linear_qkv.weight": (25, 6)}, config)
+    with pytest.raises(ValueError, match=r"25 outputs, but the model's config says 2 x \[6, 3, 3\].*muon-no-split"):
+        matrices_of(model)
+    assert len(matrices_of(model, split_qkv=False)[1].matrices) == 1
