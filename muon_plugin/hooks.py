@@ -33,11 +33,9 @@ class Hooks:
 
     Attributes:
         engine: its name and release, for messages.
-        rebind: a package whose modules may have imported a wrapped function by name; they get the wrapper too.
     """
 
     engine: str
-    rebind: str | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def install(self, hooks: Sequence[Hook], tested: Sequence[str]) -> None:
@@ -58,16 +56,11 @@ class Hooks:
         for hook in hooks:
             original = getattr(hook.holder, hook.name)
             wrapper = _wrapped(original, hook.ours)
-            for holder in (hook.holder, *self._others(hook.name, original)):
+            # Modules that imported the function by name before now get the wrapper too.
+            others = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get(hook.name) is original]
+            for holder in {id(h): h for h in (hook.holder, *others)}.values():
                 setattr(holder, hook.name, wrapper)
                 self._undo.append(functools.partial(setattr, holder, hook.name, original))
-
-    def _others(self, name: str, original: Any) -> list[Any]:
-        """Modules of `rebind`, and the running script, that hold the same function under its name."""
-        if self.rebind is None:
-            return []
-        inside = [m for path, m in sys.modules.items() if path == "__main__" or path.startswith(self.rebind)]
-        return [module for module in inside if vars(module).get(name) is original]
 
     def remove(self) -> None:
         """Gives every holder the original back."""

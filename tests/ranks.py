@@ -28,7 +28,9 @@ class RankError(AssertionError):
 
 
 def release(version: str) -> Path:
-    """The folder of an unpacked Megatron-Core; without it the test is skipped (`make test` unpacks the releases)."""
+    """The folder of an unpacked Megatron-Core (`make test` unpacks both; else tests are skipped), or a path."""
+    if Path(version).is_absolute():
+        return Path(version)
     folder = Path(os.environ.get("MEGATRON_CORE", ROOT / ".venv" / "megatron-core")) / version
     if not (folder / "megatron").is_dir():
         if os.environ.get("REQUIRE_MEGATRON"):

@@ -173,11 +173,11 @@ def test_what_cannot_work_is_refused_before_the_first_step_on_every_rank(ranks, 
 
 
 def refused(rank: int, layout: Layout, options: dict[str, Any], only: int | None = None) -> None:
-    from megatron.core.optimizer import get_megatron_optimizer
-
     import muon_plugin
 
     muon_plugin.register("megatron")
+    from megatron.core.optimizer import get_megatron_optimizer
+
     chunks = build(layout)
     config = config_for(layout)
     if only in (None, rank):
@@ -249,11 +249,11 @@ def test_overrides_and_multipliers_reach_each_parameter(ranks, release):
 
 def overridden(rank: int, layout: Layout) -> dict[str, float]:
     """RMS of the first update of each parameter over that without the override."""
-    from megatron.core.optimizer import ParamKey, get_megatron_optimizer
-
     import muon_plugin
 
     muon_plugin.register("megatron")
+    from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+
     sizes = []
     for factor in (1.0, 0.5):
         chunks = build(layout)

@@ -36,6 +36,7 @@ def register() -> None:
     from megatron.core import optimizer
     from megatron.core.package_info import __version__
 
+    from . import arguments as ours
     from . import engine
 
     if __version__ not in TESTED:
@@ -58,9 +59,9 @@ def register() -> None:
         hooks.append(Hook(muon, "get_megatron_muon_optimizer", parameters, engine.get_megatron_muon_optimizer))
     if importlib.util.find_spec("megatron.training") is not None:
         arguments = importlib.import_module("megatron.training.arguments")
-        hooks.append(Hook(arguments, "validate_args", ["args", "defaults"], engine.validate_args))
-        hooks.append(Hook(arguments, "add_megatron_arguments", ["parser"], engine.add_megatron_arguments))
-    installed = Hooks(f"Megatron-Core {__version__}", rebind="megatron")
+        hooks.append(Hook(arguments, "validate_args", ["args", "defaults"], ours.validate_args))
+        hooks.append(Hook(arguments, "add_megatron_arguments", ["parser"], ours.add_megatron_arguments))
+    installed = Hooks(f"Megatron-Core {__version__}")
     installed.install(hooks, TESTED)
     _hooks.append(installed)
 

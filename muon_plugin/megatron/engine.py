@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import megatron.core.optimizer
@@ -18,15 +17,11 @@ from ..plan import Plan
 from ..report import table
 from ..routing import Routing
 from ..update import Update
+from .arguments import asks_for_muon
 from .optimizer import MuonDistributedOptimizer
 from .routing import Parameter, parameters, route
-from .settings import PAPER, Settings
+from .settings import Settings
 from .shards import joint_groups, names, shards
-
-
-def asks_for_muon(config: Any) -> bool:
-    """Whether this OptimizerConfig (or these arguments) mean this Muon: the stock optimizer with ``muon`` in it."""
-    return bool(config.optimizer == "muon" and config.use_distributed_optimizer)
 
 
 def build(
@@ -208,45 +203,3 @@ def get_megatron_muon_optimizer(
         )
     stock = megatron.core.optimizer.get_megatron_optimizer  # wrapped, and lets the AdamW inside through
     return build(stock, config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection=pg_collection)
-
-
-@contextlib.contextmanager
-def _as_adam(args: Any) -> Iterator[None]:
-    """Megatron's checks of the arguments refuse or rewrite every optimizer that is not Adam or SGD."""
-    args.optimizer = "adam"
-    try:
-        yield
-    finally:
-        args.optimizer = "muon"
-
-
-def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
-    if not asks_for_muon(args):
-        return original(args, *rest, **kwargs)
-    if getattr(args, "muon_paper", False):
-        for key, value in PAPER.items():
-            setattr(args, key, value)
-        args.muon_use_nesterov = PAPER["muon_nesterov"]
-    with _as_adam(args):
-        return original(args, *rest, **kwargs)
-
-
-def add_megatron_arguments(original: Callable[..., Any], parser: Any) -> Any:
-    parser = original(parser)
-    group = parser.add_argument_group("muon_plugin")
-    group.add_argument(
-        "--muon-paper",
-        action="store_true",
-        help="The settings of 'Muon is Scalable for LLM Training' for all --muon-* flags it speaks of: "
-        + ", ".join(f"{key} {value}" for key, value in PAPER.items()),
-    )
-    group.add_argument(
-        "--muon-ns-method",
-        default="auto",
-        choices=["auto", "standard", "gram"],
-        help="Form of the Newton-Schulz iteration; auto takes the one with fewer FLOPs for each shape",
-    )
-    group.add_argument(
-        "--muon-offload", action="store_true", help="Keep Muon's momentum in pinned CPU memory between steps"
-    )
-    return parser

@@ -1,0 +1,59 @@
+"""Megatron's command line: what is validated otherwise, and the plugin's own flags. Imports no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..orthogonalize import METHODS
+from .settings import PAPER
+
+
+def asks_for_muon(config: Any) -> bool:
+    """Whether these arguments, or this OptimizerConfig, mean this Muon: the stock distributed optimizer with Muon."""
+    return bool(config.optimizer == "muon" and config.use_distributed_optimizer)
+
+
+def add_arguments(parser: Any) -> Any:
+    """Adds the plugin's flags to Megatron's parser."""
+    group = parser.add_argument_group("muon_plugin")
+    group.add_argument(
+        "--muon-paper",
+        action="store_true",
+        help="The settings of 'Muon is Scalable for LLM Training', whatever the other --muon-* flags say: "
+        + ", ".join(f"{key} {value}" for key, value in PAPER.items()),
+    )
+    group.add_argument(
+        "--muon-ns-method",
+        default="auto",
+        choices=METHODS,
+        help="Form of the Newton-Schulz iteration; auto takes the one with fewer FLOPs for each shape",
+    )
+    group.add_argument(
+        "--muon-offload", action="store_true", help="Keep Muon's momentum in pinned CPU memory between steps"
+    )
+    return parser
+
+
+def apply_paper(args: Any) -> None:
+    """Carries out --muon-paper."""
+    if getattr(args, "muon_paper", False):
+        for key, value in PAPER.items():
+            setattr(args, key, value)
+        args.muon_use_nesterov = PAPER["muon_nesterov"]  # its name in 0.16.1
+
+
+def add_megatron_arguments(original: Callable[..., Any], parser: Any) -> Any:
+    return add_arguments(original(parser))
+
+
+def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Megatron's checks refuse or rewrite every optimizer but Adam and SGD: ours is checked as its AdamW."""
+    if not asks_for_muon(args):
+        return original(args, *rest, **kwargs)
+    apply_paper(args)
+    args.optimizer = "adam"
+    try:
+        return original(args, *rest, **kwargs)
+    finally:
+        args.optimizer = "muon"
