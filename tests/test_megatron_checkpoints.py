@@ -109,6 +109,7 @@ FULLY = {
     "TP 2 x PP 2 to DP 4": (4, Layout(tp=2, pp=2), 4, Layout()),
     "DP 4 to TP 4": (4, Layout(), 4, Layout(tp=4)),
     "EP 2 x DP 2 to EP 4": (4, Layout("moe", ep=2), 4, Layout("moe", ep=4)),
+    # From EP above 1 to EP 1 Megatron's AdamW cannot resume either: one has two optimizers, the other one.
     "EP 4 to TP 2 x EP 2": (4, Layout("moe", ep=4), 4, Layout("moe", tp=2, ep=2, etp=1)),
     "EP 2 to PP 2 x EP 2": (2, Layout("moe", ep=2), 4, Layout("moe", pp=2, ep=2)),
 }
@@ -142,7 +143,7 @@ def test_dp_reshardable_resumes_at_another_dp(ranks, release, case, tmp_path):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("case", BY_DP)
+@pytest.mark.parametrize("case", [case for case in BY_DP if "experts" not in case])
 def test_legacy_resumes_at_another_dp(ranks, release, case, tmp_path):
     resume(ranks, release, "legacy", BY_DP[case], tmp_path)
 
