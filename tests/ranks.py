@@ -52,7 +52,7 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, store, megatron))
+            process = context.Process(target=_serve, args=(there, rank, size, store, megatron), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -111,6 +111,8 @@ def _serve(pipe: Any, rank: int, size: int, store: str, megatron: str | None) ->
         import on_cpu
 
         warnings.simplefilter("ignore")
+        # Megatron writes checkpoints from processes of its own, which daemons may not have.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         on_cpu.install()
         logging.getLogger("megatron").setLevel("ERROR")
     torch.set_num_threads(1)
