@@ -6,7 +6,7 @@ MEGATRON ?= 0.16.1 0.19.2
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: train test lint bench gpu clean
+.PHONY: train test lint bench bench-megatron gpu clean
 
 train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; about 8 minutes on 2 cores
 	$(BIN)/python examples/llama/compare.py
@@ -21,6 +21,13 @@ lint: .venv/dev
 
 bench: .venv/dev  ## DeepSpeed's built-in Muon, ours and AdamW in one run; then the table in the README
 	$(BIN)/python benchmarks/deepspeed_muon.py
+	$(BIN)/python benchmarks/into_readme.py
+
+bench-megatron: .venv/megatron  ## Megatron 0.19.2's own Muon, ours and AdamW in one run
+	$(BIN)/python -m pip install -q absl-py
+	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade \
+	  --target .venv/megatron-core/emerging-optimizers-0.3.0 emerging-optimizers==0.3.0
+	$(BIN)/python benchmarks/megatron_muon.py
 	$(BIN)/python benchmarks/into_readme.py
 
 gpu: .venv/gpu  ## the checks and the Newton-Schulz benchmark on a CUDA device

@@ -27,12 +27,13 @@ def main() -> None:
         raise SystemExit(f"{target[0]!r} is not a script or a module\n{USAGE}")
     if not module and not os.path.exists(target[0]):
         raise SystemExit(f"script {target[0]!r} does not exist (for a module: python -m muon_plugin -m {target[0]})")
-    register()
     sys.argv = arguments[module:]
+    # Before the engines are imported: a script in a source tree of Megatron means that tree.
+    sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.abspath(target[0]))
+    register()
     if module:
         runpy.run_module(target[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.abspath(target[0]))
         runpy.run_path(target[0], run_name="__main__")
 
 
