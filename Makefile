@@ -6,10 +6,13 @@ MEGATRON ?= 0.16.1 0.19.2
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: train test lint bench bench-megatron gpu clean
+.PHONY: train train-megatron test lint bench bench-megatron gpu clean
 
 train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; about 8 minutes on 2 cores
 	$(BIN)/python examples/llama/compare.py
+
+train-megatron: .venv/megatron  ## a small GPT under Megatron-Core, TP 2 x DP 2 on the CPU: AdamW, then Muon
+	PYTHONPATH=.venv/megatron-core/0.19.2 $(BIN)/python examples/megatron/compare.py
 
 test: lint .venv/megatron  ## everything that CI runs; about 15 minutes on 2 cores
 	REQUIRE_MEGATRON=1 $(BIN)/python -m pytest

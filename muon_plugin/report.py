@@ -11,6 +11,9 @@ from .plan import Plan
 from .routing import Routing
 from .settings import Settings
 
+#: The number of a layer or an expert in a name, but not that of ``linear_fc1``.
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^chunk)\d+|(?<=\.weight)\d+$")
+
 
 def table(
     routing: Routing,
@@ -65,7 +68,7 @@ def _names(named: Any) -> list[str]:
     """Names that differ in their numbers alone as one line."""
     merged: dict[tuple[str, str], list[str]] = {}
     for name, way in named:
-        merged.setdefault((re.sub(r"\d+", "*", name), way), []).append(name)
+        merged.setdefault((NUMBER.sub("*", name), way), []).append(name)
     return [f"    {pattern if len(n) > 1 else n[0]}  {way}" + (f"  ({len(n)})" if len(n) > 1 else "")
             for (pattern, way), n in merged.items()]  # fmt: skip
 

@@ -190,7 +190,7 @@ def tables(result: dict) -> tuple[str, str]:
     )
 
 
-def draw(runs: dict[str, list[dict]], result: dict, file: Path) -> None:
+def draw(runs: dict[str, list[dict]], result: dict, file: Path, what: str) -> None:
     """Draws validation loss (thick) and smoothed training loss (thin) over the steps."""
     figure, axes = plt.subplots(figsize=(9, 5), dpi=150)
     total = result["settings"]["steps"]
@@ -236,7 +236,7 @@ def draw(runs: dict[str, list[dict]], result: dict, file: Path) -> None:
     axes.set_xlim(0, total)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"Llama with 5 M parameters, DeepSpeed ZeRO-1: {' and '.join(runs)}, same settings", fontsize=12)
+    axes.set_title(f"{what}: {' and '.join(runs)}, same settings", fontsize=12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -255,7 +255,7 @@ def main() -> None:
     print(f"Data: {info['source']}, {info['train_tokens']:,} tokens to train on, {info['val_tokens']:,} held out")
     runs = {name: run(name, args) for name in args.optimizers}
     result = summarize(runs, args, info)
-    draw(runs, result, args.out / "loss.png")
+    draw(runs, result, args.out / "loss.png", "Llama with 5 M parameters, DeepSpeed ZeRO-1")
     text, markdown = tables(result)
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     (args.out / "result.md").write_text(markdown)
