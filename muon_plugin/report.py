@@ -52,13 +52,13 @@ def table(
         flops = [sum(of_rank) for of_rank in zip(*(plan.flops for plan in plans))]
         sent = [sum(of_rank) for of_rank in zip(*(plan.bytes_sent for plan in plans))]
         rows.append(
-            f"Newton-Schulz a step: {_si(sum(flops))}FLOP over {len(flops)} ranks, the busiest {_si(max(flops))}FLOP "
+            f"Newton-Schulz a step: {si(sum(flops))}FLOP over {len(flops)} ranks, the busiest {si(max(flops))}FLOP "
             f"({max(flops) * len(flops) / sum(flops):.2f} of the mean)"
         )
-        rows.append(f"exchange a step: {_si(sum(sent))}B sent over all ranks, {_si(max(sent))}B by the busiest")
+        rows.append(f"exchange a step: {si(sum(sent))}B sent over all ranks, {si(max(sent))}B by the busiest")
     rows.append(
-        f"optimizer state on this rank: {_si(4 * held_muon + 8 * held_adamw)}B (AdamW alone: "
-        f"{_si(8 * (held_muon + held_adamw))}B)"
+        f"optimizer state on this rank: {si(4 * held_muon + 8 * held_adamw)}B (AdamW alone: "
+        f"{si(8 * (held_muon + held_adamw))}B)"
     )
     width = max(len(row) for row in rows)
     return "\n".join(["muon_plugin ".ljust(width + 2, "-"), *("  " + row for row in rows), "-" * (width + 2)])
@@ -82,7 +82,8 @@ def options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
     return f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({method}); {each}"
 
 
-def _si(amount: float) -> str:
+def si(amount: float) -> str:
+    """Three digits and the prefix of the unit."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if amount >= size:
             return f"{amount / size:.2f} {unit}"

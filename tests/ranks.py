@@ -107,8 +107,8 @@ def _serve(pipe: Any, rank: int, size: int, store: str, megatron: str | None) ->
     except ImportError:
         pass
     if megatron is not None:
-        sys.path[:0] = [str(release(megatron)), str(ROOT / "examples" / "megatron")]
-        import on_cpu
+        sys.path[:0] = [str(release(megatron)), str(ROOT)]
+        from muon_plugin.megatron import on_cpu
 
         warnings.simplefilter("ignore")
         # Megatron writes checkpoints from processes of its own, which daemons may not have.

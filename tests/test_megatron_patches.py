@@ -54,7 +54,7 @@ def test_the_patched_command_line(patched):
         pytest.skip("0.16.1's wheel has no megatron.training")
     checked = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMMAND_LINE],
-        env={"PYTHONPATH": f"{folder}:{ROOT}:{Path(__file__).parent}:{ROOT / 'examples' / 'megatron'}"}
+        env={"PYTHONPATH": f"{folder}:{ROOT}:{Path(__file__).parent}"}
         | {"RANK": "0", "WORLD_SIZE": "4", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
@@ -63,7 +63,8 @@ def test_the_patched_command_line(patched):
 
 
 COMMAND_LINE = """
-import sys, on_cpu
+import sys
+from muon_plugin.megatron import on_cpu
 on_cpu.install()
 from megatron.training.arguments import parse_args, validate_args
 sys.argv = ("pretrain_gpt.py --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8 "

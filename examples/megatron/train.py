@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "llama")]
+sys.path.insert(0, str(HERE.parent / "llama"))
 warnings.simplefilter("ignore")  # Megatron tells of every package that a CPU does not need
 
-import on_cpu  # noqa: E402
+from muon_plugin.megatron import on_cpu  # noqa: E402
 
 on_cpu.install()
 

@@ -68,7 +68,7 @@ def install() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[assignment, misc]
     torch.cuda.current_stream = lambda *_, **__: _Stream()  # type: ignore[assignment]
-    torch.cuda.stream = lambda stream: _Stream()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: _Stream()  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment, method-assign]
     _CudaMeansCpu().__enter__()
