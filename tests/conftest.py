@@ -24,3 +24,9 @@ def ranks():
     yield pool
     for started in pools.values():
         started.close()
+
+
+@pytest.fixture(scope="session", params=["0.16.1", "0.19.2"])
+def release(request):
+    """Each Megatron-Core that must work; all tests of one before those of the next, since pools take long to start."""
+    return request.param

@@ -20,9 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from muon_plugin.layout import pieces
 
-RELEASES = ("0.16.1", "0.19.2")
-release = pytest.fixture(params=RELEASES)(lambda request: request.param)
-
 
 def updates(optimizer: Any) -> list[Any]:
     return [part.optimizer.update for part in optimizer.chained_optimizers]

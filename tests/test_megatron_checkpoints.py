@@ -14,7 +14,6 @@ import torch.distributed as dist
 from integers import differing
 from megatron_model import Layout, build, full_masters, full_weights, named, optimizer_for, step, trained
 
-RELEASES = ("0.16.1", "0.19.2")
 HALF, STEPS = 4, 8
 
 
@@ -129,20 +128,17 @@ def resume(ranks, release, kind: str, case: Any, folder: Path) -> None:
     assert differing(found, straight) == []
 
 
-@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("case", FULLY)
 def test_fully_reshardable_resumes_under_any_layout(ranks, release, case, tmp_path):
     """Row 12."""
     resume(ranks, release, "fully_reshardable", FULLY[case], tmp_path)
 
 
-@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("case", BY_DP)
 def test_dp_reshardable_resumes_at_another_dp(ranks, release, case, tmp_path):
     resume(ranks, release, "dp_reshardable", BY_DP[case], tmp_path)
 
 
-@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("case", [case for case in BY_DP if "experts" not in case])
 def test_legacy_resumes_at_another_dp(ranks, release, case, tmp_path):
     resume(ranks, release, "legacy", BY_DP[case], tmp_path)
@@ -167,7 +163,6 @@ def from_adamw(rank: int, layout: Layout, kind: str, folder: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["fully_reshardable", "dp_reshardable", "legacy"])
-@pytest.mark.parametrize("release", RELEASES)
 def test_an_adamw_checkpoint_of_megatron_is_taken_over(ranks, release, kind, tmp_path):
     """Its weights and its half for the rest; the momentum of matrices starts from zero, and the log says so."""
     layout = Layout(tp=2)

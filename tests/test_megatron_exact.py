@@ -9,13 +9,6 @@ import pytest
 from integers import differing
 from megatron_model import Layout, trained
 
-RELEASES = ("0.16.1", "0.19.2")
-
-
-@pytest.fixture(scope="module", params=RELEASES)
-def release(request):
-    return request.param
-
 
 @pytest.fixture(scope="module")
 def alone(ranks, release):
