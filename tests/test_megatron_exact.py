@@ -86,8 +86,6 @@ def test_others(ranks, release, alone, case):
 
 def test_gated_attention(ranks, alone, release):
     """Row 14: query, gate, key and value of a group, four parts."""
-    if release == "0.16.1":
-        pytest.skip("attention_output_gate needs Transformer Engine's norms in 0.16.1's local spec")
     check(ranks, release, alone, 4, Layout("gated_attention", tp=2))
 
 
