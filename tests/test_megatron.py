@@ -42,6 +42,25 @@ def kinds_of(rank: int, layout: Layout) -> Any:
     return kinds, any(len(route.holders) > 1 for update in updates(optimizer) for route in update.plan.routes)
 
 
+def test_the_entry_that_0_16_1_trains_through(ranks, release):
+    """Its training loop calls `get_megatron_muon_optimizer`, which refuses the pair."""
+    if release != "0.16.1":
+        pytest.skip("later releases have one entry")
+    assert ranks(2, release).run(through_own_entry, Layout()) == ["MuonDistributedOptimizer"] * 2
+
+
+def through_own_entry(rank: int, layout: Layout) -> str:
+    import muon_plugin
+
+    muon_plugin.register("megatron")
+    from megatron.core.optimizer.muon import get_megatron_muon_optimizer
+
+    chunks = build(layout)
+    optimizer = get_megatron_muon_optimizer(config_for(layout), chunks)
+    step(chunks, optimizer, layout, 0)
+    return type(optimizer.chained_optimizers[0]).__name__
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_gate_and_up_are_orthogonalized_apart(ranks, release, tp):
     """Row 13 (#6688, #7077): SwiGLU's linear_fc1 as one matrix; ours: two, each with singular values near 1."""
