@@ -53,6 +53,6 @@ def test_loss_curves_at_tp_1_and_2_agree_to_the_forward_passs_rounding(tmp_path)
     print(worst)
     # fp32 sums in another order differ by 1e-7 of the loss; Newton-Schulz rounds its input to bf16, where such
     # a difference can move an element by 4e-3 of itself: larger than AdamW's, and small beside the loss of 7.
-    assert worst["AdamW"] < 1e-3
-    assert worst["Muon"] < 1e-2
+    assert worst["AdamW"] < 1e-4
+    assert worst["Muon"] < 2e-3
     assert curves["Muon", 2][-1] < curves["Muon", 2][0] - 0.3
