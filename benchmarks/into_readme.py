@@ -1,7 +1,7 @@
 """Puts the measured results into the README: every table there comes from a file under benchmarks/results/.
 
 python benchmarks/into_readme.py                   # the tables
-python benchmarks/into_readme.py --train runs/llama    # and first takes over what `make train` gave
+python benchmarks/into_readme.py --train runs/llama    # and first takes over what `make train` gave (or runs/megatron)
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ def filled(readme: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, help="output folder of `make train` whose result to take over")
+    parser.add_argument("--train", type=Path, help="output folder of `make train` or `make train-megatron` to take over")
     options = parser.parse_args()
     if options.train:
-        shutil.copy(options.train / "result.md", ROOT / "benchmarks" / "results" / "llama.md")
-        shutil.copy(options.train / "loss.png", ROOT / "docs" / "loss.png")
+        name = options.train.name
+        shutil.copy(options.train / "result.md", ROOT / "benchmarks" / "results" / f"{name}.md")
+        shutil.copy(options.train / "loss.png", ROOT / "docs" / f"{name}.png")
     readme = ROOT / "README.md"
     readme.write_text(filled(readme.read_text()))
 

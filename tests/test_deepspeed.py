@@ -272,7 +272,7 @@ def stranger(rank: int) -> None:
 
 
 SCRIPT = """
-import os, sys
+import sys, time
 import deepspeed, torch
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at start otherwise, for inference alone
 model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
@@ -282,6 +282,9 @@ for _ in range(2):
     engine.step()
 # One write: the ranks share a pipe.
 sys.stdout.write(f"ended {type(engine.basic_optimizer).__module__} {sys.argv[-1]}\\n")
+# torch's gloo threads abort a Python that ends within milliseconds of a collective, with any optimizer: they free the
+# collective's tensors, for which they need the interpreter.
+time.sleep(1)
 """
 
 
