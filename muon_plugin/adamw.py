@@ -64,7 +64,7 @@ IMPLEMENTATIONS = ("auto", *_BUILDERS)
 
 
 def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
-    """An AdamW over these parameter groups (which it completes with its own options), and what to call it in the log.
+    """An AdamW over these parameter groups, and what to call it in the log.
 
     Args:
         groups: with "params", "lr", "betas", "eps", "weight_decay".
@@ -86,8 +86,6 @@ def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
                     f"allowed: {', '.join(IMPLEMENTATIONS)}"
                 ) from error
             continue
-        for group in groups:
-            group.update(_own_options(optimizer))
         inexact = not on_cuda and name != "torch"
         return optimizer, name + (" (not bit-exact over layouts on CPU)" if inexact else "")
     raise RuntimeError("unreachable: torch's AdamW can always be built")
@@ -97,7 +95,7 @@ def _is_cuda(groups: Groups) -> bool:
     return bool(groups[0]["params"][0].is_cuda)
 
 
-def _own_options(optimizer: Optimizer) -> dict[str, Any]:
+def own_options(optimizer: Optimizer) -> dict[str, Any]:
     """What this implementation keeps in a group beside the settings that are ours."""
     return {
         key: value for key, value in optimizer.defaults.items() if key not in ("lr", "betas", "eps", "weight_decay")
@@ -117,7 +115,7 @@ def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 
 def adopt(optimizer: Optimizer, group: dict[str, Any], state: Any) -> None:
     """Brings a restored group and its state to the format of `optimizer`, which may not be the one that saved them."""
-    group.update(_own_options(optimizer))
+    group.update(own_options(optimizer))
     steps = [state[p]["step"] for p in group["params"] if "step" in state[p]] or [group.pop("step", 0)]
     step = max(float(s) for s in steps)  # DeepSpeed's FusedAdam counts on one tensor of a group only
     for p in group["params"]:

@@ -6,7 +6,7 @@ Here are the parameter groups, the state and its checkpoints; `update` has the f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,18 @@ from .update import Update
 
 @dataclass(frozen=True)
 class Holding:
-    """What an engine tells of one parameter group: the shards on this rank, and the ranks that hold the rest.
+    """One call of the step, as the engine will make it: the tensors it hands over and the shards in them.
 
     Attributes:
-        shards: this rank's part of each parameter of the group.
+        group: the number of the parameter group.
+        tensors: the group's "params" in that call. ZeRO-3 makes one call for each of a group's sub-groups, with one
+            flat tensor each; elsewhere a group has one call with all its tensors.
+        shards: this rank's part of each parameter.
         process_group: its ranks together hold every element of every matrix; None is the default group.
     """
 
+    group: int
+    tensors: tuple[Tensor, ...]
     shards: tuple[Shard, ...]
     process_group: Any = None
 
@@ -47,9 +52,11 @@ class Muon(Optimizer):
         process_group: ranks that hold replicas of the parameters (plain DDP); the default group where there is one.
             Each matrix is orthogonalized once among them.
         engine: used by the engine hooks: the optimizer waits for `attach`, and its step does nothing until then.
+        shapes: used by the engine hooks: the whole shape of each parameter that the engine has cut, by name.
         **settings: see `muon_plugin.settings.Settings`: lr, weight_decay, momentum, ...
 
-    State, created on every rank before the first step: ``momentum_buffer`` (fp32 in the engines, like the parameter
+    State, created on every rank before the first step: ``momentum_buffer`` (its name under DeepSpeed is Adam's,
+    ``exp_avg``; fp32 in the engines, like the parameter
     alone) for tensors with matrices; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest.
 
     Raises:
@@ -63,9 +70,12 @@ class Muon(Optimizer):
         model: nn.Module | None = None,
         process_group: Any = None,
         engine: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
         **settings: Any,
     ) -> None:
         self._engine = engine
+        #: the momentum's name in the state: DeepSpeed moves, reshards and converts what has Adam's names
+        self.momentum_name = "momentum_buffer" if engine is None else "exp_avg"
         self._complete = self._ready = False
         #: the first tensor of a group with matrices -> its update
         self._updates: dict[Tensor, Update] = {}
@@ -77,11 +87,11 @@ class Muon(Optimizer):
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
             checked = Settings.from_dict(settings)
             groups = _named_groups(params)
-            shapes = {name: _shape(name, p) for group in groups for name, p in group["params"]}
-            routing = route(shapes, model=model, exclude=checked.exclude, split=checked.split)
+            whole = {name: _shape(name, p) for group in groups for name, p in group["params"]} | dict(shapes or {})
+            routing = route(whole, model=model, exclude=checked.exclude, split=checked.split)
             if not routing.matrices and not checked.exclude:
                 raise ValueError(
-                    f"none of the {len(shapes)} parameters is a matrix of a hidden layer, nothing is left for Muon: "
+                    f"none of the {len(whole)} parameters is a matrix of a hidden layer, nothing is left for Muon: "
                     f"{dict(list(routing.adamw.items())[:5])}. Give whole, unflattened parameters, or use AdamW"
                 )
             names = {p: name for group in groups for name, p in group["params"]}
@@ -98,45 +108,48 @@ class Muon(Optimizer):
         super().__init__(groups, {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay})
         self._complete = True
         for group, members in zip(self.param_groups, groups):
-            group["layout"] = _layout_digest(members["params"], names)
+            group["layout"] = _layout_digest([names[p] for p in members["params"]], self.routing.shapes)
         if engine is None:
-            whole = [
-                Holding(tuple(Shard.of_range(names[p], 0, p.numel(), p) for p in group["params"]), process_group)
-                for group in self.param_groups
-            ]
-            self.attach(whole)
+            self.attach([_whole(i, group["params"], names, process_group) for i, group in enumerate(self.param_groups)])
             self._replicas = (process_group,)
 
-    def attach(self, holdings: Sequence[Holding]) -> None:
-        """Takes the tensors that the parameter groups now hold, creates the state, and plans. Collective.
+    def attach(self, holdings: Sequence[Holding], device: torch.device | None = None) -> None:
+        """Takes the tensors of every call to come, creates the state, and plans. Collective.
 
         Args:
-            holdings: one for each parameter group, in order.
+            holdings: one for each call, in the order of the calls.
+            device: where matrices are orthogonalized: where their tensors are, if not given.
         """
         self.detach()
-        for group, holding in zip(self.param_groups, holdings, strict=True):
-            if group["use_muon"]:
-                self._updates[group["params"][0]] = Update(
+        rest: list[Holding] = []
+        for holding in holdings:
+            if not self.param_groups[holding.group]["use_muon"]:
+                rest.append(holding)
+            else:
+                self._updates[holding.tensors[0]] = Update(
                     self.routing.matrices,
                     holding.shards,
                     holding.process_group,
-                    group["params"][0].device,
+                    device or holding.tensors[0].device,
                     self.settings.newton_schulz,
                     lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
                     normalize=self.settings.adjust_lr_fn == "update_norm",
                 )
-                for p in group["params"]:
-                    self.state[p] = {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
-        rest = [group for group in self.param_groups if not group["use_muon"]]
+                for p in holding.tensors:
+                    self.state[p] = {self.momentum_name: torch.zeros_like(p, dtype=torch.float32)}
         if rest:
-            all_ranks = holdings[0].process_group
-            self._adamw, self._adamw_name = together(lambda: adamw.build(rest, self.settings.adamw), all_ranks)
-            advice = "Install the same packages on every rank, or set adamw"
-            agree("the AdamW to use", [self._adamw_name], advice, all_ranks)
-            for group in rest:
-                for p in group["params"]:
-                    self.state[p] = adamw.new_state(self._adamw, p)
+            self._attach_adamw(rest, holdings[0].process_group)
         self._ready = True
+
+    def _attach_adamw(self, holdings: Sequence[Holding], process_group: Any) -> None:
+        calls = [{**self.param_groups[holding.group], "params": list(holding.tensors)} for holding in holdings]
+        self._adamw, self._adamw_name = together(lambda: adamw.build(calls, self.settings.adamw), process_group)
+        advice = "Install the same packages on every rank, or set adamw"
+        agree("the AdamW to use", [self._adamw_name], advice, process_group)
+        for holding in holdings:
+            self.param_groups[holding.group].update(adamw.own_options(self._adamw))
+            for p in holding.tensors:
+                self.state[p] = adamw.new_state(self._adamw, p)
 
     def detach(self) -> None:
         """Lets go of the tensors: until `attach`, a step does nothing. For an engine that takes over the optimizer."""
@@ -152,7 +165,7 @@ class Muon(Optimizer):
                 loss = closure()
         if not self._ready:
             return loss  # DeepSpeed steps once on zeros while it builds its wrapper: that must change nothing
-        mine = [group for group in self.param_groups if group["use_muon"]]
+        mine = [group for group in self.param_groups if group["use_muon"] and group["params"]]
         if any(group["params"][0] not in self._updates for group in mine):
             raise RuntimeError(
                 "the tensors of Muon's parameter groups are not those that it planned for: an engine replaced them. "
@@ -162,9 +175,9 @@ class Muon(Optimizer):
             self._check_replicas()
         for group in mine:
             update = self._updates[group["params"][0]]
-            momenta = [self.state[p]["momentum_buffer"] for p in update.tensors]
+            momenta = [self.state[p][self.momentum_name] for p in update.tensors]
             update.step([group] * len(update.tensors), momenta)
-        rest = [group for group in self.param_groups if not group["use_muon"]]
+        rest = [group for group in self.param_groups if not group["use_muon"] and group["params"]]
         if rest and self._adamw is not None:
             self._adamw.state, self._adamw.param_groups = self.state, rest
             self._adamw.step()
@@ -209,29 +222,34 @@ class Muon(Optimizer):
                 "parameter groups), or load the weights alone"
             )
         momenta = {
-            p: state_dict["state"][i]["momentum_buffer"]
+            p: state_dict["state"][i][self.momentum_name]
             for g, saved_group in zip(current, saved)
             for p, i in zip(g["params"], saved_group["params"])
             if g["use_muon"]
         }
         super().load_state_dict(state_dict)
         for p, momentum in momenta.items():  # torch casts state to the parameter's type; momentum stays fp32
-            self.state[p]["momentum_buffer"] = momentum.to(p.device, torch.float32, copy=True)
+            self.state[p] = {self.momentum_name: momentum.to(p.device, torch.float32, copy=True)}
         for group in self.param_groups:
             if self._adamw is not None and not group["use_muon"]:
                 adamw.adopt(self._adamw, group, self.state)
 
     @property
     def plans(self) -> list[Plan]:
-        """One plan for each parameter group with matrices, in order."""
+        """One plan for each call with matrices, in order."""
         return [update.plan for update in self._updates.values()]
 
     def summary(self) -> str:
         """The start-up table: what goes to Muon and to AdamW, the plan's balance, bytes and memory."""
-        groups = self.param_groups
-        held = [sum(p.numel() for g in groups if g["use_muon"] is muon for p in g["params"]) for muon in (True, False)]
-        options = report.options(self.settings, groups)
-        return report.table(self.routing, options, self._adamw_name, self.plans, *held)
+        held_muon = sum(p.numel() for p, state in self.state.items() if "exp_avg_sq" not in state)
+        held_adamw = sum(p.numel() for p, state in self.state.items() if "exp_avg_sq" in state)
+        options = report.options(self.settings, self.param_groups)
+        return report.table(self.routing, options, self._adamw_name, self.plans, held_muon, held_adamw)
+
+
+def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Holding:
+    shards = tuple(Shard.of_range(names[p], 0, p.numel(), p) for p in tensors)
+    return Holding(group, tuple(tensors), shards, process_group)
 
 
 def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -269,9 +287,9 @@ def _shape(name: str, p: Tensor) -> tuple[int, ...]:
     return tuple(p.shape)
 
 
-def _layout_digest(members: Sequence[Tensor], names: dict[Tensor, str]) -> str:
+def _layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Which parameters a group holds, in order: ZeRO keeps a group as one flat tensor that does not say."""
-    lines = "\n".join(f"{names[p]} {list(p.shape)}" for p in members)
+    lines = "\n".join(f"{name} {list(shapes[name])}" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 

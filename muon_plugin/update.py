@@ -33,7 +33,7 @@ class Update:
         matrices: candidates, the same on every rank; those of which no rank holds a shard are left out.
         shards: what this rank holds; it may be nothing.
         process_group: its ranks together hold every element of every matrix; None is the default group.
-        device: where the shards lie and the matrices are put together.
+        device: where the matrices are put together and orthogonalized. The shards lie there, or (offloaded) on the CPU.
         newton_schulz: the iteration.
         scale: the factor on the update of a matrix.
         normalize: the update's RMS is set to 1 first (Eq. 6).
@@ -94,9 +94,10 @@ class Update:
             if directions[tensor] is None:
                 return
             # Always in this order: u to fp32, times its scale, times the learning rate. Another order rounds otherwise.
-            change = update.float().mul_(self._scales[matrix])
+            here = flat[tensor].device
+            change = update.to(here).float().mul_(self._scales[matrix])
             if scale is not None:
-                change.mul_(scale)
+                change.mul_(scale.to(here))
             local.view(flat[tensor]).add_(change, alpha=-rates[tensor])
 
         self._exchange.run(read, write)
@@ -110,14 +111,18 @@ def _direction(grad: Tensor, momentum: Tensor, group: Mapping[str, Any]) -> Call
         here = momentum.to(grad.device, non_blocking=True).lerp_(grad, 1 - mu)
         momentum.copy_(here)
         whole = grad.lerp_(here, mu) if nesterov else here
-        return lambda local, out: out.copy_(local.view(whole))
+        return lambda local, out: _fill(out, local.view(whole))
     momentum.lerp_(grad, 1 - mu)
     if nesterov:
-        return lambda local, out: out.copy_(local.view(grad).lerp(local.view(momentum), mu))
-    return lambda local, out: out.copy_(local.view(momentum))
+        return lambda local, out: _fill(out, local.view(grad).lerp(local.view(momentum), mu))
+    return lambda local, out: _fill(out, local.view(momentum))
+
+
+def _fill(out: Tensor, values: Tensor) -> None:
+    out.copy_(values if values.device == out.device else values.bfloat16())  # between devices, bf16 travels
 
 
 def _check_device(tensors: Sequence[Tensor], device: torch.device) -> None:
-    devices = {tensor.device for tensor in tensors} | {device}
-    if len(devices) > 1:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1 or not devices <= {device, torch.device("cpu")}:
         raise ValueError(f"one process holds matrices on {sorted(map(str, devices))}; allowed: one device a process")

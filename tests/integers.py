@@ -88,7 +88,11 @@ def build(rank: int, settings: dict[str, Any], model: nn.Module | None = None, *
     # CPUs without fp16 instructions compute it in software: slow, but the same numbers. DeepSpeed says no by default.
     get_accelerator().is_fp16_supported = lambda: True
     muon_plugin.register()
-    engine, *_ = deepspeed.initialize(model=model or IntegerModel(), config=settings, **kwargs)
+    model = model or IntegerModel()
+    if settings["zero_optimization"]["stage"] == 3:  # these forwards use the parameters of all modules in one place
+        for p in model.parameters():
+            deepspeed.zero.register_external_parameter(model, p)
+    engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)
     return engine
 
 
@@ -102,11 +106,19 @@ def train(engine: Any, rank: int, steps: int, first: int = 0) -> None:
             engine.step()
 
 
+def gathered(model: nn.Module) -> Any:
+    """ZeRO-3's parameters whole, as long as the context lasts."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
+
+
 def weights(engine: Any) -> dict[str, Tensor]:
     """The model's weights; where the engine keeps fp32 masters, those too (gathered)."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    with gathered(engine.module):
+        found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     wrapper = engine.optimizer
     names = engine.param_names
     if hasattr(wrapper, "fp32_groups"):
@@ -115,7 +127,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
     elif wrapper is not engine.basic_optimizer and not getattr(wrapper, "round_robin_gradients", False):
         for name, p in engine.module.named_parameters():
             if p.requires_grad:
-                found[name + " (fp32)"] = safe_get_full_fp32_param(p).detach().clone().view(p.shape)
+                found[name + " (fp32)"] = safe_get_full_fp32_param(p).detach().clone().view(found[name].shape)
     elif wrapper is engine.basic_optimizer:
         found |= {
             name + " (fp32)": p.detach().clone() for name, p in engine.module.named_parameters() if p.requires_grad

@@ -18,7 +18,7 @@ def reference(ranks):
 
 @pytest.mark.parametrize("gas", [1, 2])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_ten_steps_end_in_the_same_bits(ranks, reference, dtype, stage, world, gas):
     for rank, found in enumerate(ranks(world).run(trained, config(stage, dtype, gas))):
@@ -42,6 +42,55 @@ def test_zero_options_change_no_bit(ranks, reference, option, stage, world):
     found = ranks(world).run(trained, config(stage, "bf16", **OPTIONS[option]))[0]
     # Masters cannot be gathered under round_robin_gradients: DeepSpeed's own map of them walks the wrong order there.
     assert differing(found, {name: reference["bf16"][name] for name in found}) == []
+
+
+OPTIONS_3: dict[str, dict[str, Any]] = {
+    "overlap_comm": {"overlap_comm": True},
+    "sub-groups": {"sub_group_size": 300},
+    "one parameter a sub-group": {"sub_group_size": 1},
+    "no parameter persists": {"stage3_param_persistence_threshold": 0},
+    "small buckets": {"reduce_bucket_size": 500, "stage3_prefetch_bucket_size": 100, "stage3_max_live_parameters": 1000},
+    "no reduce_scatter": {"reduce_scatter": False},
+    "no contiguous_gradients": {"contiguous_gradients": False},
+    "parameters on the CPU": {"offload_param": {"device": "cpu"}},
+    "ZeRO++'s second partition": {"zero_hpz_partition_size": 2},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS_3)
+def test_zero_3_options_change_no_bit(ranks, reference, option):
+    found = ranks(4).run(trained, config(3, "bf16", gas=2, zero_optimization=OPTIONS_3[option]))[0]
+    assert differing(found, reference["bf16"]) == []
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+@pytest.mark.parametrize(("stage", "world"), [(1, 1), (1, 2), (1, 3), (2, 2), (2, 4), (3, 1), (3, 2), (3, 4)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_offload_changes_no_bit(ranks, reference, dtype, stage, world, pin_memory):
+    """DeepSpeed #8463: CPU offload diverges from the run without it."""
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": pin_memory}}
+    for gas in (1, 4):
+        found = ranks(world).run(trained, config(stage, dtype, gas, zero_optimization=offload))[0]
+        assert differing(found, reference[dtype]) == [], gas
+
+
+def test_a_model_built_under_zero_init(ranks):
+    """DeepSpeed #8438: every parameter looks one-dimensional there, so the built-in is silently off."""
+    alone = ranks(1).run(init_under_zero, config(3, "bf16"), False)[0]
+    for world in (1, 2, 4):
+        assert differing(ranks(world).run(init_under_zero, config(3, "bf16"), True)[0], alone) == []
+
+
+def init_under_zero(rank: int, settings: dict[str, Any], under: bool) -> dict[str, Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=under):
+        model = Small()
+    engine = build(rank, settings, model)
+    assert [m.name for m in engine.basic_optimizer.routing.matrices] == ["a.weight", "b.weight"]
+    assert "Muon   2 parameters, 2 matrices, 25 elements" in engine.basic_optimizer.summary()
+    train(engine, rank, 5)
+    return weights(engine)
 
 
 def test_fp32_gradient_accumulation_under_bf16_changes_no_bit(ranks, reference):

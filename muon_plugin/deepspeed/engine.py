@@ -13,7 +13,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from ..agreement import agree, together, world_of
 from ..optimizer import Muon
 from ..settings import Settings
-from .shards import holdings
+from .shards import full_shape, holdings
 
 
 def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: Any) -> None:
@@ -29,7 +29,7 @@ def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: 
         raise ValueError("PipelineModule is not supported by muon_plugin's Muon; supported: models without stages")
     agree(
         "the model",
-        [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()],
+        [f"{name} {list(full_shape(p))} {p.dtype}" for name, p in model.named_parameters()],
         "Build the same model from the same configuration on every rank",
     )
 
@@ -43,7 +43,8 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})
 
     params, options = together(prepare)
-    return Muon(params, model=engine.module, engine="deepspeed", **options)
+    shapes = {name: full_shape(p) for p, name in engine.param_names.items() if p.requires_grad}
+    return Muon(params, model=engine.module, engine="deepspeed", shapes=shapes, **options)
 
 
 def _configure_optimizer(
@@ -62,7 +63,7 @@ def _configure_optimizer(
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         return
-    muon.attach(together(lambda: holdings(engine, engine.param_names)))
+    muon.attach(together(lambda: holdings(engine, engine.param_names)), torch.device(engine.device))
     if world_of(None)[0] == 0:
         print(muon.summary(), flush=True)
 
@@ -98,10 +99,11 @@ def _check_supported(engine: Any) -> None:
     """
     config = engine._config
     zero = config.zero_config
-    offloads = {name: _device(getattr(zero, name)) for name in ("offload_optimizer", "offload_param")}
+    offload = zero.offload_optimizer
+    ratio, superoffload = getattr(offload, "ratio", 1.0), getattr(offload, "super_offload", False)
     refused = {
-        "zero_optimization.stage": (zero.stage > 2, int(zero.stage), "0, 1 or 2"),
-        **{f"zero_optimization.{name}.device": (on != "none", on, "none") for name, on in offloads.items()},
+        "zero_optimization.offload_optimizer.ratio": (ratio != 1.0, ratio, "1.0: a part is for DeepSpeedCPUAdam alone"),
+        "zero_optimization.offload_optimizer.super_offload": (superoffload, True, "false"),
         "zero_optimization.elastic_checkpoint": (zero.elastic_checkpoint, True, "false"),
         "zero_optimization.zenflow": (getattr(zero, "zenflow", None) is not None, "set", "not set"),
         "tensor_parallel.autotp_size": (engine.autotp_size() > 1, engine.autotp_size(), "0 or 1"),

@@ -16,7 +16,7 @@ Names = Mapping[Tensor, str]
 
 
 def holdings(engine: Any, names: Names) -> list[Holding]:
-    """For each parameter group, this rank's shards as the engine's wrapper laid them out.
+    """For each call of the inner step, this rank's shards as the engine's wrapper laid them out.
 
     Every shard is compared with the parameter it should hold, so a release that lays them out otherwise is an error
     here and not a wrong update later.
@@ -33,6 +33,8 @@ def holdings(engine: Any, names: Names) -> list[Holding]:
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
         found = [_whole(zip(low, master), names) for low, master in pairs]
         groups = [engine.seq_data_parallel_group] * len(found)
+    elif isinstance(getattr(wrapper, "fp16_partitioned_groups_flat", None), list):  # ZeRO-3, and MiCS
+        return [_zero_3(wrapper, number, names) for number in range(len(wrapper.fp16_groups))]
     elif kind == "DeepSpeedZeroOptimizer":
         found = [_zero_1_and_2(wrapper, i, names) for i in range(len(wrapper.round_robin_bit16_groups))]
         groups = wrapper.real_dp_process_group
@@ -44,8 +46,17 @@ def holdings(engine: Any, names: Names) -> list[Holding]:
     parameters = {name: p for p, name in names.items()}
     for shards in found:
         for shard in shards:
-            _compare(shard, parameters[shard.parameter])
-    return [Holding(tuple(shards), group) for shards, group in zip(found, groups, strict=True)]
+            _compare(shard, shard.where.view(parameters[shard.parameter].detach().view(-1)))
+    calls = zip(engine.basic_optimizer.param_groups, found, groups, strict=True)
+    return [
+        Holding(number, tuple(param_group["params"]), tuple(shards), group)
+        for number, (param_group, shards, group) in enumerate(calls)
+    ]
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The parameter's shape before ZeRO-3 cut it: afterwards, and under ``zero.Init`` from the start, it looks empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _whole(pairs: Iterator[tuple[Tensor, Tensor]], names: Names) -> list[Shard]:
@@ -86,9 +97,26 @@ def _partition(
     return found
 
 
-def _compare(shard: Shard, parameter: Tensor) -> None:
-    ours = shard.local.view(shard.tensor.detach().view(-1))
-    theirs = shard.where.view(parameter.detach().view(-1))
+def _zero_3(zero: Any, number: int, names: Names) -> Holding:
+    """A sub-group: each parameter cut in equal parts, the last one padded; this rank's parts one after the other."""
+    master, group = zero.fp32_partitioned_groups_flat[number], zero.sub_group_process_groups[number]
+    rank = torch.distributed.get_rank(group)
+    found, offset = [], 0
+    for p in zero.fp16_groups[number]:
+        part = int(p.partition_numel())
+        length = min(part, p.ds_numel - rank * part)
+        if length > 0:
+            shard = Shard.of_range(names[p], rank * part, length, master, offset)
+            if master.numel() and p.ds_tensor.numel():  # neither lies on NVMe
+                _compare(shard, p.ds_tensor.detach().view(-1)[:length])
+            found.append(shard)
+        offset += part
+    return Holding(zero.sub_group_to_group_id[number], (master,), tuple(found), group)
+
+
+def _compare(shard: Shard, theirs: Tensor) -> None:
+    ours = shard.local.view(shard.tensor.detach().view(-1)).view(-1)
+    theirs = theirs.view(-1)
     if not torch.allclose(ours.to(theirs.dtype), theirs.to(ours.device), rtol=0, atol=0, equal_nan=True):
         raise ValueError(
             f"{shard.where.numel} elements of {shard.parameter} from {shard.where.start} on are not where DeepSpeed's "
