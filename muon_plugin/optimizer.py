@@ -136,7 +136,8 @@ class Muon(Optimizer):
                     normalize=self.settings.adjust_lr_fn == "update_norm",
                 )
                 for p in holding.tensors:
-                    self.state[p] = {self.momentum_name: torch.zeros_like(p, dtype=torch.float32)}
+                    if p.numel():  # elsewhere it lies on NVMe, and its state is made when it first comes from there
+                        self.state[p] = self._new_momentum(p)
         if rest:
             self._attach_adamw(rest, holdings[0].process_group)
         self._ready = True
@@ -149,7 +150,11 @@ class Muon(Optimizer):
         for holding in holdings:
             self.param_groups[holding.group].update(adamw.own_options(self._adamw))
             for p in holding.tensors:
-                self.state[p] = adamw.new_state(self._adamw, p)
+                if p.numel():
+                    self.state[p] = adamw.new_state(self._adamw, p)
+
+    def _new_momentum(self, p: Tensor) -> dict[str, Tensor]:
+        return {self.momentum_name: torch.zeros_like(p, dtype=torch.float32)}
 
     def detach(self) -> None:
         """Lets go of the tensors: until `attach`, a step does nothing. For an engine that takes over the optimizer."""
@@ -175,6 +180,9 @@ class Muon(Optimizer):
             self._check_replicas()
         for group in mine:
             update = self._updates[group["params"][0]]
+            for p in update.tensors:
+                if not self.state[p]:
+                    self.state[p] = self._new_momentum(p)
             momenta = [self.state[p][self.momentum_name] for p in update.tensors]
             update.step([group] * len(update.tensors), momenta)
         rest = [group for group in self.param_groups if not group["use_muon"] and group["params"]]

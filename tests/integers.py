@@ -89,7 +89,9 @@ def build(rank: int, settings: dict[str, Any], model: nn.Module | None = None, *
     get_accelerator().is_fp16_supported = lambda: True
     muon_plugin.register()
     model = model or IntegerModel()
-    if settings["zero_optimization"]["stage"] == 3:  # these forwards use the parameters of all modules in one place
+    if (
+        settings.get("zero_optimization", {}).get("stage") == 3
+    ):  # these forwards use the parameters of all modules in one place
         for p in model.parameters():
             deepspeed.zero.register_external_parameter(model, p)
     engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)

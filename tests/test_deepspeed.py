@@ -158,8 +158,14 @@ def summary(rank: int) -> str:
 
 
 UNSUPPORTED = [
-    ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3 is not supported"),
-    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer.device='cpu' is not"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "device with stage 2='nvme' is not"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio=0.5 is not"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, "super_off"),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "pipeline_read": True}}},
+        "pipeline_read or pipeline_write=True is not",
+    ),
+    ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads=True is not"),
     ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint=True is not supported"),
     ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal=True is not supported"),
     ({"scheduler": {"type": "WarmupLR", "params": {}}, "params": {"adam_lr": 0.1}}, "adam_lr=0.1 is not supported"),
@@ -192,13 +198,15 @@ def test_every_mode_that_is_not_supported_is_named(setting):
     from muon_plugin.deepspeed.engine import _check_supported
 
     zero = SimpleNamespace(stage=1, offload_optimizer=None, offload_param=None, elastic_checkpoint=False, zenflow=None)
+    off = ("torch_autocast_enabled", "bf16_optimizer_states", "scheduler_name")
+    off += ("bf16_master_weights_and_gradients", "fp16_master_weights_and_gradients")
     engine = SimpleNamespace(
         _config=SimpleNamespace(zero_config=zero),
         mp_world_size=1,
         sequence_parallel_size=1,
         has_moe_layers=False,
         pipeline_parallelism=False,
-        **{name: lambda: False for name in ("torch_autocast_enabled", "bf16_optimizer_states", "scheduler_name")},
+        **{name: lambda: False for name in off},
         **{name: lambda: None for name in ("optimizer_params", "scheduler_params", "load_universal_checkpoint")},
         autotp_size=lambda: 0,
     )

@@ -49,7 +49,11 @@ OPTIONS_3: dict[str, dict[str, Any]] = {
     "sub-groups": {"sub_group_size": 300},
     "one parameter a sub-group": {"sub_group_size": 1},
     "no parameter persists": {"stage3_param_persistence_threshold": 0},
-    "small buckets": {"reduce_bucket_size": 500, "stage3_prefetch_bucket_size": 100, "stage3_max_live_parameters": 1000},
+    "small buckets": {
+        "reduce_bucket_size": 500,
+        "stage3_prefetch_bucket_size": 100,
+        "stage3_max_live_parameters": 1000,
+    },
     "no reduce_scatter": {"reduce_scatter": False},
     "no contiguous_gradients": {"contiguous_gradients": False},
     "parameters on the CPU": {"offload_param": {"device": "cpu"}},

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ..agreement import agree, together, world_of
@@ -99,11 +100,8 @@ def _check_supported(engine: Any) -> None:
     """
     config = engine._config
     zero = config.zero_config
-    offload = zero.offload_optimizer
-    ratio, superoffload = getattr(offload, "ratio", 1.0), getattr(offload, "super_offload", False)
     refused = {
-        "zero_optimization.offload_optimizer.ratio": (ratio != 1.0, ratio, "1.0: a part is for DeepSpeedCPUAdam alone"),
-        "zero_optimization.offload_optimizer.super_offload": (superoffload, True, "false"),
+        **_offload(zero),
         "zero_optimization.elastic_checkpoint": (zero.elastic_checkpoint, True, "false"),
         "zero_optimization.zenflow": (getattr(zero, "zenflow", None) is not None, "set", "not set"),
         "tensor_parallel.autotp_size": (engine.autotp_size() > 1, engine.autotp_size(), "0 or 1"),
@@ -111,6 +109,8 @@ def _check_supported(engine: Any) -> None:
         "sequence_parallel_size": (engine.sequence_parallel_size > 1, engine.sequence_parallel_size, "1"),
         "model with deepspeed.moe layers": (engine.has_moe_layers, True, "dense models"),
         "PipelineModule": (engine.pipeline_parallelism, True, "models without pipeline stages"),
+        "bf16.bf16_master_weights_and_grads": (engine.bf16_master_weights_and_gradients(), True, "false"),
+        "fp16.fp16_master_weights_and_grads": (engine.fp16_master_weights_and_gradients(), True, "false"),
         "bf16.bf16_optimizer_states": (engine.bf16_optimizer_states(), True, "false: momentum is fp32"),
         "checkpoint.load_universal": (engine.load_universal_checkpoint(), True, "false"),
         **_one_rate_schedulers(engine),
@@ -119,6 +119,24 @@ def _check_supported(engine: Any) -> None:
     for setting, (is_set, value, supported) in refused.items():
         if is_set:
             raise ValueError(f"{setting}={value!r} is not supported by muon_plugin's Muon; supported: {supported}")
+
+
+def _offload(zero: Any) -> dict[str, tuple[bool, Any, str]]:
+    """What only DeepSpeedCPUAdam has, and what NVMe needs."""
+    optimizer, section = zero.offload_optimizer, "zero_optimization.offload_optimizer"
+    ratio, super_offload = getattr(optimizer, "ratio", 1.0), getattr(optimizer, "super_offload", False)
+    devices = {name: _device(getattr(zero, name)) for name in ("offload_optimizer", "offload_param")}
+    on_nvme = [name for name, device in devices.items() if device == "nvme"]
+    pipelined = "offload_optimizer" in on_nvme and (optimizer.pipeline_read or optimizer.pipeline_write)
+    without_aio = bool(on_nvme) and zero.stage == 3 and not AsyncIOBuilder().is_compatible()
+    where = f"zero_optimization.{on_nvme[0]}.device" if on_nvme else section
+    return {
+        f"{section}.ratio": (ratio != 1.0, ratio, "1.0: a part of it needs DeepSpeedCPUAdam"),
+        f"{section}.super_offload": (super_offload, True, "false"),
+        f"{section}.pipeline_read or pipeline_write": (pipelined, True, "false: the swapper loses the momentum's file"),
+        f"{where} with stage {int(zero.stage)}": (bool(on_nvme) and zero.stage < 3, "nvme", "nvme in stage 3, or cpu"),
+        f"{where}": (without_aio, "nvme", "cpu, or nvme once DeepSpeed can build async_io (apt install libaio-dev)"),
+    }
 
 
 def _one_rate_schedulers(engine: Any) -> dict[str, tuple[bool, Any, str]]:
