@@ -22,7 +22,9 @@ def filled(readme: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, help="output folder of `make train` or `make train-megatron` to take over")
+    parser.add_argument(
+        "--train", type=Path, help="output folder of `make train` or `make train-megatron` to take over"
+    )
     options = parser.parse_args()
     if options.train:
         name = options.train.name

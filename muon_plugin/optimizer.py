@@ -252,7 +252,7 @@ class Muon(Optimizer):
         held_muon = sum(p.numel() for p, state in self.state.items() if "exp_avg_sq" not in state)
         held_adamw = sum(p.numel() for p, state in self.state.items() if "exp_avg_sq" in state)
         options = report.options(self.settings, self.param_groups)
-        return report.table(self.routing, options, self._adamw_name, self.plans, held_muon, held_adamw)
+        return report.table(self.routing, options, self._adamw_name, {"": self.plans}, held_muon, held_adamw)
 
 
 def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Holding:

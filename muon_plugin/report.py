@@ -19,7 +19,7 @@ def table(
     routing: Routing,
     options: str,
     adamw_name: str,
-    plans: Sequence[Plan],
+    plans: Mapping[str, Sequence[Plan]],
     held_muon: int,
     held_adamw: int,
 ) -> str:
@@ -29,7 +29,7 @@ def table(
         routing: every parameter's way.
         options: one line about the settings.
         adamw_name: of the AdamW in use.
-        plans: what one step computes and sends.
+        plans: what one step computes and sends: a label ("" where there is one) -> the plans of the same ranks.
         held_muon, held_adamw: elements on this rank, of matrices and of the rest.
     """
     numels = {name: math.prod(shape) for name, shape in routing.shapes.items()}
@@ -48,14 +48,18 @@ def table(
         *(f"note: {note}" for note in routing.notes),
         options,
     ]
-    if plans:
-        flops = [sum(of_rank) for of_rank in zip(*(plan.flops for plan in plans))]
-        sent = [sum(of_rank) for of_rank in zip(*(plan.bytes_sent for plan in plans))]
-        rows.append(
-            f"Newton-Schulz a step: {si(sum(flops))}FLOP over {len(flops)} ranks, the busiest {si(max(flops))}FLOP "
-            f"({max(flops) * len(flops) / sum(flops):.2f} of the mean)"
-        )
-        rows.append(f"exchange a step: {si(sum(sent))}B sent over all ranks, {si(max(sent))}B by the busiest")
+    for label, of_label in plans.items():
+        flops = [sum(of_rank) for of_rank in zip(*(plan.flops for plan in of_label))]
+        sent = [sum(of_rank) for of_rank in zip(*(plan.bytes_sent for plan in of_label))]
+        if sum(flops):
+            prefix = f"{label}: " if len(plans) > 1 else ""
+            rows.append(
+                f"{prefix}Newton-Schulz a step: {si(sum(flops))}FLOP over {len(flops)} rank{'s' * (len(flops) > 1)}, "
+                f"the busiest {si(max(flops))}FLOP ({max(flops) * len(flops) / sum(flops):.2f} of the mean)"
+            )
+            rows.append(
+                f"{prefix}exchange a step: {si(sum(sent))}B sent over all ranks, {si(max(sent))}B by the busiest"
+            )
     rows.append(
         f"optimizer state on this rank: {si(4 * held_muon + 8 * held_adamw)}B (AdamW alone: "
         f"{si(8 * (held_muon + held_adamw))}B)"

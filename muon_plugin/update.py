@@ -65,17 +65,18 @@ class Update:
         )
         self._scales = [scale(matrix) for matrix in self.matrices]
 
-    def step(self, groups: Sequence[Mapping[str, Any]], momenta: Sequence[Tensor]) -> None:
+    def step(self, groups: Sequence[Mapping[str, Any]], momenta: Sequence[Tensor], offloaded: bool = False) -> None:
         """Updates `tensors` from their gradients. Collective.
 
         Args:
             groups: for each tensor, its "lr", "weight_decay", "momentum" and "nesterov".
-            momenta: for each tensor, its fp32 momentum: on the tensor's device, or on the CPU (offloaded).
+            momenta: for each tensor, its fp32 momentum.
+            offloaded: the momenta are in CPU memory, one at a time is brought to the gradients.
         """
         flat = [p.view(-1) for p in self.tensors]
         # A parameter without a gradient is left alone, as torch's optimizers do. (The engines fill in zeros.)
         directions = [
-            None if p.grad is None else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group)
+            None if p.grad is None else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group, offloaded)
             for p, momentum, group in zip(self.tensors, momenta, groups)
         ]
         rates = [float(group["lr"]) for group in groups]
@@ -103,14 +104,15 @@ class Update:
         self._exchange.run(read, write)
 
 
-def _direction(grad: Tensor, momentum: Tensor, group: Mapping[str, Any]) -> Callable[[Strided, Tensor], Any]:
+def _direction(
+    grad: Tensor, momentum: Tensor, group: Mapping[str, Any], offloaded: bool
+) -> Callable[[Strided, Tensor], Any]:
     """Brings the momentum up to date; the result fills in the bf16 direction of some of the elements."""
     mu, nesterov = group["momentum"], group["nesterov"]
-    if momentum.device != grad.device:
-        # Offloaded: one tensor's momentum at a time is on the device, and its direction takes the gradient's place.
-        here = momentum.to(grad.device, non_blocking=True).lerp_(grad, 1 - mu)
+    if offloaded:  # nothing of the momentum stays on the device: its direction takes the gradient's place
+        here = momentum.to(grad.device, non_blocking=True, copy=True).lerp_(grad, 1 - mu)
         momentum.copy_(here)
-        whole = grad.lerp_(here, mu) if nesterov else here
+        whole = grad.lerp_(here, mu) if nesterov else grad.copy_(here)
         return lambda local, out: _fill(out, local.view(whole))
     momentum.lerp_(grad, 1 - mu)
     if nesterov:

@@ -109,8 +109,8 @@ def parallel(layout: Layout) -> None:
     )
 
 
-def build(layout: Layout) -> list[Any]:
-    """This rank's model chunks in Megatron's DistributedDataParallel, filled by name."""
+def build(layout: Layout, freeze: bool = False) -> list[Any]:
+    """This rank's model chunks in Megatron's DistributedDataParallel, filled by name, perhaps frozen."""
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
@@ -136,6 +136,7 @@ def build(layout: Layout) -> list[Any]:
             vp_stage=vp,
         )
         fill(model, layout)
+        model.requires_grad_(not freeze)
         if layout.dtype != "fp32":
             model = Float16Module(config, model)
         ddp = DistributedDataParallelConfig(

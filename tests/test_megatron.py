@@ -167,13 +167,20 @@ REFUSED = {
     "offload": ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload", "--muon-offload"),
     "lion": ({"muon_scalar_optimizer": "lion"}, "--muon-scalar-optimizer", "adam"),
     "L2": ({"decoupled_weight_decay": False}, "decoupled_weight_decay", "true"),
+    "layer-wise": ({"use_layer_wise_distributed_optimizer": True}, "use_layer_wise_distributed_optimizer", "false"),
     "momentum": ({"muon_momentum": 1.5}, "--muon-momentum 1.5", "below 1"),
+    "a string": ({"muon_momentum": "0.95"}, "--muon-momentum '0.95'", "a number"),
+    "a word for a switch": ({"muon_nesterov": "false"}, "--muon-nesterov 'false'", "true or false"),
+    "half a step": ({"muon_num_ns_steps": 5.5}, "--muon-num-ns-steps 5.5", "a whole number"),
+    "a list": ({"muon_coefficient_type": [3.0]}, "--muon-coefficient-type [3.0]", "quintic"),
+    "a typo": ({"muon_momentun": 0.9}, "OptimizerConfig.muon_momentun", "did you mean muon_momentum?"),
+    "precision": ({"muon_fp32_matmul_prec": "foo"}, "--muon-fp32-matmul-prec foo", "medium"),
     "steps": ({"muon_num_ns_steps": 0}, "--muon-num-ns-steps 0", "1 to 99"),
-    "coefficients": ({"muon_coefficient_type": "cubic"}, "--muon-coefficient-type cubic", "quintic"),
-    "scale mode": ({"muon_scale_mode": "frobenius"}, "--muon-scale-mode frobenius", "spectral"),
+    "coefficients": ({"muon_coefficient_type": "cubic"}, "--muon-coefficient-type 'cubic'", "quintic"),
+    "scale mode": ({"muon_scale_mode": "frobenius"}, "--muon-scale-mode 'frobenius'", "spectral"),
     "scale factor": ({"muon_extra_scale_factor": -1.0}, "--muon-extra-scale-factor -1.0", "above 0"),
     "TP mode": ({"muon_tp_mode": "sliced"}, "--muon-tp-mode sliced", "duplicated"),
-    "method": ({"muon_ns_method": "fast"}, "--muon-ns-method fast", "gram"),
+    "method": ({"muon_ns_method": "fast"}, "--muon-ns-method 'fast'", "gram"),
 }
 
 
@@ -208,10 +215,94 @@ def test_one_ranks_bad_setting_is_every_ranks_error(ranks, release):
     assert all(kind == "ValueError" and "muon-momentum" in message for kind, message in error.value.errors)
 
 
-def test_ranks_with_other_settings_are_told(ranks, release):
+@pytest.mark.parametrize(
+    ("key", "value"), [("muon_momentum", 0.5), ("lr", 0.5), ("weight_decay", 0.5), ("clip_grad", 9.0)]
+)
+def test_ranks_with_other_settings_are_told(ranks, release, key, value):
     with pytest.raises(RankError) as error:
-        ranks(2, release).run(refused, Layout(), {"muon_momentum": 0.5}, only=1)
-    assert all("disagree" in message for _, message in error.value.errors)
+        ranks(2, release).run(refused, Layout(), {key: value}, only=1)
+    for _, message in error.value.errors:
+        assert "disagree about the optimizer's settings: rank 0 has" in message
+        assert f"rank 1 has {key.removeprefix('muon_')}={value}" in message
+
+
+@pytest.mark.parametrize("wrong", ["frozen", "bare", "no list"])
+def test_a_model_that_is_not_as_it_should_be_is_told(ranks, release, wrong):
+    expected = {"frozen": "disagree about the model", "bare": "allowed: a list", "no list": "allowed: a list"}
+    with pytest.raises(RankError) as error:
+        ranks(2, release).run(wrong_model, Layout(), wrong)
+    for kind, message in error.value.errors:
+        assert (kind, expected[wrong] in message) == ("ValueError", True), message
+
+
+def wrong_model(rank: int, layout: Layout, wrong: str) -> None:
+    import muon_plugin
+
+    muon_plugin.register("megatron")
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    chunks = build(layout)
+    if wrong == "frozen" and rank == 1:
+        next(p for name, p in chunks[0].named_parameters() if "linear_fc2" in name).requires_grad = False
+    models = {"frozen": chunks, "bare": [chunks[0].module], "no list": chunks[0]}
+    get_megatron_optimizer(config_for(layout), models[wrong])
+
+
+def test_a_stage_whose_every_parameter_is_frozen_trains(ranks, release):
+    """Rank 0 then holds nothing, prints a table without a plan, and takes part in every collective."""
+    printed = ranks(2, release).run(half_frozen, Layout(pp=2))
+    assert "this is pipeline stage 0 of 2" in printed[0]
+    assert "Newton-Schulz" not in printed[0]
+
+
+def half_frozen(rank: int, layout: Layout) -> str:
+    import contextlib
+    import io
+
+    chunks = build(layout, freeze=rank == 0)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        optimizer = optimizer_for(chunks, layout)
+    step(chunks, optimizer, layout, 0)
+    return out.getvalue()
+
+
+def test_a_matrix_can_be_sent_to_adam(ranks, release):
+    """0.19.2's way: an override of the optimizer."""
+    if release != "0.19.2":
+        pytest.skip("0.16.1 has no such override")
+    assert ranks(2, release).run(sent_to_adam, Layout()) == [{"decoder.layers.0.mlp.linear_fc2.weight"}] * 2
+
+
+def sent_to_adam(rank: int, layout: Layout) -> set[str]:
+    """Names of the matrices that are no longer Muon's."""
+    import muon_plugin
+
+    muon_plugin.register("megatron")
+    from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+
+    def of_muon(overrides: Any) -> set[str]:
+        optimizer = get_megatron_optimizer(config_for(layout), build(layout), overrides)
+        for part in optimizer.chained_optimizers:
+            assert all(("exp_avg" in s) != ("momentum_buffer" in s) for s in part.optimizer.state.values())
+        return {matrix.parameter for update in updates(optimizer) for matrix in update.matrices}
+
+    return of_muon(None) - of_muon({ParamKey(name="*layers.0.mlp.linear_fc2.weight"): {"optimizer": "adam"}})
+
+
+def test_the_papers_flag_is_a_start_that_later_flags_change():
+    import argparse
+
+    from muon_plugin.megatron.arguments import add_arguments
+    from muon_plugin.megatron.settings import Settings
+
+    parser = add_arguments(argparse.ArgumentParser())
+    parser.add_argument("--muon-momentum", type=float, default=0.9)
+    assert parser.parse_args(["--muon-paper"]).muon_momentum == 0.95
+    assert parser.parse_args(["--muon-paper", "--muon-momentum", "0.8"]).muon_momentum == 0.8
+    assert parser.parse_args(["--muon-momentum", "0.8"]).muon_momentum == 0.8
+    assert not hasattr(parser.parse_args([]), "muon_nesterov")
+    from_python = SimpleNamespace(muon_paper=True, muon_momentum=0.9, muon_split_qkv=True)
+    assert "as in the paper" in Settings.from_config(from_python).describe()
 
 
 def test_flags_that_do_nothing_say_so_once(ranks, release):
@@ -234,7 +325,7 @@ def test_the_table_says_how_the_run_differs_from_the_paper(ranks, release):
 
     plain = ranks(1, release).run(printed_by, Layout())[0]
     assert "the paper has nesterov True, coefficient_type simple, extra_scale_factor 0.2 (--muon-paper)" in plain
-    paper = ranks(1, release).run(printed_by, Layout(muon={**PAPER, "muon_use_nesterov": True}))[0]
+    paper = ranks(1, release).run(printed_by, Layout(muon=PAPER))[0]
     assert "as in the paper" in paper
 
 
@@ -380,6 +471,10 @@ def test_mlas_projections_are_taken_apart():
     for name in ("linear_kv_up_proj", "linear_q_proj"):
         for key, value in COLUMN.items():
             setattr(getattr(model.self_attention, name).weight, key, value)
+    # Transformer Engine marks what it repeats on every rank as cut; 0.16.1 leaves the mark there.
+    model.self_attention.linear_kv_down_proj.parallel_mode = None
+    for key, value in COLUMN.items():
+        setattr(model.self_attention.linear_kv_down_proj.weight, key, value)
     found, routing = matrices_of(model, tp=2)
     whole = {p.name: torch.randn(p.whole) for p in found}
     got = reassembled(found, routing, whole, 2)
@@ -413,6 +508,23 @@ def test_te_grouped_experts(marked):
     expected = [half for name, w in whole.items() for half in (w.chunk(2) if "fc1" in name else [w])]
     assert [tuple(w.shape) for w in whole.values()] == [(16, 6)] * 2 + [(6, 8)] * 2
     assert all(torch.equal(a, b) for a, b in zip(got.values(), expected, strict=True))
+
+
+def test_experts_whose_gate_and_up_take_turns():
+    """0.19.2's moe_mlp_glu_interleave_size: blocks of gate, then of up, in turn, also within a TP rank's part."""
+    shapes = {"mlp.experts.linear_fc1.weight0": (8, 6), "mlp.experts.linear_fc1.bias0": (8,)}
+    shapes["mlp.shared_experts.linear_fc1.weight"] = (8, 6)
+    model = stand_in(shapes, SimpleNamespace(**CONFIG, moe_mlp_glu_interleave_size=2))
+    for key, value in COLUMN.items():
+        setattr(model.mlp.shared_experts.linear_fc1.weight, key, value)
+    found, routing = matrices_of(model, tp=2, expert_tp=2)
+    whole = {p.name: torch.randn(p.whole) for p in found}
+    got = list(reassembled(found, routing, whole, 2).values())
+    expert, shared = whole["mlp.experts.linear_fc1.weight0"], whole["mlp.shared_experts.linear_fc1.weight"]
+    blocks = expert.view(4, 2, 2, 6)
+    assert torch.equal(got[0], blocks[:, 0].reshape(8, 6))
+    assert torch.equal(got[1], blocks[:, 1].reshape(8, 6))
+    assert all(torch.equal(a, b) for a, b in zip(got[2:], shared.chunk(2), strict=True))
 
 
 def test_a_single_grouped_weight():
@@ -454,6 +566,7 @@ def test_what_is_no_matrix():
             "decoder.router.weight": (4, 6),
             "decoder.shared_experts.gate_weight": (1, 6),
             "decoder.conv1d.weight": (6, 1, 4),
+            "decoder.experts.linear_fc1.bias": (4, 6),
             "decoder.norm.weight": (6,),
             "output_layer.weight": (8, 6),
         },
@@ -462,7 +575,7 @@ def test_what_is_no_matrix():
     model.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
     _, routing = matrices_of(model)
     assert [m.name for m in routing.matrices] == ["decoder.router.weight"]
-    assert len(routing.adamw) == 5
+    assert len(routing.adamw) == 6
 
 
 def test_a_fused_layer_that_is_not_as_the_config_says_is_told():

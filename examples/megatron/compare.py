@@ -36,17 +36,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate of both (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of both (default: %(default)s)")
     parser.add_argument("--nproc", type=int, default=4, help="processes to train with (default: %(default)s)")
-    parser.add_argument("--tp", type=int, default=2, help="tensor parallel size (default: %(default)s; 1 with --moe)")
+    parser.add_argument("--tp", type=int, help="tensor parallel size (default: 2; 1 with --moe)")
     parser.add_argument("--moe", action="store_true", help="four experts a layer, over two expert parallel ranks")
     parser.add_argument("--out", type=Path, default=Path("runs/megatron"), help="output folder (default: %(default)s)")
     args = parser.parse_args()
-    if args.steps < 1:
-        raise ValueError(f"--steps {args.steps}: must be at least 1")
+    for name, least in (("steps", 1), ("nproc", 1), ("tp", 1), ("weight_decay", 0)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if not 0 < args.lr < float("inf"):
+        raise ValueError(f"--lr {args.lr}: must be above 0")
     if importlib.util.find_spec("megatron") is None:
         raise ValueError("Megatron-Core is not installed: pip install megatron-core, or make train-megatron")
-    if args.moe:  # the CPU's layers know no expert parallelism under tensor parallelism
-        args.tp = 1
-    if args.nproc % args.tp or llama.BATCH_SIZE % (args.nproc // args.tp) or (args.moe and args.nproc % 2):
+    args.tp = args.tp or (1 if args.moe else 2)
+    if args.moe and args.tp > 1:
+        raise ValueError(f"--tp {args.tp} with --moe: must be 1, Megatron's layers for the CPU cannot do both")
+    if args.moe and args.nproc % 2:
+        raise ValueError(f"--nproc {args.nproc} with --moe: must be even, two ranks share the experts")
+    if args.tp not in (1, 2, 4):
+        raise ValueError(f"--tp {args.tp}: must be 1, 2 or 4, it divides the model's heads and query groups")
+    if args.nproc % args.tp or llama.BATCH_SIZE % (args.nproc // args.tp):
         raise ValueError(f"--nproc {args.nproc}: must be a multiple of --tp {args.tp}; the rest must divide 8")
     return args
 

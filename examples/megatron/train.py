@@ -141,7 +141,6 @@ def make_optimizer(args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
     )
     for key, value in PAPER.items():  # on Megatron's command line: --muon-paper
         setattr(config, key, value)
-    config.muon_use_nesterov = PAPER["muon_nesterov"]  # its name in 0.16.1
     optimizer = get_megatron_optimizer(config, [model])
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -55,7 +55,7 @@ def holdings(engine: Any, names: Names) -> list[Holding]:
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The parameter's shape before ZeRO-3 cut it: afterwards, and under ``zero.Init`` from the start, it looks empty."""
+    """The shape before ZeRO-3 cut the parameter: afterwards, and under ``zero.Init`` from the start, it looks empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import inspect
 import warnings
+from typing import Any
 
 from ..hooks import Hook, Hooks
 
@@ -57,13 +58,28 @@ def register() -> None:
     if inspect.isfunction(getattr(muon, "get_megatron_muon_optimizer", None)) and __version__ < "0.17":
         parameters = [*FACTORY[:4], "layer_wise_distributed_optimizer", "pg_collection"]
         hooks.append(Hook(muon, "get_megatron_muon_optimizer", parameters, engine.get_megatron_muon_optimizer))
-    if importlib.util.find_spec("megatron.training") is not None:
-        arguments = importlib.import_module("megatron.training.arguments")
+    arguments = _training_arguments()
+    if arguments is not None:
         hooks.append(Hook(arguments, "validate_args", ["args", "defaults"], ours.validate_args))
         hooks.append(Hook(arguments, "add_megatron_arguments", ["parser"], ours.add_megatron_arguments))
     installed = Hooks(f"Megatron-Core {__version__}")
     installed.install(hooks, TESTED)
     _hooks.append(installed)
+
+
+def _training_arguments() -> Any:
+    """Megatron's command line, where it is there and can be imported."""
+    if importlib.util.find_spec("megatron.training") is None:
+        return None
+    try:
+        return importlib.import_module("megatron.training.arguments")
+    except ImportError as error:  # 0.19's on Python 3.11, for example, which its megatron.core does not need
+        warnings.warn(
+            f"megatron.training cannot be imported ({error}), so its command line does not know Muon; "
+            "get_megatron_optimizer does. Megatron-Core 0.19 wants Python 3.12",
+            stacklevel=3,
+        )
+        return None
 
 
 def unregister() -> None:

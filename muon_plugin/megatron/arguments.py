@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ def add_arguments(parser: Any) -> Any:
     group = parser.add_argument_group("muon_plugin")
     group.add_argument(
         "--muon-paper",
-        action="store_true",
-        help="The settings of 'Muon is Scalable for LLM Training', whatever the other --muon-* flags say: "
+        action=_Paper,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="The settings of 'Muon is Scalable for LLM Training'; --muon-* flags after it change them: "
         + ", ".join(f"{key} {value}" for key, value in PAPER.items()),
     )
     group.add_argument(
@@ -35,12 +38,13 @@ def add_arguments(parser: Any) -> Any:
     return parser
 
 
-def apply_paper(args: Any) -> None:
-    """Carries out --muon-paper."""
-    if getattr(args, "muon_paper", False):
+class _Paper(argparse.Action):
+    """Sets what --muon-paper stands for."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for key, value in PAPER.items():
-            setattr(args, key, value)
-        args.muon_use_nesterov = PAPER["muon_nesterov"]  # its name in 0.16.1
+            setattr(namespace, key, value)
+        namespace.muon_use_nesterov = PAPER["muon_nesterov"]  # its name in 0.16.1
 
 
 def add_megatron_arguments(original: Callable[..., Any], parser: Any) -> Any:
@@ -51,7 +55,6 @@ def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs:
     """Megatron's checks refuse or rewrite every optimizer but Adam and SGD: ours is checked as its AdamW."""
     if not asks_for_muon(args):
         return original(args, *rest, **kwargs)
-    apply_paper(args)
     args.optimizer = "adam"
     try:
         return original(args, *rest, **kwargs)

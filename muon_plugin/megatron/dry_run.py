@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +33,8 @@ from .routing import Parameter, parameters, route
 from .settings import Settings
 from .shards import cut_range
 
+GPT2_VOCABULARY = 50257
+
 
 def main() -> None:
     began = time.perf_counter()
@@ -38,21 +43,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the job: nodes x GPUs")
     own = parser.parse_args(arguments[:cut])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(own.world_size)}
+    if own.world_size < 1:
+        parser.error(f"--world-size {own.world_size}: allowed: 1 or more (nodes x GPUs a node)")
     on_cpu.install()
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.training") is None:
+        parser.error(
+            "megatron.training, which has Megatron's parser, is not there: put a Megatron-LM source tree of "
+            "core_v0.19.0 on PYTHONPATH (MEGATRON_PATH for the launch scripts), or install megatron-core 0.19.2"
+        )
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(own.world_size)}
     gpu = SimpleNamespace(name="dry run", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30)
     torch.cuda.get_device_properties = lambda *_: gpu  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *_: (gpu.major, gpu.minor)
     try:
         args = checked(arguments[cut + 1 :])
         settings = Settings.from_config(args, args)
-        print(settings.describe())
+        from .engine import check_supported  # imports Megatron
+
+        check_supported(args, args)
+        print("\n".join([settings.describe(), *settings.notes, *assumptions(args)]))
         for stage in range(args.pipeline_model_parallel_size):
             report(stage, args, settings)
-    except (ValueError, AssertionError, RuntimeError) as error:
-        print(f"dry run: these arguments would not start: {error}", file=sys.stderr)
+    except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        print(f"dry run: these arguments would not start: {error or failed_check(error)}", file=sys.stderr)
         raise SystemExit(2) from error
     print(f"dry run: the arguments are good ({time.perf_counter() - began:.0f} s)")
+
+
+def failed_check(error: Exception) -> str:
+    """The source of a check of Megatron's that says nothing itself."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def assumptions(args: Any) -> list[str]:
+    """What the plan does not know."""
+    found = []
+    if not (getattr(args, "padded_vocab_size", None) or args.vocab_size):
+        found.append(f"plan: the tokenizer is not loaded; {GPT2_VOCABULARY} tokens are assumed (--vocab-size)")
+    if getattr(args, "mtp_num_layers", None):
+        found.append(f"plan: without the {args.mtp_num_layers} layers of --mtp-num-layers")
+    if getattr(args, "spec", None):
+        found.append(f"plan: of GPTModel's own layers, not of --spec {' '.join(args.spec)}")
+    return found
 
 
 def checked(arguments: Sequence[str]) -> Any:
@@ -137,7 +170,7 @@ def build_stage(stage: int, args: Any) -> list[Any]:
 def vocabulary(args: Any) -> int:
     """Its size as Megatron pads it; GPT-2's where the tokenizer would tell and is not loaded."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    size = getattr(args, "padded_vocab_size", None) or args.vocab_size or 50257
+    size = getattr(args, "padded_vocab_size", None) or args.vocab_size or GPT2_VOCABULARY
     return -(-size // multiple) * multiple
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import megatron.core.optimizer
+import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -47,32 +49,54 @@ def build(
         ValueError: on every rank, for a setting or a model that cannot work, with what to change.
     """
 
-    def prepare() -> tuple[Settings, list[Parameter], Routing, Any]:
+    def prepare() -> tuple[Settings, list[Parameter], Any]:
         settings = Settings.from_config(config, _arguments())
-        _check_supported(config, model_chunks)
+        _check_model(model_chunks)
+        check_supported(config, model_chunks[0].ddp_config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         tp, expert_tp = (dist.get_world_size(group) for group in _tp_groups(groups))
-        found = parameters(model_chunks, tp, expert_tp)
-        return settings, found, route(found, model_chunks, settings.split_qkv), groups
+        return settings, parameters(model_chunks, tp, expert_tp), groups
 
-    settings, found, routing, groups = together(prepare)
-    agree("the settings of Muon", [repr(settings)], "Start every rank with the same arguments")
+    settings, found, groups = together(prepare)
+    agree("the optimizer's settings", _lines(settings) + _lines(config), "Start every rank with the same arguments")
+    model = [f"{p.name} {[p.batch, *p.whole]} {p.tensor.dtype}" for p in found]
+    agree("the model", model, "Build the same model, with the same parameters frozen, on every rank", groups.dp_cp)
     stock = copy.copy(config)
     stock.optimizer = "adam"
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
     together(lambda: _check_built(chained))
+    routing = together(lambda: route(found, model_chunks, settings.split_qkv, _overridden(chained)))
     live = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
     tp, expert_tp = _tp_groups(groups)
     experts = [any(group["is_expert_parallel"] for group in optimizer.param_groups) for optimizer in live]
     process_groups = joint_groups(
         [(o.data_parallel_group, expert_tp if e else tp) for o, e in zip(live, experts, strict=True)]
     )
-    updates = [
-        _convert(optimizer, found, routing, settings, group, (dist.get_rank(tp), dist.get_rank(expert_tp)))
-        for optimizer, group in zip(live, process_groups, strict=True)
-    ]
-    _report(chained, routing, settings, [update.plan for update in updates])
+    device = next(model_chunks[0].parameters()).device
+    plans: dict[str, list[Plan]] = {}
+    for optimizer, of_experts, group in zip(live, experts, process_groups, strict=True):
+        ranks = (dist.get_rank(tp), dist.get_rank(expert_tp))
+        update = _convert(optimizer, found, routing, settings, group, ranks, device)
+        plans.setdefault("experts" if of_experts else "dense layers", []).append(update.plan)
+    together(lambda: _report(chained, routing, settings, plans, dist.get_world_size(groups.pp)))
     return chained
+
+
+def _lines(settings: Any) -> list[str]:
+    """Fields with plain values, a line each, for comparing ranks."""
+    values = ((field.name, getattr(settings, field.name)) for field in fields(settings))
+    return [f"{name}={value!r}" for name, value in values if isinstance(value, (int, float, str, type(None)))]
+
+
+def _overridden(chained: Any) -> set[int]:
+    """Ids of the model parameters that ``config_overrides`` send to another optimizer than Muon (0.19.2)."""
+    found: set[int] = set()
+    for optimizer in chained.chained_optimizers:
+        if not optimizer.is_stub_optimizer:
+            for model, (group, _) in optimizer.model_param_group_index_map.items():
+                if optimizer.optimizer.param_groups[group].get("optimizer", "muon") != "muon":
+                    found.add(id(model))
+    return found
 
 
 def _arguments() -> Any:
@@ -93,6 +117,7 @@ def _convert(
     settings: Settings,
     process_group: Any,
     tp_ranks: tuple[int, int],
+    device: torch.device,
 ) -> Update:
     """Puts Muon into one stock DistributedOptimizer."""
     muon = {matrix.parameter for matrix in routing.matrices}
@@ -101,7 +126,7 @@ def _convert(
         routing.matrices,
         [shard for shard in held if shard.parameter in muon],
         process_group,
-        found[0].tensor.device,
+        device,
         settings.newton_schulz,
         settings.scale,
     )
@@ -118,13 +143,26 @@ def _check_built(chained: Any) -> None:
             )
 
 
-def _check_supported(config: Any, model_chunks: Sequence[Any]) -> None:
+def _check_model(model_chunks: Any) -> None:
+    if not isinstance(model_chunks, (list, tuple)) or not all(hasattr(chunk, "ddp_config") for chunk in model_chunks):
+        raise ValueError(
+            f"model_chunks is {type(model_chunks).__name__} of unwrapped modules; allowed: a list of models in "
+            "megatron.core.distributed.DistributedDataParallel"
+        )
+    if any(getattr(p, "is_gtp_weight_remat", False) for chunk in model_chunks for p in chunk.parameters()):
+        raise ValueError("GTP weight rematerialization is not supported with Muon: leave its group size at 1")
+
+
+def check_supported(config: Any, ddp: Any) -> None:
     """Refuses what cannot work.
+
+    Args:
+        config: an OptimizerConfig, or Megatron's arguments.
+        ddp: a DistributedDataParallelConfig, or Megatron's arguments.
 
     Raises:
         ValueError: with the flag, its value and what to do.
     """
-    ddp = model_chunks[0].ddp_config
     refused = {
         "--use-precision-aware-optimizer": (
             config.use_precision_aware_optimizer,
@@ -142,6 +180,12 @@ def _check_supported(config: Any, model_chunks: Sequence[Any]) -> None:
             not getattr(config, "decoupled_weight_decay", True),
             "Muon's weight decay is decoupled: leave it true",
         ),
+        "use_layer_wise_distributed_optimizer": (
+            getattr(config, "use_layer_wise_distributed_optimizer", False),
+            "it shards whole layers, this Muon every byte: leave it false",
+        ),
+        "--fp8-param-gather": (getattr(ddp, "fp8_param_gather", False), "main parameters come from bf16 or fp16"),
+        "--fp4-param-gather": (getattr(ddp, "fp4_param_gather", False), "main parameters come from bf16 or fp16"),
         "--optimizer-cuda-graph": (getattr(config, "optimizer_cuda_graph", False), "leave it out"),
         "--use-megatron-fsdp": (getattr(ddp, "use_megatron_fsdp", False), "use --use-distributed-optimizer alone"),
         "DistributedDataParallel without use_distributed_optimizer": (
@@ -152,14 +196,16 @@ def _check_supported(config: Any, model_chunks: Sequence[Any]) -> None:
     for setting, (is_set, advice) in refused.items():
         if is_set:
             raise ValueError(f"{setting} is not supported with Muon under the distributed optimizer: {advice}")
-    if any(getattr(p, "is_gtp_weight_remat", False) for chunk in model_chunks for p in chunk.parameters()):
-        raise ValueError("GTP weight rematerialization is not supported with Muon: leave its group size at 1")
 
 
-def _report(chained: Any, routing: Routing, settings: Settings, plans: Sequence[Plan]) -> None:
-    """Rank 0 prints the start-up table."""
+def _report(
+    chained: Any, routing: Routing, settings: Settings, plans: Mapping[str, Sequence[Plan]], stages: int
+) -> None:
+    """Rank 0 prints the start-up table, of what it has a part in."""
     rank, _ = world_of(None)
     if rank == 0:
+        if stages > 1:
+            routing = replace(routing, notes=(*routing.notes, f"this is pipeline stage 0 of {stages}"))
         print(table(routing, settings.describe(), "Megatron's AdamW", plans, *_held(chained)), flush=True)
         for note in settings.notes:
             print(f"muon_plugin: {note}", flush=True)

@@ -79,7 +79,7 @@ class InnerOptimizer(Optimizer):
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         tensors = self.update.tensors
         groups = [{**group_of[id(p)], **options} for p in tensors]
-        self.update.step(groups, [self.state[p]["momentum_buffer"] for p in tensors])
+        self.update.step(groups, [self.state[p]["momentum_buffer"] for p in tensors], self.settings.offload)
         for p in tensors:
             if "step" in self.state[p]:
                 self.state[p]["step"] += 1
@@ -107,9 +107,10 @@ class InnerOptimizer(Optimizer):
 class MuonDistributedOptimizer(DistributedOptimizer):
     """Megatron's DistributedOptimizer around an `InnerOptimizer`.
 
-    Megatron's checkpoints know Adam's names: momentum is written as ``exp_avg``, with a zero ``exp_avg_sq`` that costs
-    bytes on disk and none in memory. A checkpoint of Megatron's AdamW lacks our mark; its weights are taken and the
-    momentum of matrices starts from zero.
+    Megatron's checkpoints know Adam's names: momentum is written as ``exp_avg``, its square as ``exp_avg_sq``. AdamW,
+    should it resume from there, then moves each weight by its learning rate, and not by a division by zero. A save so
+    takes the memory that AdamW's state would take, for as long as it lasts. A checkpoint of Megatron's AdamW lacks our
+    mark; its weights are taken and the momentum of matrices starts from zero.
     """
 
     @classmethod
@@ -133,7 +134,7 @@ class MuonDistributedOptimizer(DistributedOptimizer):
         main, state = self._main_and_state(model_param)
         if "momentum_buffer" in state:
             momentum = state["momentum_buffer"].to(main.device)
-            return {"param": main, "exp_avg": momentum, "exp_avg_sq": torch.zeros_like(momentum)}
+            return {"param": main, "exp_avg": momentum, "exp_avg_sq": momentum.square()}
         return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
     @torch.no_grad()

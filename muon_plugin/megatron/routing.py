@@ -6,7 +6,7 @@ Megatron's own rule: two-dimensional, and not an embedding or the output layer. 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,18 +134,30 @@ def _parameter(name: str, p: Any, module: Any, config: Any, tp: int, expert_tp: 
         dim, stride = p.partition_dim, getattr(p, "partition_stride", 1)
     if is_expert(name) and owner in ("linear_fc1", "linear_fc2"):
         dim = int(owner == "linear_fc2")  # not every release marks them
+    elif getattr(module, "parallel_mode", "") is None:
+        dim, stride = (
+            None,
+            1,
+        )  # Transformer Engine marks what it repeats on every TP rank as cut, and 0.16.1 leaves that
     if owner == "linear_fc1":
-        stride = 2 if gated else 1  # each rank holds its part of gate, then of up, whatever is marked
+        # Each rank holds its part of gate, then of up, whatever is marked; or blocks of gate and up in turn.
+        stride = 2 if gated and not _interleaved(name, config) else 1
     return Parameter(name, p, batch, p.shape[-2], p.shape[-1], dim, stride, size if dim is not None else 1)
 
 
-def route(found: Sequence[Parameter], chunks: Sequence[nn.Module], split_qkv: bool = True) -> Routing:
+def route(
+    found: Sequence[Parameter],
+    chunks: Sequence[nn.Module],
+    split_qkv: bool = True,
+    overridden: Collection[int] = (),
+) -> Routing:
     """Decides for every parameter.
 
     Args:
         found: what `parameters` found.
         chunks: the same model chunks.
         split_qkv: take attention's fused projections apart (``--muon-no-split-qkv``: don't).
+        overridden: ids of parameters that the client sends to AdamW.
 
     Raises:
         ValueError: for a fused projection whose shape is not what the model's config says.
@@ -170,6 +182,8 @@ def route(found: Sequence[Parameter], chunks: Sequence[nn.Module], split_qkv: bo
         rows, cols = parameter.whole
         shapes[parameter.name] = (parameter.batch, rows, cols) if parameter.batch > 1 else (rows, cols)
         why = _not_a_matrix(parameter, id(parameter.tensor) in embeddings)
+        if why is None and id(parameter.tensor) in overridden:
+            why = "config_overrides"
         if parameter.tensor.dim() < 2:
             shapes[parameter.name] = tuple(parameter.tensor.shape)
         if why is not None:
@@ -181,8 +195,16 @@ def route(found: Sequence[Parameter], chunks: Sequence[nn.Module], split_qkv: bo
     return Routing(tuple(matrices), adamw, shapes)
 
 
+def _interleaved(name: str, config: Any) -> int:
+    """The rows of gate, then of up, that take turns in an expert's linear_fc1; 0 where gate comes before up."""
+    kind = "moe_mlp" if is_expert(name) else "moe_shared_expert" if "shared_experts" in name.split(".") else ""
+    return getattr(config, f"{kind}_glu_interleave_size", None) or 0
+
+
 def _not_a_matrix(parameter: Parameter, embedding: bool) -> str | None:
     p, name = parameter.tensor, parameter.name
+    if name.rpartition(".")[2].startswith("bias"):
+        return "a bias"
     if p.dim() < 2 or min(parameter.whole) == 1:
         return "a vector"
     if getattr(p, "is_embedding_or_output_parameter", False) or "output_layer" in name.split("."):
@@ -197,9 +219,14 @@ def _not_a_matrix(parameter: Parameter, embedding: bool) -> str | None:
 def _rule(parameter: Parameter, outputs: int, config: Any, split_qkv: bool) -> Rule:
     """How the outputs of a fused projection are cut, from the config of the model that it is in."""
     owner = _owner(parameter.name)
+    size = _interleaved(parameter.name, config) if owner == "linear_fc1" else 0
+    if size:
+        return _checked(parameter, outputs, Rule((size, size), outputs // (2 * size)))
     rule = _fused(owner, outputs, config) if split_qkv or owner in GATED else None
-    if rule is None:
-        return Rule((outputs,))
+    return _checked(parameter, outputs, rule or Rule((outputs,)))
+
+
+def _checked(parameter: Parameter, outputs: int, rule: Rule) -> Rule:
     if sum(rule.sizes) * rule.groups != outputs or not all(rule.sizes):
         raise ValueError(
             f"{parameter.name} has {outputs} outputs, but the model's config says {rule.groups} x {list(rule.sizes)}: "

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Real
+from types import SimpleNamespace
 from typing import Any
 
 from ..layout import Matrix
@@ -27,6 +31,16 @@ SCALE_MODES = {
 #: Sets that start over when there are more steps than triples; of the others the last triple repeats.
 CYCLED = ("simple", "quintic", "aol")
 TP_MODES = ("blockwise", "duplicated", "distributed")
+PRECISIONS = ("low", "medium", "high")
+#: Fields that may be set on an OptimizerConfig though its release does not have them.
+OURS = (
+    "muon_paper",
+    "muon_nesterov",
+    "muon_coefficient_type",
+    "muon_scalar_optimizer",
+    "muon_ns_method",
+    "muon_offload",
+)
 
 
 @dataclass(frozen=True)
@@ -57,22 +71,28 @@ class Settings:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        def require(good: bool, flag: str, value: Any, allowed: str) -> None:
-            if not good:
-                raise ValueError(f"--{flag} {value} is not valid for Muon; allowed: {allowed}")
+        def require(flag: str, value: Any, good: Callable[[Any], bool], allowed: str) -> None:
+            if not good(value):
+                raise ValueError(f"--{flag} {value!r} is not valid for Muon; allowed: {allowed}")
 
-        require(0 <= self.momentum < 1, "muon-momentum", self.momentum, "a number from 0 to below 1")
-        require(1 <= self.steps < 100, "muon-num-ns-steps", self.steps, "a whole number from 1 to 99")
-        require(
-            self.coefficients in COEFFICIENT_SETS,
-            "muon-coefficient-type",
-            self.coefficients,
-            ", ".join(COEFFICIENT_SETS),
-        )
-        require(self.scale_mode in SCALE_MODES, "muon-scale-mode", self.scale_mode, ", ".join(SCALE_MODES))
-        factor = self.extra_scale_factor
-        require(math.isfinite(factor) and factor > 0, "muon-extra-scale-factor", factor, "a number above 0")
-        require(self.method in METHODS, "muon-ns-method", self.method, ", ".join(METHODS))
+        def one_of(names: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
+            return lambda x: isinstance(x, str) and x in names, ", ".join(names)
+
+        def whole(x: Any) -> bool:
+            return isinstance(x, int) and not isinstance(x, bool)
+
+        require("muon-momentum", self.momentum, lambda x: _number(x) and 0 <= x < 1, "a number from 0 to below 1")
+        require("muon-num-ns-steps", self.steps, lambda x: whole(x) and 1 <= x < 100, "a whole number from 1 to 99")
+        require("muon-coefficient-type", self.coefficients, *one_of(COEFFICIENT_SETS))
+        require("muon-scale-mode", self.scale_mode, *one_of(SCALE_MODES))
+        require("muon-extra-scale-factor", self.extra_scale_factor, lambda x: _number(x) and x > 0, "a number above 0")
+        require("muon-ns-method", self.method, *one_of(METHODS))
+        for flag, value in (
+            ("muon-nesterov", self.nesterov),
+            ("muon-split-qkv", self.split_qkv),
+            ("muon-offload", self.offload),
+        ):
+            require(flag, value, lambda x: isinstance(x, bool), "true or false")
 
     @classmethod
     def from_config(cls, config: Any, arguments: Any = None) -> Settings:
@@ -83,6 +103,10 @@ class Settings:
             arguments: Megatron's command line, for the flags that the OptimizerConfig does not know.
         """
         notes = []
+        if config is not arguments:
+            _check_names(config)
+        if getattr(config, "muon_paper", False):  # set from Python; the command line sets what it stands for
+            config = SimpleNamespace(**{**vars(config), **PAPER})
 
         def ours(key: str, default: Any) -> Any:
             return getattr(config, key, getattr(arguments, key, default))
@@ -93,18 +117,21 @@ class Settings:
         if mode != "blockwise":  # the default, so perhaps not asked for
             notes.append(f"--muon-tp-mode {mode} does nothing: every matrix is orthogonalized whole, once")
         precision = getattr(config, "muon_fp32_matmul_prec", "medium")
+        if precision not in PRECISIONS:
+            allowed = ", ".join(PRECISIONS)
+            raise ValueError(f"--muon-fp32-matmul-prec {precision} is not valid for Muon; allowed: {allowed}")
         if precision != "medium":
             notes.append(f"--muon-fp32-matmul-prec {precision} does nothing: Newton-Schulz runs in bf16")
         return cls(
             momentum=config.muon_momentum,
-            nesterov=bool(getattr(config, "muon_nesterov", getattr(config, "muon_use_nesterov", False))),
+            nesterov=getattr(config, "muon_nesterov", getattr(config, "muon_use_nesterov", False)),
             steps=config.muon_num_ns_steps,
             coefficients=ours("muon_coefficient_type", "quintic"),
             scale_mode=config.muon_scale_mode,
             extra_scale_factor=config.muon_extra_scale_factor,
             split_qkv=config.muon_split_qkv,
             method=ours("muon_ns_method", "auto"),
-            offload=bool(ours("muon_offload", False)),
+            offload=ours("muon_offload", False),
             notes=tuple(notes),
         )
 
@@ -133,6 +160,23 @@ class Settings:
         ours = (
             f"scale {self.extra_scale_factor:g} x {self.scale_mode}, momentum {self.momentum:g}"
             f"{' (Nesterov)' if self.nesterov else ''}, {self.steps} steps ({self.coefficients}, {self.method})"
+            f"{', momentum in CPU memory' if self.offload else ''}"
+            f"{'' if self.split_qkv else ', attention projections fused'}"
         )
         other = [f"{key.removeprefix('muon_')} {PAPER[key]}" for key, value in flags.items() if value != PAPER[key]]
         return ours + (f"; the paper has {', '.join(other)} (--muon-paper)" if other else "; as in the paper")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_names(config: Any) -> None:
+    """An attribute that is no field of this release's OptimizerConfig, nor ours, would do nothing."""
+    known = {*(field.name for field in fields(config)), *OURS} if is_dataclass(config) else set(vars(config))
+    for key in vars(config):
+        if "muon" in key and key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            every = ", ".join(sorted(name for name in known if "muon" in name))
+            raise ValueError(f"OptimizerConfig.{key} is not a setting of this release; {hint}allowed: {every}")

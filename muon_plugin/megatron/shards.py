@@ -74,10 +74,16 @@ def joint_groups(pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
     known = {tuple(sorted(dist.get_process_group_ranks(group))): group for pair in pairs for group in reversed(pair)}
     lacking = gather([ranks for ranks in everyone if ranks not in known], None)
     for ranks in sorted(set().union(*lacking)):
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), timeout=_timeout(pairs[0][0]))
         if dist.get_rank() in ranks:
             known[ranks] = group
     return [known[ranks] for ranks in everyone]
+
+
+def _timeout(group: Any) -> Any:
+    """That of Megatron's own groups (``--distributed-timeout-minutes``)."""
+    backend = group._get_backend(dist.distributed_c10d._get_pg_default_device(group))
+    return backend.options._timeout
 
 
 def names(parameters: Iterable[Parameter]) -> dict[int, Parameter]:

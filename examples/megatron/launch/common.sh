@@ -7,6 +7,10 @@ MEGATRON_PATH=${MEGATRON_PATH:-.}              # a Megatron-LM tree (core_v0.16.
 CHECKPOINT_PATH=${CHECKPOINT_PATH:-checkpoints/$(basename "$0" .sh)}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}   # tensor parallelism overlaps with it
 
+for name in GPUS_PER_NODE NUM_NODES; do
+    [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || { echo "$name=${!name}: allowed: a whole number from 1 on" >&2; exit 2; }
+done
+
 DISTRIBUTED_ARGS=(
     --nproc-per-node "$GPUS_PER_NODE"
     --nnodes "$NUM_NODES"
@@ -50,7 +54,8 @@ COMMON_ARGS=(
 )
 
 if [[ -n "${DATA_PATH:-}" ]]; then
-    DATA_ARGS=(--data-path "$DATA_PATH" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER_MODEL")
+    DATA_ARGS=(--data-path "$DATA_PATH" --tokenizer-type HuggingFaceTokenizer --tokenizer-model
+               "${TOKENIZER_MODEL:?set it with DATA_PATH: the folder or name of a Hugging Face tokenizer}")
 else
     DATA_ARGS=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$VOCAB_SIZE")
 fi
@@ -60,6 +65,7 @@ launch() {
     local all=("${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${COMMON_ARGS[@]}"
                "${OPTIMIZER_ARGS[@]}" "${DATA_ARGS[@]}" ${EXTRA_ARGS:-})
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
+        [[ -d "$MEGATRON_PATH/megatron" ]] && export PYTHONPATH="$MEGATRON_PATH${PYTHONPATH:+:$PYTHONPATH}"
         exec "${PYTHON:-python}" -W ignore -m muon_plugin.megatron.dry_run \
             --world-size $((NUM_NODES * GPUS_PER_NODE)) -- "${all[@]}"
     fi
