@@ -283,6 +283,8 @@ def set_gradients(chunks: list[Any], layout: Layout, step: int, scale: float = 1
     for chunk in chunks:
         chunk.zero_grad_buffer()
     for name, p, module in named(chunks):
+        if not p.requires_grad:
+            continue
         dim, stride, rank, size = _cut(name, p, module)
         group = dense if getattr(p, "allreduce", True) else experts
         number = zlib.crc32(_tied(name, layout).encode())
