@@ -8,7 +8,7 @@ with DeepSpeed's, 2 with torch's).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,12 +113,12 @@ def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     return state
 
 
-def adopt(optimizer: Optimizer, group: dict[str, Any], state: Any) -> None:
-    """Brings a restored group and its state to the format of `optimizer`, which may not be the one that saved them."""
+def adopt(optimizer: Optimizer, group: dict[str, Any], tensors: Sequence[Tensor], state: Any) -> None:
+    """Brings a restored group and the state of its tensors to the format of `optimizer`, which may not be the one that saved them."""
     group.update(own_options(optimizer))
-    steps = [state[p]["step"] for p in group["params"] if "step" in state[p]] or [group.pop("step", 0)]
+    steps = [state[p]["step"] for p in tensors if "step" in state[p]] or [group.pop("step", 0)]
     step = max(float(s) for s in steps)  # DeepSpeed's FusedAdam counts on one tensor of a group only
-    for p in group["params"]:
+    for p in tensors:
         fresh = new_state(optimizer, p.reshape(-1)[:0])
         if "step" not in fresh:
             group["step"] = int(step)

@@ -79,6 +79,8 @@ class Muon(Optimizer):
         self._complete = self._ready = False
         #: the first tensor of a group with matrices -> its update
         self._updates: dict[Tensor, Update] = {}
+        #: what `attach` was given
+        self.holdings: tuple[Holding, ...] = ()
         self._adamw: Optimizer | None = None
         self._adamw_name = "none"
         #: (group of ranks that should be replicas, checked at the first step), without an engine
@@ -121,6 +123,7 @@ class Muon(Optimizer):
             device: where matrices are orthogonalized: where their tensors are, if not given.
         """
         self.detach()
+        self.holdings = tuple(holdings)
         rest: list[Holding] = []
         for holding in holdings:
             if not self.param_groups[holding.group]["use_muon"]:
@@ -240,7 +243,14 @@ class Muon(Optimizer):
             self.state[p] = {self.momentum_name: momentum.to(p.device, torch.float32, copy=True)}
         for group in self.param_groups:
             if self._adamw is not None and not group["use_muon"]:
-                adamw.adopt(self._adamw, group, self.state)
+                adamw.adopt(self._adamw, group, group["params"], self.state)
+
+    def set_step(self, holding: Holding, step: float) -> None:
+        """Tells AdamW how many steps the moments of these tensors have behind them."""
+        if self._adamw is not None:
+            for p in holding.tensors:
+                self.state[p]["step"] = step
+            adamw.adopt(self._adamw, self.param_groups[holding.group], holding.tensors, self.state)
 
     @property
     def plans(self) -> list[Plan]:

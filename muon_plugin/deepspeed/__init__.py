@@ -1,11 +1,13 @@
 """Muon under DeepSpeed: `register` makes ``"optimizer": {"type": "Muon"}`` mean this Muon.
 
-Three functions are wrapped, here and nowhere else, and only act when the config asks for Muon:
+These functions are wrapped, here and nowhere else, and only act when the config asks for Muon:
 
 - ``deepspeed.set_optimizer_flags``: tags parameters for DeepSpeed's own Muon, whose code in the gradient path starts
   from these tags. Instead, checks that all ranks have good settings and the same model, before anything is built (the
   engine's broadcast of the model hangs or crashes if they differ);
 - ``DeepSpeedEngine._configure_basic_optimizer``: builds our optimizer in place of DeepSpeed's own Muon;
+- ``_load_universal_checkpoint`` of ZeRO's optimizers: reads this Muon's shards and state (`checkpoints`);
+- ``DeepSpeedEngine._get_all_ckpt_names``: finds a universal checkpoint's files whatever the stage that saved it;
 - ``DeepSpeedEngine._configure_optimizer``: once the wrapper (ZeRO, bf16, fp16 or none) has cut the parameters, reads
   where the shards lie (`shards`) and attaches the optimizer to them.
 """
@@ -30,11 +32,14 @@ def register() -> None:
     if _hooks:
         return
     import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     from ..optimizer import Muon
-    from . import engine
+    from . import checkpoints, engine
 
     installed = Hooks(f"DeepSpeed {deepspeed.__version__}")
     hooks = [
@@ -50,6 +55,21 @@ def register() -> None:
             "_configure_optimizer",
             ["self", "client_optimizer", "model_parameters"],
             engine._configure_optimizer,
+        ),
+        Hook(
+            DeepSpeedEngine,
+            "_get_all_ckpt_names",
+            ["self", "checkpoints_path", "tag"],
+            checkpoints.get_all_ckpt_names,
+        ),
+        *(
+            Hook(
+                wrapper,
+                "_load_universal_checkpoint",
+                ["self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"],
+                checkpoints.load_universal,
+            )
+            for wrapper in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer)
         ),
     ]
     installed.install(hooks, TESTED)

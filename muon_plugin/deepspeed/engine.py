@@ -14,6 +14,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from ..agreement import agree, together, world_of
 from ..optimizer import Muon
 from ..settings import Settings
+from .checkpoints import right_slices, saved_like_adam
 from .shards import full_shape, holdings
 
 
@@ -64,7 +65,10 @@ def _configure_optimizer(
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         return
-    muon.attach(together(lambda: holdings(engine, engine.param_names)), torch.device(engine.device))
+    found = together(lambda: holdings(engine, engine.param_names))
+    muon.attach(found, torch.device(engine.device))
+    muon.register_state_dict_post_hook(saved_like_adam)
+    right_slices(engine.optimizer, found)
     if world_of(None)[0] == 0:
         print(muon.summary(), flush=True)
 
@@ -112,7 +116,6 @@ def _check_supported(engine: Any) -> None:
         "bf16.bf16_master_weights_and_grads": (engine.bf16_master_weights_and_gradients(), True, "false"),
         "fp16.fp16_master_weights_and_grads": (engine.fp16_master_weights_and_gradients(), True, "false"),
         "bf16.bf16_optimizer_states": (engine.bf16_optimizer_states(), True, "false: momentum is fp32"),
-        "checkpoint.load_universal": (engine.load_universal_checkpoint(), True, "false"),
         **_one_rate_schedulers(engine),
         "torch_autocast": (engine.torch_autocast_enabled(), True, "bf16 or fp16 by their own sections"),
     }

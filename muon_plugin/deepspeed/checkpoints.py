@@ -1,0 +1,149 @@
+"""Checkpoints: what DeepSpeed's converter to universal checkpoints needs, and loading them under any layout.
+
+The converter (``python -m deepspeed.checkpoint.ds_to_universal``) knows Adam's two moments only. So momentum is saved
+as ``exp_avg``, and beside it an ``exp_avg_sq`` of `NO_SECOND_MOMENT`, which takes no room on disk: it is one element,
+expanded. A universal checkpoint holds each parameter whole, by name, so this Muon reads its shards from there itself,
+whatever the layout that saved it, and whatever the optimizer: from AdamW it takes weights and AdamW's own half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM
+from deepspeed.utils import logger
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
+
+from ..agreement import together
+from ..layout import Shard
+from ..optimizer import Holding, Muon
+
+#: In the place of the second moment of what has none; Adam's is never negative.
+NO_SECOND_MOMENT = -1.0
+
+
+def saved_like_adam(muon: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook after ``Muon.state_dict``: every state has the keys that DeepSpeed's converter reads."""
+    states = state_dict["state"]
+    step = next((state["step"] for state in states.values() if "step" in state), 0)
+    for number, state in states.items():
+        if "exp_avg_sq" not in state:
+            none = torch.full((1,), NO_SECOND_MOMENT).expand_as(state["exp_avg"])
+            states[number] = {**state, "exp_avg_sq": none, "step": step}
+    return state_dict
+
+
+def right_slices(wrapper: Any, holdings: list[Holding]) -> None:
+    """Where the converter finds each parameter: DeepSpeed's own table walks another order under round-robin."""
+    if hasattr(wrapper, "_param_slice_mappings"):
+        wrapper._param_slice_mappings = [
+            {s.parameter: fragment_address(start=s.local.start, numel=s.local.numel) for s in holding.shards}
+            for holding in holdings
+        ]
+
+
+def load_universal(
+    original: Callable[..., Any], wrapper: Any, folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool
+) -> None:
+    """In the place of the wrappers' ``_load_universal_checkpoint``.
+
+    Raises:
+        ValueError: for a checkpoint that lacks a parameter, or has it in another size.
+    """
+    muon = wrapper.optimizer
+    if not isinstance(muon, Muon):
+        original(wrapper, folder, load_optimizer_states, load_from_fp32_weights)
+        return
+    zero = Path(folder) / "zero"
+    saved = together(lambda: _read(zero / "optimizer_state.pt"))
+    saved.setdefault(DS_VERSION, deepspeed.__version__)  # ZeRO-3 does not record it, the others want it
+    stage_3 = hasattr(wrapper, "_load_global_state_stage3")
+    (wrapper._load_global_state_stage3 if stage_3 else wrapper._load_global_state)(saved)
+    fresh = together(lambda: _take(muon, zero, load_optimizer_states))
+    if load_optimizer_states:
+        _take_groups(muon, saved, zero)
+    for number in range(len(wrapper.fp16_groups)) if stage_3 else ():  # elsewhere the engine does it
+        wrapper.fp16_partitioned_groups_flat[number].data.copy_(wrapper.fp32_partitioned_groups_flat[number].data)
+        wrapper._unflatten_partitioned_parameters(number)
+    if fresh:
+        logger.info(
+            f"muon_plugin: {folder} was saved by another optimizer, or routed otherwise: weights were taken over, and "
+            f"the optimizer's state starts from zero for {len(fresh)} parameters ({', '.join(sorted(fresh)[:3])}, ...)"
+        )
+
+
+def get_all_ckpt_names(original: Callable[..., Any], engine: Any, checkpoints_path: str, tag: str) -> list[str]:
+    """ZeRO-3 names the files of the model otherwise than the other stages; of a universal one any will do."""
+    names = original(engine, checkpoints_path, tag)
+    if names or not engine.load_universal_checkpoint() or not isinstance(engine.basic_optimizer, Muon):
+        return names
+    files = sorted(Path(checkpoints_path, tag).glob("*mp_rank_*_model_states.pt"))
+    return [str(file) for file in files if not file.name.startswith("zero_pp_rank_") or "zero_pp_rank_0_" in file.name]
+
+
+def _take(muon: Muon, zero: Path, with_states: bool) -> set[str]:
+    """Fills in this rank's shards; returns the parameters whose saved state has another meaning."""
+    fresh = set()
+    for holding in muon.holdings:
+        for shard in holding.shards:
+            folder = zero / shard.parameter
+            _fill(shard, shard.tensor, _whole(folder, "fp32", muon))
+            if not with_states:
+                continue
+            state = muon.state[shard.tensor]
+            second = _whole(folder, "exp_avg_sq", muon) if (folder / "exp_avg_sq.pt").exists() else None
+            from_muon = second is None or bool(second[0] < 0)
+            as_saved = from_muon is ("exp_avg_sq" not in state)
+            if not as_saved:
+                fresh.add(shard.parameter)
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in state:
+                    _fill(shard, state[key], _whole(folder, key, muon) if as_saved else None)
+    return fresh
+
+
+def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> None:
+    """Learning rates and the like where the groups are the same, and AdamW's step."""
+    theirs = {(group.get("name"), group.get("layout")): group for group in saved["param_groups"]}
+    for group in muon.param_groups:
+        same = theirs.get((group["name"], group["layout"]), {})
+        group.update({key: value for key, value in same.items() if key != "params"})
+    states = saved.get(OPTIMIZER_STATE_DICT, {}).get("state", {})  # from ZeRO-3; from 1 and 2, a file for a parameter
+    steps = [state["step"] for state in states.values() if "step" in state]
+    for holding in muon.holdings:
+        if not muon.param_groups[holding.group]["use_muon"]:
+            files = [zero / shard.parameter / "step.pt" for shard in holding.shards]
+            found = steps + [torch.load(file, weights_only=True) for file in files if file.exists()]
+            muon.set_step(holding, max(map(float, found), default=0.0))
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        raise ValueError(f"the universal checkpoint has no {path}: was it converted from this model's checkpoint?")
+    return torch.load(path, map_location="cpu", weights_only=False)  # as DeepSpeed: it holds a loss scaler
+
+
+def _whole(folder: Path, key: str, muon: Muon) -> Tensor:
+    """A parameter's weights or state, whole and flat."""
+    found = _read(folder / f"{key}.pt")
+    flat = (found[PARAM] if isinstance(found, dict) else found).reshape(-1)
+    shape = muon.routing.shapes[folder.name]
+    expected = torch.Size(shape).numel()
+    if flat.numel() != expected:
+        raise ValueError(
+            f"{folder / key}.pt holds {flat.numel()} elements; {folder.name} {list(shape)} has {expected} here: load "
+            "a checkpoint of the same model"
+        )
+    return flat
+
+
+def _fill(shard: Shard, tensor: Tensor, whole: Tensor | None) -> None:
+    into = shard.local.view(tensor.detach().view(-1))
+    into.copy_(shard.where.view(whole).view_as(into)) if whole is not None else into.zero_()
+
+
