@@ -142,4 +142,6 @@ def _check(key: str, value: Any) -> None:
     test, allowed = checks[name]
     if not test(value):
         hint = " (a string where a number is wanted)" if isinstance(value, str) and "number" in allowed else ""
+        if value == "auto":
+            hint = " (Hugging Face's Trainer fills in lr, weight_decay, betas and eps, accelerate the first two)"
         raise ValueError(f"{key}={value!r} is not valid{hint}; allowed: {allowed}")

@@ -56,6 +56,8 @@ def _configure_optimizer(
         if isinstance(optimizer, Muon):
             together(lambda: _check_supported(engine))
             optimizer.detach()
+        else:
+            _refuse_remade(optimizer)  # not together: engines without Muon are left alone, and all ranks do the same
         return optimizer
 
     if client_optimizer is None or isinstance(client_optimizer, torch.optim.Optimizer):
@@ -71,6 +73,16 @@ def _configure_optimizer(
     right_slices(engine.optimizer, found)
     if world_of(None)[0] == 0:
         print(muon.summary(), flush=True)
+
+
+def _refuse_remade(optimizer: Any) -> None:
+    """accelerate makes a DeepSpeedCPUAdam of any optimizer's groups where offload is on, without a word."""
+    if any({"use_muon", "layout"} <= set(group) for group in getattr(optimizer, "param_groups", [])):
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} holds the parameter groups of a muon_plugin.Muon that something "
+            'replaced (accelerate does with offload); allowed: "optimizer": {"type": "Muon"} in the DeepSpeed JSON, '
+            "with accelerate's DummyOptim"
+        )
 
 
 def _asks_for_muon(engine: Any) -> bool:
