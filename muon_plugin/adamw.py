@@ -114,7 +114,7 @@ def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 
 
 def adopt(optimizer: Optimizer, group: dict[str, Any], tensors: Sequence[Tensor], state: Any) -> None:
-    """Brings a restored group and the state of its tensors to the format of `optimizer`, which may not be the one that saved them."""
+    """Brings a restored group and its tensors' state to the format of `optimizer`, which may not be what saved them."""
     group.update(own_options(optimizer))
     steps = [state[p]["step"] for p in tensors if "step" in state[p]] or [group.pop("step", 0)]
     step = max(float(s) for s in steps)  # DeepSpeed's FusedAdam counts on one tensor of a group only

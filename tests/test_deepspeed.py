@@ -167,7 +167,6 @@ UNSUPPORTED = [
     ),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads=True is not"),
     ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint=True is not supported"),
-    ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal=True is not supported"),
     ({"scheduler": {"type": "WarmupLR", "params": {}}, "params": {"adam_lr": 0.1}}, "adam_lr=0.1 is not supported"),
     ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast=True is not supported"),
 ]

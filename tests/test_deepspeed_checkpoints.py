@@ -54,3 +54,100 @@ def test_resumed_at_every_other_stage_and_world(ranks, tmp_path, stage, world):
         for other_world in WORLDS:
             found = ranks(other_world).run(resume, config(other_stage, "bf16"), tmp_path, 3, 2)[0]
             assert differing(found, whole) == [], (other_stage, other_world)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_of_adamw_is_taken_over(ranks, tmp_path, stage):
+    """Weights and AdamW's own half go on, the momentum of matrices starts from zero, and the log says so."""
+    adamw = {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}}
+    ranks(2).run(save, {**config(1, "bf16"), "optimizer": adamw}, tmp_path, 3)
+    before, moments, logged = ranks(2).run(taken_over, config(stage, "bf16"), tmp_path, 0)[0]
+    assert differing(before, ranks(1).run(trained_by_adamw, {**config(1, "bf16"), "optimizer": adamw}, 3)[0]) == []
+    assert moments["embed.weight"] > 0
+    assert moments["down.weight"] == 0
+    assert "starts from zero for 7 parameters" in logged
+
+
+def trained_by_adamw(rank: int, settings: dict[str, Any], steps: int) -> dict[str, Tensor]:
+    return trained(rank, settings, steps)
+
+
+def taken_over(rank: int, settings: dict[str, Any], folder: Path, steps: int) -> Any:
+    """Weights, the size of the first moments, and what was logged."""
+    import logging
+
+    from deepspeed.utils import logger
+
+    engine = build(rank, {**settings, "checkpoint": {"load_universal": True}})
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    engine.load_checkpoint(str(folder))
+    logger.removeHandler(handler)
+    logger.setLevel("ERROR")
+    found = weights(engine)
+    state = engine.basic_optimizer.state
+    moments = {}
+    for holding in engine.basic_optimizer.holdings:
+        for shard in holding.shards:
+            part = shard.local.view(state[shard.tensor]["exp_avg"].view(-1))
+            moments[shard.parameter] = moments.get(shard.parameter, 0.0) + float(part.abs().sum())
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, moments)
+    moments = {name: sum(m.get(name, 0.0) for m in everyone) for name in found if "fp32" not in name}
+    train(engine, rank, 2, first=3)
+    engine.destroy()
+    return found, moments, "\n".join(lines)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_saved_is_plain(ranks, tmp_path, stage):
+    """Tensors and plain Python; DeepSpeed's own objects by name. `zero_to_fp32` reads it. No room for a second moment."""
+    ranks(2).run(save, config(stage, "bf16"), tmp_path, 2)
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    files = sorted((tmp_path / "tag").glob("*optim_states.pt"))
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        states = [torch.load(file, weights_only=True, map_location="cpu") for file in files]
+    moments = [moment for state in second_moments(states[0]["optimizer_state_dict"]) for moment in state]
+    assert {bool((moment < 0).all()) for moment in moments} == {True, False}
+    assert all(moment.untyped_storage().nbytes() == 4 for moment in moments if (moment < 0).all())
+    whole = ranks(1).run(trained, config(1, "bf16"), 2)[0]
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="tag")
+    for name in ("qkv.weight", "embed.weight", "conv.weight"):
+        assert torch.equal(found[name].float(), whole[f"{name} (fp32)"])
+
+
+def second_moments(state: dict[str, Any]) -> list[list[Tensor]]:
+    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    return [[s["exp_avg_sq"]] for s in base["state"].values()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_states_can_be_moved_away_and_back(ranks, stage):
+    """`offload_states()` knows Adam's names: so does the momentum."""
+    assert ranks(2).run(moved, config(stage, "bf16")) == [[]] * 2
+
+
+def moved(rank: int, settings: dict[str, Any]) -> list[str]:
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+    def run(move: bool) -> dict[str, Tensor]:
+        engine = build(rank, settings)
+        train(engine, rank, 2)
+        if move:
+            muon = engine.basic_optimizer
+            engine.optimizer.offload_states(include=[OffloadStateTypeEnum.optim_states], pin_memory=False)
+            assert all("_offload_buffer" in "".join(state) or "exp_avg" in state for state in muon.state.values())
+            engine.optimizer.reload_states()
+        train(engine, rank, 2, first=2)
+        found = weights(engine)
+        engine.destroy()
+        return found
+
+    return differing(run(True), run(False))

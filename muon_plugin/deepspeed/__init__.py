@@ -7,6 +7,7 @@ These functions are wrapped, here and nowhere else, and only act when the config
   engine's broadcast of the model hangs or crashes if they differ);
 - ``DeepSpeedEngine._configure_basic_optimizer``: builds our optimizer in place of DeepSpeed's own Muon;
 - ``_load_universal_checkpoint`` of ZeRO's optimizers: reads this Muon's shards and state (`checkpoints`);
+- ``DeepSpeedZeroOptimizer_Stage3.offload_states``: refuses any optimizer but FusedAdam;
 - ``DeepSpeedEngine._get_all_ckpt_names``: finds a universal checkpoint's files whatever the stage that saved it;
 - ``DeepSpeedEngine._configure_optimizer``: once the wrapper (ZeRO, bf16, fp16 or none) has cut the parameters, reads
   where the shards lie (`shards`) and attaches the optimizer to them.
@@ -61,6 +62,12 @@ def register() -> None:
             "_get_all_ckpt_names",
             ["self", "checkpoints_path", "tag"],
             checkpoints.get_all_ckpt_names,
+        ),
+        Hook(
+            DeepSpeedZeroOptimizer_Stage3,
+            "offload_states",
+            ["self", "include", "device", "pin_memory", "non_blocking"],
+            checkpoints.offload_states,
         ),
         *(
             Hook(

@@ -15,11 +15,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM
+from deepspeed.ops.adam import fused_adam
 from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from ..agreement import together
+from ..agreement import gather, together
 from ..layout import Shard
 from ..optimizer import Holding, Muon
 
@@ -64,7 +65,7 @@ def load_universal(
     saved.setdefault(DS_VERSION, deepspeed.__version__)  # ZeRO-3 does not record it, the others want it
     stage_3 = hasattr(wrapper, "_load_global_state_stage3")
     (wrapper._load_global_state_stage3 if stage_3 else wrapper._load_global_state)(saved)
-    fresh = together(lambda: _take(muon, zero, load_optimizer_states))
+    fresh = set().union(*gather(together(lambda: _take(muon, zero, load_optimizer_states)), None))
     if load_optimizer_states:
         _take_groups(muon, saved, zero)
     for number in range(len(wrapper.fp16_groups)) if stage_3 else ():  # elsewhere the engine does it
@@ -84,6 +85,17 @@ def get_all_ckpt_names(original: Callable[..., Any], engine: Any, checkpoints_pa
         return names
     files = sorted(Path(checkpoints_path, tag).glob("*mp_rank_*_model_states.pt"))
     return [str(file) for file in files if not file.name.startswith("zero_pp_rank_") or "zero_pp_rank_0_" in file.name]
+
+
+def offload_states(original: Callable[..., Any], zero: Any, *args: Any, **kwargs: Any) -> Any:
+    """ZeRO-3 asserts that the optimizer is FusedAdam, and then moves what has Adam's names, as our state does."""
+    if not isinstance(zero.optimizer, Muon):
+        return original(zero, *args, **kwargs)
+    own, fused_adam.FusedAdam = fused_adam.FusedAdam, Muon
+    try:
+        return original(zero, *args, **kwargs)
+    finally:
+        fused_adam.FusedAdam = own
 
 
 def _take(muon: Muon, zero: Path, with_states: bool) -> set[str]:
@@ -145,5 +157,3 @@ def _whole(folder: Path, key: str, muon: Muon) -> Tensor:
 def _fill(shard: Shard, tensor: Tensor, whole: Tensor | None) -> None:
     into = shard.local.view(tensor.detach().view(-1))
     into.copy_(shard.where.view(whole).view_as(into)) if whole is not None else into.zero_()
-
-
