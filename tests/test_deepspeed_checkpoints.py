@@ -104,7 +104,7 @@ def taken_over(rank: int, settings: dict[str, Any], folder: Path, steps: int) ->
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_saved_is_plain(ranks, tmp_path, stage):
-    """Tensors and plain Python; DeepSpeed's own objects by name. `zero_to_fp32` reads it. No room for a second moment."""
+    """Tensors, plain Python, and DeepSpeed's own objects by name; `zero_to_fp32` reads it; no second moments."""
     ranks(2).run(save, config(stage, "bf16"), tmp_path, 2)
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
