@@ -180,6 +180,24 @@ def common(a: Strided, b: Strided) -> list[Strided]:
     return found
 
 
+def cut_shards(
+    parameter: str, tp: Iterable[tuple[Strided, Strided]], start: int, end: int, tensor: Tensor, offset: int = 0
+) -> list[Shard]:
+    """Elements `start` to `end` of this TP rank's flattened part of a parameter, which lie at `offset` of `tensor`.
+
+    Args:
+        tp: (where in the flattened part of the TP rank, where in the whole parameter): the same elements in order, in
+            the same number of runs.
+    """
+    found = []
+    for local, whole in tp:
+        for part in common(local, Strided(start, end - start)):
+            where = places(whole, ordinals(local, part))
+            inside = Strided(part.start - start + offset, part.run, part.stride, part.count)
+            found.append(Shard(parameter, where, tensor, inside))
+    return found
+
+
 def ordinals(whole: Strided, part: Strided) -> Strided:
     """Where the positions `part` (of `common`) come in the order of `whole`."""
     apart = whole.count > 1 and part.stride >= whole.stride  # each run of the part in a run of its own

@@ -324,6 +324,8 @@ def _halves(groups: list[dict[str, Any]], routing: Routing, settings: Settings) 
             members = [p for name, p in group["params"] if (name not in routing.adamw) is muon]
             options = settings.of_group(given, muon)
             label = "-".join([*([given["name"]] if "name" in given else []), "muon" if muon else "adamw"])
+            if given.get("moe"):
+                label = given["name"]  # DeepSpeed's name of an expert parallel group
             key = repr((label, options))
             if members:
                 into = merged.setdefault(key, {"params": [], "use_muon": muon, "name": label, **options})

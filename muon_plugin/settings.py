@@ -85,7 +85,7 @@ class Settings:
         for key, value in given.items():
             if key in GROUP_KEYS:
                 _check(f"param group {key}", value)
-            elif key != "name":
+            elif key not in ("name", "moe"):  # DeepSpeed's mark of a group of experts
                 raise ValueError(
                     f"a parameter group sets {key}={value!r}; allowed there: params, name, {', '.join(GROUP_KEYS)}"
                 )
@@ -93,7 +93,8 @@ class Settings:
         options = {"lr": self.lr if half_lr is None else half_lr, "weight_decay": self.weight_decay}
         keys = ("momentum", "nesterov") if muon else ("betas", "eps")
         options |= {key: getattr(self, key) for key in keys}
-        return {key: given.get(key, value) for key, value in options.items()}
+        mark = {"moe": given["moe"]} if "moe" in given else {}
+        return mark | {key: given.get(key, value) for key, value in options.items()}
 
 
 def scale_for(adjust_lr_fn: str, outputs: int, inputs: int) -> float:

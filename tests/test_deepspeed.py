@@ -69,11 +69,12 @@ def test_a_layout_that_is_not_the_engines_is_an_error_at_start(ranks):
 
 
 def wrong_tables(rank: int) -> None:
-    from muon_plugin.deepspeed.shards import holdings
+    from muon_plugin.deepspeed.shards import calls, holdings
+    from muon_plugin.deepspeed.tensor_parallel import cuts
 
     engine = build(rank, config(1))
     engine.optimizer.round_robin_bit16_groups[0].reverse()
-    holdings(engine, engine.param_names)
+    holdings(calls(engine), engine.param_names, cuts(engine, engine.param_names), None)
 
 
 def test_the_builtin_muon_is_kept_out(ranks):
@@ -183,10 +184,7 @@ def test_what_is_not_supported_is_refused_before_the_first_step(ranks, sections,
 
 
 REFUSED = {
-    "tensor_parallel.autotp_size": {"autotp_size": lambda: 2},
-    "mpu": {"mp_world_size": 2},
     "sequence_parallel_size": {"sequence_parallel_size": 2},
-    "deepspeed.moe": {"has_moe_layers": True},
     "PipelineModule": {"pipeline_parallelism": True},
     "bf16_optimizer_states": {"bf16_optimizer_states": lambda: True},
 }
@@ -201,13 +199,10 @@ def test_every_mode_that_is_not_supported_is_named(setting):
     off += ("bf16_master_weights_and_gradients", "fp16_master_weights_and_gradients")
     engine = SimpleNamespace(
         _config=SimpleNamespace(zero_config=zero),
-        mp_world_size=1,
         sequence_parallel_size=1,
-        has_moe_layers=False,
         pipeline_parallelism=False,
         **{name: lambda: False for name in off},
         **{name: lambda: None for name in ("optimizer_params", "scheduler_params", "load_universal_checkpoint")},
-        autotp_size=lambda: 0,
     )
     _check_supported(engine)
     for name, value in REFUSED[setting].items():

@@ -14,8 +14,9 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from ..agreement import agree, together, world_of
 from ..optimizer import Muon
 from ..settings import Settings
+from . import tensor_parallel
 from .checkpoints import right_slices, saved_like_adam
-from .shards import full_shape, holdings
+from .shards import calls, holdings
 
 
 def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: Any) -> None:
@@ -31,7 +32,7 @@ def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: 
         raise ValueError("PipelineModule is not supported by muon_plugin's Muon; supported: models without stages")
     agree(
         "the model",
-        [f"{name} {list(full_shape(p))} {p.dtype}" for name, p in model.named_parameters()],
+        [f"{name} {list(tensor_parallel.full_shape(p))} {p.dtype}" for name, p in model.named_parameters()],
         "Build the same model from the same configuration on every rank",
     )
 
@@ -45,7 +46,8 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})
 
     params, options = together(prepare)
-    shapes = {name: full_shape(p) for p, name in engine.param_names.items() if p.requires_grad}
+    cuts = together(lambda: tensor_parallel.cuts(engine, engine.param_names))
+    shapes = {name: cut.shape for name, cut in cuts.items()}
     return Muon(params, model=engine.module, engine="deepspeed", shapes=shapes, **options)
 
 
@@ -67,10 +69,12 @@ def _configure_optimizer(
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         return
-    found = together(lambda: holdings(engine, engine.param_names))
-    muon.attach(found, torch.device(engine.device))
+    names = engine.param_names
+    cuts = together(lambda: tensor_parallel.cuts(engine, names))
+    found = together(lambda: calls(engine))
+    muon.attach(holdings(found, names, cuts, tensor_parallel.group_of(engine)), torch.device(engine.device))
     muon.register_state_dict_post_hook(saved_like_adam)
-    right_slices(engine.optimizer, found)
+    right_slices(engine.optimizer, names, found)
     if world_of(None)[0] == 0:
         print(muon.summary(), flush=True)
 
@@ -120,10 +124,7 @@ def _check_supported(engine: Any) -> None:
         **_offload(zero),
         "zero_optimization.elastic_checkpoint": (zero.elastic_checkpoint, True, "false"),
         "zero_optimization.zenflow": (getattr(zero, "zenflow", None) is not None, "set", "not set"),
-        "tensor_parallel.autotp_size": (engine.autotp_size() > 1, engine.autotp_size(), "0 or 1"),
-        "mpu (model parallel size)": (engine.mp_world_size > 1, engine.mp_world_size, "1"),
         "sequence_parallel_size": (engine.sequence_parallel_size > 1, engine.sequence_parallel_size, "1"),
-        "model with deepspeed.moe layers": (engine.has_moe_layers, True, "dense models"),
         "PipelineModule": (engine.pipeline_parallelism, True, "models without pipeline stages"),
         "bf16.bf16_master_weights_and_grads": (engine.bf16_master_weights_and_gradients(), True, "false"),
         "fp16.fp16_master_weights_and_grads": (engine.fp16_master_weights_and_gradients(), True, "false"),

@@ -2,123 +2,179 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..layout import Shard
+from ..agreement import together
+from ..layout import Strided, cut_shards
 from ..optimizer import Holding
+from ..process_groups import joint_groups
+from . import tensor_parallel
 
 Names = Mapping[Tensor, str]
 
 
-def holdings(engine: Any, names: Names) -> list[Holding]:
-    """For each call of the inner step, this rank's shards as the engine's wrapper laid them out.
+@dataclass(frozen=True)
+class Span:
+    """Elements `start` to `start + length` of this TP rank's flattened parameter, which lie at `offset` of a tensor."""
 
-    Every shard is compared with the parameter it should hold, so a release that lays them out otherwise is an error
-    here and not a wrong update later.
+    parameter: Tensor
+    start: int
+    length: int
+    tensor: Tensor
+    offset: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the inner step: see `Holding`."""
+
+    group: int
+    tensors: tuple[Tensor, ...]
+    spans: tuple[Span, ...]
+    process_group: Any
+
+
+def calls(engine: Any) -> list[Call]:
+    """The calls of the inner step, as the engine's wrapper will make them.
 
     Raises:
-        ValueError: for a wrapper that is not known, or shards that do not hold what they should.
+        ValueError: for a wrapper that is not known, or spans that do not hold what they should.
     """
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
+    if isinstance(getattr(wrapper, "fp16_partitioned_groups_flat", None), list):
+        return [_zero_3(wrapper, number) for number in range(len(wrapper.fp16_groups))]
+    groups = engine.basic_optimizer.param_groups
+    replicas = [_replicas(engine, group) for group in groups]
     if wrapper is engine.basic_optimizer:
-        found = [_whole(zip(group["params"], group["params"]), names) for group in wrapper.param_groups]
-        groups = [engine.seq_data_parallel_group] * len(found)
+        found = list(zip((_whole(zip(group["params"], group["params"])) for group in groups), replicas))
     elif kind == "FP16_UnfusedOptimizer":
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        found = [_whole(zip(low, master), names) for low, master in pairs]
-        groups = [engine.seq_data_parallel_group] * len(found)
-    elif isinstance(getattr(wrapper, "fp16_partitioned_groups_flat", None), list):  # ZeRO-3, and MiCS
-        return [_zero_3(wrapper, number, names) for number in range(len(wrapper.fp16_groups))]
+        found = list(zip((_whole(zip(low, master)) for low, master in pairs), replicas))
     elif kind == "DeepSpeedZeroOptimizer":
-        found = [_zero_1_and_2(wrapper, i, names) for i in range(len(wrapper.round_robin_bit16_groups))]
-        groups = wrapper.real_dp_process_group
+        parts = [_zero_1_and_2(wrapper, number) for number in range(len(wrapper.round_robin_bit16_groups))]
+        found = list(zip(parts, wrapper.real_dp_process_group))
     elif kind == "BF16_Optimizer":
-        found = [_bf16(wrapper, i, names) for i in range(len(wrapper.bf16_groups))]
-        groups = wrapper.real_dp_process_group
+        found = list(
+            zip([_bf16(wrapper, number) for number in range(len(wrapper.bf16_groups))], wrapper.real_dp_process_group)
+        )
     else:
-        raise ValueError(f"DeepSpeed built a {kind} around Muon; supported: ZeRO stages 0, 1 and 2 in fp32, bf16, fp16")
-    parameters = {name: p for p, name in names.items()}
-    for shards in found:
-        for shard in shards:
-            _compare(shard, shard.where.view(parameters[shard.parameter].detach().view(-1)))
-    calls = zip(engine.basic_optimizer.param_groups, found, groups, strict=True)
+        raise ValueError(f"DeepSpeed built a {kind} around Muon; supported: ZeRO stages 0 to 3 in fp32, bf16, fp16")
     return [
-        Holding(number, tuple(param_group["params"]), tuple(shards), group)
-        for number, (param_group, shards, group) in enumerate(calls)
+        Call(number, tuple(group["params"]), tuple(spans), process_group)
+        for number, (group, (spans, process_group)) in enumerate(zip(groups, found, strict=True))
     ]
 
 
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape before ZeRO-3 cut the parameter: afterwards, and under ``zero.Init`` from the start, it looks empty."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _replicas(engine: Any, group: Mapping[str, Any]) -> Any:
+    """Without ZeRO: the ranks that hold the same parameters."""
+    return engine.expert_data_parallel_group[group["name"]] if group.get("moe") else engine.seq_data_parallel_group
 
 
-def _whole(pairs: Iterator[tuple[Tensor, Tensor]], names: Names) -> list[Shard]:
+def holdings(found: Sequence[Call], names: Names, cuts: Mapping[str, tensor_parallel.Cut], tp: Any) -> list[Holding]:
+    """The calls with the shards of whole parameters, and the ranks that share these. Collective.
+
+    Every span is compared with the parameter it should hold, so a release that lays them out otherwise is an error
+    here and not a wrong update later.
+
+    Args:
+        found: what `calls` found.
+        names: parameter -> its name.
+        cuts: name -> how tensor parallelism cuts it.
+        tp: the TP group of this rank, or None.
+
+    Raises:
+        ValueError: for a span that does not hold what it should.
+    """
+    together(lambda: [_compare(span, names[span.parameter]) for call in found for span in call.spans])
+    process_groups = [call.process_group for call in found]
+    if tp is not None and dist.get_world_size(tp) > 1:
+        process_groups = joint_groups([(group, tp) for group in process_groups])
+    return [
+        Holding(
+            call.group,
+            call.tensors,
+            tuple(
+                shard
+                for span in call.spans
+                for name in [names[span.parameter]]
+                for shard in cut_shards(
+                    name, cuts[name].places, span.start, span.start + span.length, span.tensor, span.offset
+                )
+            ),
+            process_group,
+        )
+        for call, process_group in zip(found, process_groups)
+    ]
+
+
+def _whole(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Span]:
     """No ZeRO: every rank holds every parameter, or its fp32 copy, whole."""
-    return [Shard.of_range(names[p], 0, p.numel(), master) for p, master in pairs]
+    return [Span(p, 0, p.numel(), master, 0) for p, master in pairs]
 
 
-def _zero_1_and_2(zero: Any, group: int, names: Names) -> list[Shard]:
+def _zero_1_and_2(zero: Any, group: int) -> list[Span]:
     """A group's parameters one after the other (in round-robin order if that is on), padded, cut in equal parts."""
     parameters = zero.round_robin_bit16_groups[group]
     # `parameter_alignment` (from 0.19) puts padding between parameters; before, there is none and no such table.
     gaps = getattr(zero, "round_robin_bit16_padding", None)
     spans = [p.numel() + gap for p, gap in zip(parameters, gaps[group] if gaps else [0] * len(parameters))]
     offsets = list(accumulate(spans, initial=0))
-    rank = torch.distributed.get_rank(zero.real_dp_process_group[group])
+    rank = dist.get_rank(zero.real_dp_process_group[group])
     master = zero.single_partition_of_fp32_groups[group]
-    return _partition(parameters, offsets, rank * int(zero.partition_size[group]), master, names)
+    return _partition(parameters, offsets, rank * int(zero.partition_size[group]), master)
 
 
-def _bf16(bf16: Any, group: int, names: Names) -> list[Shard]:
+def _bf16(bf16: Any, group: int) -> list[Span]:
     """The bf16 wrapper with fp32 gradients: ZeRO-1's cut without padding between parameters."""
     parameters = bf16.bf16_groups[group]
     offsets = list(accumulate((p.numel() for p in parameters), initial=0))
-    rank = torch.distributed.get_rank(bf16.real_dp_process_group[group])
+    rank = dist.get_rank(bf16.real_dp_process_group[group])
     master = bf16.fp32_groups_flat_partition[group]
-    return _partition(parameters, offsets, rank * master.numel(), master, names)
+    return _partition(parameters, offsets, rank * master.numel(), master)
 
 
-def _partition(
-    parameters: Sequence[Tensor], offsets: Sequence[int], begin: int, master: Tensor, names: Names
-) -> list[Shard]:
+def _partition(parameters: Sequence[Tensor], offsets: Sequence[int], begin: int, master: Tensor) -> list[Span]:
     """The part of each parameter that falls into [begin, begin + size of the fp32 partition)."""
     found = []
     for p, offset in zip(parameters, offsets):
         first, last = max(offset, begin), min(offset + p.numel(), begin + master.numel())
         if first < last:
-            found.append(Shard.of_range(names[p], first - offset, last - first, master, first - begin))
+            found.append(Span(p, first - offset, last - first, master, first - begin))
     return found
 
 
-def _zero_3(zero: Any, number: int, names: Names) -> Holding:
+def _zero_3(zero: Any, number: int) -> Call:
     """A sub-group: each parameter cut in equal parts, the last one padded; this rank's parts one after the other."""
     master, group = zero.fp32_partitioned_groups_flat[number], zero.sub_group_process_groups[number]
-    rank = torch.distributed.get_rank(group)
+    rank = dist.get_rank(group)
     found, offset = [], 0
     for p in zero.fp16_groups[number]:
         part = int(p.partition_numel())
         length = min(part, p.ds_numel - rank * part)
         if length > 0:
-            shard = Shard.of_range(names[p], rank * part, length, master, offset)
-            if master.numel() and p.ds_tensor.numel():  # neither lies on NVMe
-                _compare(shard, p.ds_tensor.detach().view(-1)[:length])
-            found.append(shard)
+            found.append(Span(p, rank * part, length, master, offset))
         offset += part
-    return Holding(zero.sub_group_to_group_id[number], (master,), tuple(found), group)
+    return Call(zero.sub_group_to_group_id[number], (master,), tuple(found), group)
 
 
-def _compare(shard: Shard, theirs: Tensor) -> None:
-    ours = shard.local.view(shard.tensor.detach().view(-1)).view(-1)
-    theirs = theirs.view(-1)
+def _compare(span: Span, name: str) -> None:
+    cut_by_zero_3 = getattr(span.parameter, "ds_tensor", None)
+    held = span.parameter if cut_by_zero_3 is None else cut_by_zero_3
+    if not (span.tensor.numel() and held.numel()):
+        return  # it lies on NVMe
+    start = span.start if cut_by_zero_3 is None else 0
+    where, local = Strided(start, span.length), Strided(span.offset, span.length)
+    theirs, ours = where.view(held.detach().view(-1)), local.view(span.tensor.detach().view(-1))
     if not torch.allclose(ours.to(theirs.dtype), theirs.to(ours.device), rtol=0, atol=0, equal_nan=True):
         raise ValueError(
-            f"{shard.where.numel} elements of {shard.parameter} from {shard.where.start} on are not where DeepSpeed's "
-            "tables say: muon_plugin does not know this release's layout. Please report the release and the config"
+            f"{span.length} elements of {name} from {span.start} on are not where DeepSpeed's tables say: muon_plugin "
+            "does not know this release's layout. Please report the release and the config"
         )

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..agreement import agree, together, world_of
 from ..plan import Plan
+from ..process_groups import joint_groups
 from ..report import table
 from ..routing import Routing
 from ..update import Update
@@ -23,7 +24,7 @@ from .arguments import asks_for_muon
 from .optimizer import MuonDistributedOptimizer
 from .routing import Parameter, parameters, route
 from .settings import Settings
-from .shards import joint_groups, names, shards
+from .shards import names, shards
 
 
 def build(

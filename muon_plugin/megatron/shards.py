@@ -1,17 +1,14 @@
-"""Where Megatron's DistributedOptimizer put the elements of each parameter, and which ranks hold the rest."""
+"""Where Megatron's DistributedOptimizer put the elements of each parameter."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..agreement import gather, together
-from ..layout import Shard, Strided, common, ordinals, places
+from ..layout import Shard, cut_shards
 from .routing import Parameter, is_expert
 
 
@@ -52,38 +49,7 @@ def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int, ex
 
 def cut_range(parameter: Parameter, tp_rank: int, start: int, end: int, tensor: Tensor) -> list[Shard]:
     """Elements `start` to `end` of the flattened part of TP rank `tp_rank`, which lie in `tensor`."""
-    found = []
-    for local, whole in parameter.places(tp_rank):
-        for part in common(local, Strided(start, end - start)):
-            where = places(whole, ordinals(local, part))
-            inside = Strided(part.start - start, part.run, part.stride, part.count)
-            found.append(Shard(parameter.name, where, tensor, inside))
-    return found
-
-
-def joint_groups(pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
-    """For each (DP group, TP group): the process group of the TP groups of all ranks of the DP group.
-
-    These ranks share matrices. Collective over the world: every rank takes part in making every group.
-    """
-
-    def wanted(dp: Any, tp: Any) -> tuple[int, ...]:
-        return tuple(sorted(set().union(*gather(dist.get_process_group_ranks(tp), dp))))
-
-    everyone = [together(functools.partial(wanted, dp, tp)) for dp, tp in pairs]
-    known = {tuple(sorted(dist.get_process_group_ranks(group))): group for pair in pairs for group in reversed(pair)}
-    lacking = gather([ranks for ranks in everyone if ranks not in known], None)
-    for ranks in sorted(set().union(*lacking)):
-        group = dist.new_group(list(ranks), timeout=_timeout(pairs[0][0]))
-        if dist.get_rank() in ranks:
-            known[ranks] = group
-    return [known[ranks] for ranks in everyone]
-
-
-def _timeout(group: Any) -> Any:
-    """That of Megatron's own groups (``--distributed-timeout-minutes``)."""
-    backend = group._get_backend(dist.distributed_c10d._get_pg_default_device(group))
-    return backend.options._timeout
+    return cut_shards(parameter.name, parameter.places(tp_rank), start, end, tensor)
 
 
 def names(parameters: Iterable[Parameter]) -> dict[int, Parameter]:

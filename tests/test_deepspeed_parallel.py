@@ -1,0 +1,239 @@
+"""Under DeepSpeed with more than data parallelism: the same bits at every TP degree."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from integers import build, config, differing, gradient
+from ranks import RankError
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Rows and columns that divide by 2, one layer that nobody cuts, a fused projection, biases, an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed = nn.Embedding(10, 24)
+        self.up = nn.Linear(24, 40)
+        self.down = nn.Linear(40, 24)
+        self.qkv = nn.Linear(24, 48, bias=False)
+        self.router = nn.Linear(24, 6, bias=False)
+        self.norm = nn.LayerNorm(24)
+
+    def forward(self, step: int, micro: int, rank: int, world: int, gas: int) -> Tensor:
+        from deepspeed.utils import groups
+
+        parts, index = dist.get_world_size() // world, groups.get_tensor_model_parallel_rank() if self.cut else 0
+        loss = torch.zeros(())
+        assert parts == 1 or self.cut
+        for number, (_, p) in enumerate(self.named_parameters()):
+            whole = gradient(shape_of(p), number, step, micro, rank, world, gas)
+            loss = loss + (p.float() * part_of(p, whole, index)).sum()
+        return loss
+
+    cut = False
+
+
+def described(p: Any) -> Any:
+    """DeepSpeed's own description of a parameter that AutoTP cut."""
+    from deepspeed.checkpoint.affine import ParamAffineMap
+
+    meta = getattr(p, "ds_autotp_universal_checkpoint_meta", None)
+    return ParamAffineMap.from_dict(meta["conversion"]["affine_map"]) if meta else None
+
+
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    return described(p).logical_shape if described(p) else tuple(p.shape)
+
+
+def part_of(p: Tensor, whole: Tensor, index: int) -> Tensor:
+    return described(p).extract(whole, index) if described(p) else whole
+
+
+CUT = {
+    "layer_specs": [
+        {"patterns": [r".*down\.weight$"], "partition_type": "row"},
+        {"patterns": [r".*up\.weight$"], "partition_type": "column"},
+        {"patterns": [r".*qkv\.weight$"], "partition_type": "column", "shape": (3, -1), "partition_dim": 0},
+        {"patterns": [r".*router\.weight$"], "partition_type": "skip"},
+    ],
+    "use_default_specs": False,
+}
+
+
+def trained(rank: int, settings: dict[str, Any], tp: int) -> dict[str, Tensor]:
+    """Five steps: whole weights."""
+    if tp > 1:
+        settings = {**settings, "tensor_parallel": {"autotp_size": tp, "partition_config": CUT}}
+    engine = build(rank, settings, Block())
+    engine.module.cut = tp > 1
+    assert (described(engine.module.down.weight) is not None) is (tp > 1)
+    gas, dp = engine.gradient_accumulation_steps(), engine.dp_world_size
+    dp_rank = dist.get_rank(engine.data_parallel_group) if tp > 1 else rank
+    for step in range(5):
+        for micro in range(gas):
+            engine.backward(engine(step, micro, dp_rank, dp, gas))
+            engine.step()
+    return gathered(engine, tp)
+
+
+def gathered(engine: Any, tp: int) -> dict[str, Tensor]:
+    import deepspeed
+    from deepspeed.utils import groups
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        found = {}
+        for name, p in engine.module.named_parameters():
+            if described(p):
+                shards: list[Any] = [None] * tp
+                dist.all_gather_object(shards, p.detach().clone(), group=groups.get_tensor_model_parallel_group())
+                found[name] = described(p).rebuild(dict(enumerate(shards)))
+            else:
+                found[name] = p.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize(("world", "tp"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_autotp_changes_no_bit(ranks, stage, world, tp):
+    """DeepSpeed #8437: each shard is orthogonalized alone, and the update depends on the TP degree."""
+    alone = ranks(1).run(trained, config(0, "bf16"), 1)[0]
+    for offload in (False, True) if stage else (False,):
+        zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+        settings = config(stage, "bf16", gas=2, zero_optimization=zero)
+        for found in ranks(world).run(trained, settings, tp):
+            assert differing(found, alone) == [], offload
+
+
+class Grid:
+    """A client's mpu: TP ranks side by side, DP across."""
+
+    def __init__(self, tp: int) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        rows = [list(range(i, i + tp)) for i in range(0, world, tp)]
+        columns = [list(range(i, world, tp)) for i in range(tp)]
+        self.tp = next(g for g, ranks in [(dist.new_group(r), r) for r in rows] if rank in ranks)
+        self.dp = next(g for g, ranks in [(dist.new_group(r), r) for r in columns] if rank in ranks)
+        for kind, group in (("tensor_model", self.tp), ("model", self.tp), ("data", self.dp)):
+            setattr(self, f"get_{kind}_parallel_group", lambda group=group: group)
+            setattr(self, f"get_{kind}_parallel_world_size", lambda group=group: dist.get_world_size(group))
+            setattr(self, f"get_{kind}_parallel_rank", lambda group=group: dist.get_rank(group))
+
+
+class Marked(nn.Module):
+    """Parameters cut by hand and marked as Megatron marks them; gate and up side by side on each rank."""
+
+    CUTS: ClassVar = {"up": (0, 1), "down": (1, 1), "gate_up_proj": (0, 2), "router": None}
+
+    def __init__(self, rank: int, size: int, marked: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.rank, self.size = rank, size
+        for name, cut in self.CUTS.items():
+            self.add_module(name, nn.Linear(24, 32, bias=False))
+            weight = self.get_submodule(name).weight
+            if cut is not None:
+                weight.data = self.part(weight.data, cut).clone()
+                if marked:
+                    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, *cut
+
+    def part(self, whole: Tensor, cut: tuple[int, int] | None) -> Tensor:
+        if cut is None:
+            return whole
+        return torch.cat([half.chunk(self.size, cut[0])[self.rank] for half in whole.chunk(cut[1], cut[0])], cut[0])
+
+    def forward(self, step: int, rank: int, world: int) -> Tensor:
+        loss = torch.zeros(())
+        for number, (name, p) in enumerate(self.named_parameters()):
+            grad = gradient((32, 24), number, step, 0, rank, world, 1)
+            loss = loss + (p.float() * self.part(grad, self.CUTS[name.split(".")[0]])).sum()
+        return loss
+
+
+def with_mpu(rank: int, settings: dict[str, Any], tp: int, marked: bool = True) -> tuple[int, dict[str, Tensor]]:
+    """Five steps: this rank in TP, its parts of the weights."""
+    mpu = Grid(tp) if tp > 1 else None
+    model = Marked(dist.get_rank(mpu.tp) if mpu else 0, tp, marked)
+    engine = build(rank, settings, model, mpu=mpu)
+    dp_rank, dp = (dist.get_rank(mpu.dp), dist.get_world_size(mpu.dp)) if mpu else (0, 1)
+    for step in range(5):
+        engine.backward(engine(step, dp_rank, dp))
+        engine.step()
+    return model.rank, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_clients_mpu_changes_no_bit(ranks, stage):
+    alone = ranks(1).run(with_mpu, config(0, "bf16"), 1)[0][1]
+    for rank, found in ranks(4).run(with_mpu, config(stage, "bf16"), 2):
+        cut = Marked(rank, 2)
+        parts = {name: cut.part(whole, cut.CUTS[name.split(".")[0]]) for name, whole in alone.items()}
+        assert differing(found, parts) == []
+
+
+def test_parts_that_nobody_marked_are_told(ranks):
+    with pytest.raises(RankError, match=r"disagree about parameters that no tensor parallelism cuts.*Mark what each"):
+        ranks(2).run(with_mpu, config(1, "bf16"), 2, False)
+
+
+class Experts(nn.Module):
+    """A router, four experts over `ep` ranks, and a dense layer."""
+
+    def __init__(self, ep: int) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        torch.manual_seed(8)
+        expert = nn.ModuleDict({"up": nn.Linear(16, 20), "down": nn.Linear(20, 16)})
+        self.moe = MoE(16, expert, num_experts=4, ep_size=ep)
+        self.dense = nn.Linear(16, 24)
+
+    def forward(self, step: int) -> Tensor:
+        loss = torch.zeros(())
+        for name, p, group, scale in self.placed():
+            rank, size = dist.get_rank(group), dist.get_world_size(group)
+            grad = gradient(p.shape, zlib.crc32(name.encode()), step, 0, rank, size, 1)
+            loss = loss + (p.float() * grad * scale).sum()
+        return loss
+
+    def placed(self) -> Any:
+        """(Name with the expert's number among all, parameter, its DP group, what DeepSpeed's averaging divides by)."""
+        from deepspeed.utils import groups
+
+        for name, p in self.named_parameters():
+            if "deepspeed_experts" not in name:
+                yield name, p, groups._get_data_parallel_group(), 1.0
+                continue
+            before, number, after = re.split(r"deepspeed_experts\.(\d+)", name)
+            first = groups._get_expert_parallel_rank(p.group_name) * self.moe.num_local_experts
+            group = groups._get_expert_data_parallel_group(p.group_name)
+            scale = dist.get_world_size() / dist.get_world_size(group)
+            yield f"{before}{first + int(number)}{after}", p, group, scale
+
+
+def with_experts(rank: int, settings: dict[str, Any], ep: int) -> dict[str, Tensor]:
+    """Five steps: the weights on this rank, experts by their number among all. (They start as copies of one.)"""
+    model = Experts(ep)
+    engine = build(rank, settings, model)
+    for step in range(5):
+        engine.backward(engine(step))
+        engine.step()
+    return {name: p.detach().clone() for name, p, *_ in engine.module.placed()}
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_expert_parallelism_changes_no_bit(ranks, stage, world, ep):
+    alone = ranks(1).run(with_experts, config(0, "bf16"), 1)[0]
+    seen = set()
+    for found in ranks(world).run(with_experts, config(stage, "bf16"), ep):
+        seen |= set(found)
+        assert differing(found, {name: alone[name] for name in found}) == []
+    assert seen == set(alone)
