@@ -93,7 +93,7 @@ def holdings(found: Sequence[Call], names: Names, cuts: Mapping[str, tensor_para
     Raises:
         ValueError: for a span that does not hold what it should.
     """
-    together(lambda: [_compare(span, names[span.parameter]) for call in found for span in call.spans])
+    together(lambda: _compare(found, names))
     process_groups = [call.process_group for call in found]
     if tp is not None and dist.get_world_size(tp) > 1:
         process_groups = joint_groups([(group, tp) for group in process_groups])
@@ -165,7 +165,13 @@ def _zero_3(zero: Any, number: int) -> Call:
     return Call(zero.sub_group_to_group_id[number], (master,), tuple(found), group)
 
 
-def _compare(span: Span, name: str) -> None:
+def _compare(found: Sequence[Call], names: Names) -> None:
+    for call in found:
+        for span in call.spans:
+            _compare_one(span, names[span.parameter])
+
+
+def _compare_one(span: Span, name: str) -> None:
     cut_by_zero_3 = getattr(span.parameter, "ds_tensor", None)
     held = span.parameter if cut_by_zero_3 is None else cut_by_zero_3
     if not (span.tensor.numel() and held.numel()):
