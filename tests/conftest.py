@@ -10,15 +10,18 @@ os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp()
 
 @pytest.fixture(scope="session")
 def ranks():
-    """`ranks(n)`: a pool of n processes, started at its first use; `ranks(n, "0.19.2")`: with that Megatron-Core."""
-    pools: dict[tuple[int, str | None], Ranks] = {}
+    """`ranks(n)`: a pool of n processes, started at its first use.
 
-    def pool(size: int, megatron: str | None = None) -> Ranks:
-        key = size, megatron
-        for other in [k for k in pools if k[1] != megatron]:  # tests of one engine stand together: memory for one
+    `ranks(n, "0.19.2")`: with that Megatron-Core; `ranks(n, deepspeed="0.18.9")`: with that DeepSpeed.
+    """
+    pools: dict[tuple[int, str | None, str | None], Ranks] = {}
+
+    def pool(size: int, megatron: str | None = None, deepspeed: str | None = None) -> Ranks:
+        key = size, megatron, deepspeed
+        for other in [k for k in pools if k[1:] != key[1:]]:  # tests of one engine stand together: memory for one
             pools.pop(other).close()
         if key not in pools or not pools[key].alive:
-            pools[key] = Ranks(size, megatron)
+            pools[key] = Ranks(size, megatron, deepspeed)
         return pools[key]
 
     yield pool

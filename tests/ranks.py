@@ -27,32 +27,34 @@ class RankError(AssertionError):
         self.errors = errors
 
 
-def release(version: str) -> Path:
-    """The folder of an unpacked Megatron-Core (`make test` unpacks both; else tests are skipped), or a path."""
+def release(version: str, engine: str = "megatron-core") -> Path:
+    """The folder of a Megatron-Core or a "deepspeed" (`make test` installs them; else tests are skipped), or a path."""
     if Path(version).is_absolute():
         return Path(version)
-    folder = Path(os.environ.get("MEGATRON_CORE", ROOT / ".venv" / "megatron-core")) / version
-    if not (folder / "megatron").is_dir():
-        if os.environ.get("REQUIRE_MEGATRON"):
+    variable, package = engine.upper().replace("-", "_"), engine.split("-")[0]
+    folder = Path(os.environ.get(variable, ROOT / ".venv" / engine)) / version
+    if not (folder / package).is_dir():
+        if os.environ.get("REQUIRE_RELEASES"):
             raise FileNotFoundError(f"{folder}: run make test, which installs the releases there")
-        pytest.skip(f"Megatron-Core {version} is not in {folder} (make .venv/megatron)")
+        pytest.skip(f"{engine} {version} is not in {folder} (make test installs it)")
     return folder
 
 
 class Ranks:
     """`size` processes with torch.distributed initialized; `run` calls a module-level function on each."""
 
-    def __init__(self, size: int, megatron: str | None = None) -> None:
-        """With `megatron`, the processes see that release of Megatron-Core, on the CPU."""
-        if megatron is not None:
-            release(megatron)
+    def __init__(self, size: int, megatron: str | None = None, deepspeed: str | None = None) -> None:
+        """With `megatron`, the processes see that release of Megatron-Core, on the CPU; `deepspeed` likewise."""
+        folders = [release(megatron)] if megatron is not None else []
+        folders += [release(deepspeed, "deepspeed")] if deepspeed is not None else []
         context = multiprocessing.get_context("spawn")
         self.size = size
         store = os.path.join(tempfile.mkdtemp(), "store")
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, store, megatron), daemon=True)
+            arguments = (there, rank, size, store, folders, megatron is not None)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -86,7 +88,7 @@ class Ranks:
             process.join()
 
 
-def _serve(pipe: Any, rank: int, size: int, store: str, megatron: str | None) -> None:
+def _serve(pipe: Any, rank: int, size: int, store: str, folders: list[Path], megatron: bool) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -97,6 +99,7 @@ def _serve(pipe: Any, rank: int, size: int, store: str, megatron: str | None) ->
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
+    sys.path[:0] = [str(folder) for folder in folders]
     import torch
     import torch.distributed as dist
 
@@ -106,8 +109,8 @@ def _serve(pipe: Any, rank: int, size: int, store: str, megatron: str | None) ->
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     except ImportError:
         pass
-    if megatron is not None:
-        sys.path[:0] = [str(release(megatron)), str(ROOT)]
+    if megatron:
+        sys.path.insert(1, str(ROOT))
         from muon_plugin.megatron import on_cpu
 
         warnings.simplefilter("ignore")

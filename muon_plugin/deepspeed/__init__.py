@@ -42,6 +42,8 @@ def register() -> None:
     from ..optimizer import Muon
     from . import checkpoints, engine
 
+    if hasattr(DeepSpeedEngine, "_configure_stock_optimizer"):
+        return  # patches/deepspeed-*.patch: the source calls `engine` itself
     installed = Hooks(f"DeepSpeed {deepspeed.__version__}")
     hooks = [
         Hook(deepspeed, "set_optimizer_flags", ["config_class", "model"], engine.set_optimizer_flags),
