@@ -19,7 +19,7 @@ import warnings
 
 from ..hooks import Hook, Hooks
 
-TESTED = ("0.19.8",)
+TESTED = ("0.18.9", "0.19.8")
 _hooks: list[Hooks] = []
 
 

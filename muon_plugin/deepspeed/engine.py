@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -120,15 +121,18 @@ def _check_supported(engine: Any) -> None:
     """
     config = engine._config
     zero = config.zero_config
+    mics = getattr(zero, "mics_shard_size", -1)  # until 0.18
     refused = {
         **_offload(zero),
         "zero_optimization.elastic_checkpoint": (zero.elastic_checkpoint, True, "false"),
+        "zero_optimization.mics_shard_size": (mics > 0, mics, "not set: its replicas would compute every matrix again"),
         "zero_optimization.zenflow": (getattr(zero, "zenflow", None) is not None, "set", "not set"),
         "sequence_parallel_size": (engine.sequence_parallel_size > 1, engine.sequence_parallel_size, "1"),
         "PipelineModule": (engine.pipeline_parallelism, True, "models without pipeline stages"),
         "bf16.bf16_master_weights_and_grads": (engine.bf16_master_weights_and_gradients(), True, "false"),
         "fp16.fp16_master_weights_and_grads": (engine.fp16_master_weights_and_gradients(), True, "false"),
         "bf16.bf16_optimizer_states": (engine.bf16_optimizer_states(), True, "false: momentum is fp32"),
+        **_gradients_left_out(engine),
         **_one_rate_schedulers(engine),
         "torch_autocast": (engine.torch_autocast_enabled(), True, "bf16 or fp16 by their own sections"),
     }
@@ -153,6 +157,19 @@ def _offload(zero: Any) -> dict[str, tuple[bool, Any, str]]:
         f"{where} with stage {int(zero.stage)}": (bool(on_nvme) and zero.stage < 3, "nvme", "nvme in stage 3, or cpu"),
         f"{where}": (without_aio, "nvme", "cpu, or nvme once DeepSpeed can build async_io (apt install libaio-dev)"),
     }
+
+
+def _gradients_left_out(engine: Any) -> dict[str, tuple[bool, Any, str]]:
+    """Before 0.19, BF16_Optimizer adds the last micro-batch after the average over ranks (DeepSpeed #7985)."""
+    if (deepspeed.__version_major__, deepspeed.__version_minor__) >= (0, 19):
+        return {}
+    bf16, wide = engine._config.bfloat16_config, engine.get_data_types()[1] == torch.float32
+    left_out = bf16.enabled and wide and engine._config.zero_config.stage == 1 and not bf16.immediate_grad_update
+    supported = (
+        "it with bf16.immediate_grad_update, stage 2, or DeepSpeed 0.19: without, each rank's last micro-batch stays "
+        "out of the average"
+    )
+    return {"data_types.grad_accum_dtype with stage 1": (left_out, "fp32", supported)}
 
 
 def _one_rate_schedulers(engine: Any) -> dict[str, tuple[bool, Any, str]]:

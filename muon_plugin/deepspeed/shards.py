@@ -153,7 +153,9 @@ def _partition(parameters: Sequence[Tensor], offsets: Sequence[int], begin: int,
 
 def _zero_3(zero: Any, number: int) -> Call:
     """A sub-group: each parameter cut in equal parts, the last one padded; this rank's parts one after the other."""
-    master, group = zero.fp32_partitioned_groups_flat[number], zero.sub_group_process_groups[number]
+    master = zero.fp32_partitioned_groups_flat[number]
+    groups = getattr(zero, "sub_group_process_groups", None)  # from 0.19; before, there is one group for all
+    group = groups[number] if groups else zero.dp_process_group
     rank = dist.get_rank(group)
     found, offset = [], 0
     for p in zero.fp16_groups[number]:
