@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from integers import config, differing, trained
 from ranks import ROOT
+from test_deepspeed_checkpoints import resume, save
 from torch import Tensor
 
 
@@ -51,6 +52,23 @@ def without_register(rank: int, settings: dict[str, Any], folder: str) -> dict[s
     register, muon_plugin.register = muon_plugin.register, lambda: None
     try:
         return trained(rank, settings)
+    finally:
+        muon_plugin.register = register
+
+
+def test_a_patched_tree_loads_universal_checkpoints(ranks, registered, patched, tmp_path):
+    ranks(2).run(save, config(1, "bf16"), tmp_path, 3)
+    whole = ranks(1).run(trained, config(1, "bf16"), 5)[0]
+    found = ranks(2, deepspeed=patched).run(resumed_without_register, config(3, "bf16"), tmp_path)[0]
+    assert differing(found, whole) == []
+
+
+def resumed_without_register(rank: int, settings: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    import muon_plugin
+
+    register, muon_plugin.register = muon_plugin.register, lambda: None
+    try:
+        return resume(rank, settings, folder, 3, 2)
     finally:
         muon_plugin.register = register
 

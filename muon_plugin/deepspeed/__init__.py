@@ -76,7 +76,7 @@ def register() -> None:
                 wrapper,
                 "_load_universal_checkpoint",
                 ["self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"],
-                checkpoints.load_universal,
+                checkpoints.load_universal_checkpoint,
             )
             for wrapper in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer)
         ),

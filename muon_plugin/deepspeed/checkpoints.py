@@ -48,18 +48,22 @@ def right_slices(wrapper: Any, names: Mapping[Tensor, str], calls: Sequence[Call
         ]
 
 
-def load_universal(
+def load_universal_checkpoint(
     original: Callable[..., Any], wrapper: Any, folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool
 ) -> None:
-    """In the place of the wrappers' ``_load_universal_checkpoint``.
+    if not load_universal(wrapper, folder, load_optimizer_states):
+        original(wrapper, folder, load_optimizer_states, load_from_fp32_weights)
+
+
+def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bool:
+    """Loads a universal checkpoint into one of ZeRO's optimizers; false if it is not around this Muon.
 
     Raises:
         ValueError: for a checkpoint that lacks a parameter, or has it in another size.
     """
     muon = wrapper.optimizer
     if not isinstance(muon, Muon):
-        original(wrapper, folder, load_optimizer_states, load_from_fp32_weights)
-        return
+        return False
     zero = Path(folder) / "zero"
     saved = together(lambda: _read(zero / "optimizer_state.pt"))
     saved.setdefault(DS_VERSION, deepspeed.__version__)  # ZeRO-3 does not record it, the others want it
@@ -76,11 +80,15 @@ def load_universal(
             f"muon_plugin: {folder} was saved by another optimizer, or routed otherwise: weights were taken over, and "
             f"the optimizer's state starts from zero for {len(fresh)} parameters ({', '.join(sorted(fresh)[:3])}, ...)"
         )
+    return True
 
 
 def get_all_ckpt_names(original: Callable[..., Any], engine: Any, checkpoints_path: str, tag: str) -> list[str]:
+    return any_ckpt_names(engine, checkpoints_path, tag, original(engine, checkpoints_path, tag))
+
+
+def any_ckpt_names(engine: Any, checkpoints_path: str, tag: str, names: list[str]) -> list[str]:
     """ZeRO-3 names the files of the model otherwise than the other stages; of a universal one any will do."""
-    names = original(engine, checkpoints_path, tag)
     if names or not engine.load_universal_checkpoint() or not isinstance(engine.basic_optimizer, Muon):
         return names
     files = sorted(Path(checkpoints_path, tag).glob("*mp_rank_*_model_states.pt"))
