@@ -49,8 +49,8 @@ class Muon(Optimizer):
             decide which parameters are embeddings or heads, so they are needed.
         model: the module itself, if at hand: module types and ``model.config`` then help to tell embeddings and fused
             projections.
-        process_group: ranks that hold replicas of the parameters (plain DDP); the default group where there is one.
-            Each matrix is orthogonalized once among them.
+        process_group: ranks that hold replicas of the parameters (plain DDP), or an engine's ranks of one pipeline
+            stage; the default group where there is one. Each matrix is orthogonalized once among them.
         engine: used by the engine hooks: the optimizer waits for `attach`, and its step does nothing until then.
         shapes: used by the engine hooks: the whole shape of each parameter that the engine has cut, by name.
         **settings: see `muon_plugin.settings.Settings`: lr, weight_decay, momentum, ...
@@ -91,7 +91,8 @@ class Muon(Optimizer):
             groups = _named_groups(params)
             whole = {name: _shape(name, p) for group in groups for name, p in group["params"]} | dict(shapes or {})
             routing = route(whole, model=model, exclude=checked.exclude, split=checked.split)
-            if not routing.matrices and not checked.exclude:
+            one_of_many = engine is not None and process_group is not None  # a stage of a pipeline
+            if not routing.matrices and not checked.exclude and not one_of_many:
                 raise ValueError(
                     f"none of the {len(whole)} parameters is a matrix of a hidden layer, nothing is left for Muon: "
                     f"{dict(list(routing.adamw.items())[:5])}. Give whole, unflattened parameters, or use AdamW"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ def joint_groups(pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
     def wanted(dp: Any, tp: Any) -> tuple[int, ...]:
         return tuple(sorted(set().union(*gather(dist.get_process_group_ranks(tp), dp))))
 
-    everyone = [together(functools.partial(wanted, dp, tp)) for dp, tp in pairs]
+    everyone = together(lambda: [wanted(dp, tp) for dp, tp in pairs])  # stages of a pipeline may have other numbers
     known = {tuple(sorted(dist.get_process_group_ranks(group))): group for pair in pairs for group in reversed(pair)}
     lacking = gather([ranks for ranks in everyone if ranks not in known], None)
     for ranks in sorted(set().union(*lacking)):

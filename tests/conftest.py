@@ -12,12 +12,13 @@ os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp()
 def ranks():
     """`ranks(n)`: a pool of n processes, started at its first use.
 
-    `ranks(n, "0.19.2")`: with that Megatron-Core; `ranks(n, deepspeed="0.18.9")`: with that DeepSpeed.
+    `ranks(n, "0.19.2")`: with that Megatron-Core; `ranks(n, deepspeed="0.18.9")`: with that DeepSpeed;
+    `ranks(n, apart="pipeline")`: for tests whose process groups DeepSpeed keeps for good.
     """
-    pools: dict[tuple[int, str | None, str | None], Ranks] = {}
+    pools: dict[tuple[int, str | None, str | None, str | None], Ranks] = {}
 
-    def pool(size: int, megatron: str | None = None, deepspeed: str | None = None) -> Ranks:
-        key = size, megatron, deepspeed
+    def pool(size: int, megatron: str | None = None, deepspeed: str | None = None, apart: str | None = None) -> Ranks:
+        key = size, megatron, deepspeed, apart
         for other in [k for k in pools if k[1:] != key[1:]]:  # tests of one engine stand together: memory for one
             pools.pop(other).close()
         if key not in pools or not pools[key].alive:

@@ -185,7 +185,6 @@ def test_what_is_not_supported_is_refused_before_the_first_step(ranks, sections,
 
 REFUSED = {
     "sequence_parallel_size": {"sequence_parallel_size": 2},
-    "PipelineModule": {"pipeline_parallelism": True},
     "bf16_optimizer_states": {"bf16_optimizer_states": lambda: True},
 }
 
@@ -200,7 +199,6 @@ def test_every_mode_that_is_not_supported_is_named(setting):
     engine = SimpleNamespace(
         _config=SimpleNamespace(zero_config=zero),
         sequence_parallel_size=1,
-        pipeline_parallelism=False,
         **{name: lambda: False for name in off},
         **{name: lambda: None for name in ("optimizer_params", "scheduler_params", "load_universal_checkpoint")},
     )

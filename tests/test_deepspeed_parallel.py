@@ -104,11 +104,11 @@ def gathered(engine: Any, tp: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_autotp_changes_no_bit(ranks, stage, world, tp):
     """DeepSpeed #8437: each shard is orthogonalized alone, and the update depends on the TP degree."""
-    alone = ranks(1).run(trained, config(0, "bf16"), 1)[0]
+    alone = ranks(1, apart="autotp").run(trained, config(0, "bf16"), 1)[0]
     for offload in (False, True) if stage else (False,):
         zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
         settings = config(stage, "bf16", gas=2, zero_optimization=zero)
-        for found in ranks(world).run(trained, settings, tp):
+        for found in ranks(world, apart="autotp").run(trained, settings, tp):
             assert differing(found, alone) == [], offload
 
 
@@ -171,8 +171,8 @@ def with_mpu(rank: int, settings: dict[str, Any], tp: int, marked: bool = True) 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_clients_mpu_changes_no_bit(ranks, stage):
-    alone = ranks(1).run(with_mpu, config(0, "bf16"), 1)[0][1]
-    for rank, found in ranks(4).run(with_mpu, config(stage, "bf16"), 2):
+    alone = ranks(1, apart="mpu").run(with_mpu, config(0, "bf16"), 1)[0][1]
+    for rank, found in ranks(4, apart="mpu").run(with_mpu, config(stage, "bf16"), 2):
         cut = Marked(rank, 2)
         parts = {name: cut.part(whole, cut.CUTS[name.split(".")[0]]) for name, whole in alone.items()}
         assert differing(found, parts) == []
@@ -180,7 +180,7 @@ def test_a_clients_mpu_changes_no_bit(ranks, stage):
 
 def test_parts_that_nobody_marked_are_told(ranks):
     with pytest.raises(RankError, match=r"disagree about parameters that no tensor parallelism cuts.*Mark what each"):
-        ranks(2).run(with_mpu, config(1, "bf16"), 2, False)
+        ranks(2, apart="mpu").run(with_mpu, config(1, "bf16"), 2, False)
 
 
 class Experts(nn.Module):
@@ -231,9 +231,68 @@ def with_experts(rank: int, settings: dict[str, Any], ep: int) -> dict[str, Tens
 @pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_expert_parallelism_changes_no_bit(ranks, stage, world, ep):
-    alone = ranks(1).run(with_experts, config(0, "bf16"), 1)[0]
+    alone = ranks(1, apart="experts").run(with_experts, config(0, "bf16"), 1)[0]
     seen = set()
-    for found in ranks(world).run(with_experts, config(stage, "bf16"), ep):
+    for found in ranks(world, apart="experts").run(with_experts, config(stage, "bf16"), ep):
+        seen |= set(found)
+        assert differing(found, {name: alone[name] for name in found}) == []
+    assert seen == set(alone)
+
+
+class Stage(nn.Module):
+    """A layer of a pipeline: hands on the loss so far, and which step and micro-batch this is."""
+
+    def __init__(self, number: int, *shape: int) -> None:
+        super().__init__()
+        torch.manual_seed(number)
+        self.number = number
+        if number == 0:
+            self.embed = nn.Embedding(*shape)
+        else:
+            self.linear = nn.Linear(*shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from deepspeed.utils import groups
+
+        group = groups._get_data_parallel_group()
+        step, micro = int(x[0, 1]), int(x[0, 2])
+        total = x[0, 0]
+        for number, p in enumerate(self.parameters()):
+            grad = gradient(
+                p.shape, 10 * self.number + number, step, micro, dist.get_rank(group), dist.get_world_size(group), 2
+            )
+            total = total + (p.float() * grad).sum()
+        return torch.stack([total, x[0, 1], x[0, 2]]).view(1, 3)
+
+
+def in_a_pipeline(rank: int, settings: dict[str, Any], stages: int) -> dict[str, Tensor]:
+    """Five steps of two micro-batches: the weights of this rank's stage."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.init_distributed("gloo")
+    shapes = [(10, 16), (16, 24), (24, 20), (20, 33)]
+    layers = [LayerSpec(Stage, number, *shape) for number, shape in enumerate(shapes)]
+    model = PipelineModule(layers, num_stages=stages, loss_fn=lambda x, _: x[0, 0], partition_method="uniform")
+    engine = build(rank, settings, model, model_parameters=list(model.parameters()))
+    for step in range(5):
+        rows = [(torch.tensor([[0.0, step, micro]]).requires_grad_(), torch.zeros(1)) for micro in range(2)]
+        engine.train_batch(iter(rows))
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("world", "stages"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16")])
+def test_a_pipeline_changes_no_bit(ranks, stage, dtype, world, stages):
+    """The first of four stages holds nothing but an embedding: DeepSpeed's ZeRO would hang, with any two groups."""
+    if (stage, stages) == (1, 4):
+        with pytest.raises(RankError, match=r"parameter groups of the pipeline's stages.*to give every stage a matrix"):
+            ranks(world, apart="pipeline").run(in_a_pipeline, config(stage, dtype, gas=2), stages)
+        return
+    settings = config(stage, dtype, gas=2)
+    alone = ranks(1, apart="pipeline").run(in_a_pipeline, settings, 1)[0]
+    seen = set()
+    for found in ranks(world, apart="pipeline").run(in_a_pipeline, settings, stages):
         seen |= set(found)
         assert differing(found, {name: alone[name] for name in found}) == []
     assert seen == set(alone)

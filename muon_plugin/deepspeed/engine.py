@@ -30,7 +30,7 @@ def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: 
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     together(lambda: Settings.from_dict(config_class.optimizer_params or {}))
     if isinstance(model, PipelineModule):
-        raise ValueError("PipelineModule is not supported by muon_plugin's Muon; supported: models without stages")
+        return  # every stage has a model of its own: the ranks of one compare theirs when the optimizer is built
     agree(
         "the model",
         [f"{name} {list(tensor_parallel.full_shape(p))} {p.dtype}" for name, p in model.named_parameters()],
@@ -49,7 +49,16 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
     params, options = together(prepare)
     cuts = together(lambda: tensor_parallel.cuts(engine, engine.param_names))
     shapes = {name: cut.shape for name, cut in cuts.items()}
-    return Muon(params, model=engine.module, engine="deepspeed", shapes=shapes, **options)
+    stage = engine.seq_data_parallel_group if engine.pipeline_parallelism else None
+    muon = Muon(params, model=engine.module, process_group=stage, engine="deepspeed", shapes=shapes, **options)
+    if engine.pipeline_parallelism and engine.zero_optimization():
+        agree(
+            "the parameter groups of the pipeline's stages",
+            [f"group {group['name']}" for group in muon.param_groups],
+            "ZeRO adds up the gradient norm group by group over the stages, and would wait for ever. Have fewer stages or "
+            "another partition_method, to give every stage a matrix and another parameter; or use ZeRO stage 0",
+        )
+    return muon
 
 
 def _configure_optimizer(
@@ -128,7 +137,6 @@ def _check_supported(engine: Any) -> None:
         "zero_optimization.mics_shard_size": (mics > 0, mics, "not set: its replicas would compute every matrix again"),
         "zero_optimization.zenflow": (getattr(zero, "zenflow", None) is not None, "set", "not set"),
         "sequence_parallel_size": (engine.sequence_parallel_size > 1, engine.sequence_parallel_size, "1"),
-        "PipelineModule": (engine.pipeline_parallelism, True, "models without pipeline stages"),
         "bf16.bf16_master_weights_and_grads": (engine.bf16_master_weights_and_gradients(), True, "false"),
         "fp16.fp16_master_weights_and_grads": (engine.fp16_master_weights_and_gradients(), True, "false"),
         "bf16.bf16_optimizer_states": (engine.bf16_optimizer_states(), True, "false: momentum is fp32"),

@@ -36,6 +36,10 @@ def group_of(engine: Any) -> Any:
     mpu = engine.mpu
     if mpu is None or engine.mp_world_size == 1:
         return None
+    if hasattr(
+        mpu, "get_slice_parallel_group"
+    ):  # DeepSpeed's own grid, of a pipeline: its model parallel ranks are more
+        return mpu.get_slice_parallel_group() if mpu.get_slice_parallel_world_size() > 1 else None
     get = getattr(mpu, "get_tensor_model_parallel_group", None) or mpu.get_model_parallel_group
     return get()
 
