@@ -183,8 +183,10 @@ def test_what_is_not_supported_is_refused_before_the_first_step(ranks, sections,
         assert (kind, match in message) == ("ValueError", True), message
 
 
+ZERO = SimpleNamespace(stage=3, offload_optimizer=None, offload_param=None, elastic_checkpoint=False, zenflow=None)
 REFUSED = {
-    "sequence_parallel_size": {"sequence_parallel_size": 2},
+    "deepspeed.moe": {"has_moe_layers": True},
+    "AutoEP": {"_config": SimpleNamespace(zero_config=ZERO, expert_parallel_config=SimpleNamespace(enabled=True))},
     "bf16_optimizer_states": {"bf16_optimizer_states": lambda: True},
 }
 
@@ -193,12 +195,11 @@ REFUSED = {
 def test_every_mode_that_is_not_supported_is_named(setting):
     from muon_plugin.deepspeed.engine import _check_supported
 
-    zero = SimpleNamespace(stage=1, offload_optimizer=None, offload_param=None, elastic_checkpoint=False, zenflow=None)
     off = ("torch_autocast_enabled", "bf16_optimizer_states", "scheduler_name")
     off += ("bf16_master_weights_and_gradients", "fp16_master_weights_and_gradients")
     engine = SimpleNamespace(
-        _config=SimpleNamespace(zero_config=zero),
-        sequence_parallel_size=1,
+        _config=SimpleNamespace(zero_config=ZERO),
+        has_moe_layers=False,
         **{name: lambda: False for name in off},
         **{name: lambda: None for name in ("optimizer_params", "scheduler_params", "load_universal_checkpoint")},
     )

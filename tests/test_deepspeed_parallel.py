@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from integers import build, config, differing, gradient
+from integers import trained as trained_on_integers
 from ranks import RankError
 from torch import Tensor, nn
 
@@ -296,3 +297,11 @@ def test_a_pipeline_changes_no_bit(ranks, stage, dtype, world, stages):
         seen |= set(found)
         assert differing(found, {name: alone[name] for name in found}) == []
     assert seen == set(alone)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ulysses_changes_no_bit(ranks, stage):
+    """ZeRO cuts over sequence and data parallel ranks together."""
+    alone = ranks(1, apart="sequence").run(trained_on_integers, config(0, "bf16"))[0]
+    for found in ranks(2, apart="sequence").run(trained_on_integers, config(stage, "bf16", sequence_parallel_size=2)):
+        assert differing(found, alone) == []

@@ -55,8 +55,8 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         agree(
             "the parameter groups of the pipeline's stages",
             [f"group {group['name']}" for group in muon.param_groups],
-            "ZeRO adds up the gradient norm group by group over the stages, and would wait for ever. Have fewer stages or "
-            "another partition_method, to give every stage a matrix and another parameter; or use ZeRO stage 0",
+            "ZeRO adds up the gradient norm group by group over the stages, and would wait for ever. Have fewer stages "
+            "or another partition_method, to give every stage a matrix and another parameter; or use ZeRO stage 0",
         )
     return muon
 
@@ -136,7 +136,8 @@ def _check_supported(engine: Any) -> None:
         "zero_optimization.elastic_checkpoint": (zero.elastic_checkpoint, True, "false"),
         "zero_optimization.mics_shard_size": (mics > 0, mics, "not set: its replicas would compute every matrix again"),
         "zero_optimization.zenflow": (getattr(zero, "zenflow", None) is not None, "set", "not set"),
-        "sequence_parallel_size": (engine.sequence_parallel_size > 1, engine.sequence_parallel_size, "1"),
+        "deepspeed.moe layers with zero_optimization.stage": (engine.has_moe_layers and zero.stage > 2, 3, "0, 1 or 2"),
+        "expert_parallel (AutoEP)": (_auto_ep(config), "enabled", "deepspeed.moe layers"),
         "bf16.bf16_master_weights_and_grads": (engine.bf16_master_weights_and_gradients(), True, "false"),
         "fp16.fp16_master_weights_and_grads": (engine.fp16_master_weights_and_gradients(), True, "false"),
         "bf16.bf16_optimizer_states": (engine.bf16_optimizer_states(), True, "false: momentum is fp32"),
@@ -147,6 +148,10 @@ def _check_supported(engine: Any) -> None:
     for setting, (is_set, value, supported) in refused.items():
         if is_set:
             raise ValueError(f"{setting}={value!r} is not supported by muon_plugin's Muon; supported: {supported}")
+
+
+def _auto_ep(config: Any) -> bool:
+    return bool(getattr(getattr(config, "expert_parallel_config", None), "enabled", False))
 
 
 def _offload(zero: Any) -> dict[str, tuple[bool, Any, str]]:
