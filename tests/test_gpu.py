@@ -197,7 +197,7 @@ def _halves(rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
         length = -(-flat.numel() // size)
         part = flat[rank * length : (rank + 1) * length].clone()
         shards = _shards([(names[p], p.numel()) for p in group["params"]], rank * length, part)
-        holdings.append(Holding(tuple(shards)))
+        holdings.append(Holding(len(holdings), (part,), tuple(shards)))
         all_shards += shards
         parts.append(part)
         group["params"] = [part]
