@@ -67,12 +67,11 @@ def test_zero_3_options_change_no_bit(ranks, reference, option):
     assert differing(found, reference["bf16"]) == []
 
 
-@pytest.mark.parametrize("pin_memory", [False, True])
 @pytest.mark.parametrize(("stage", "world"), [(1, 1), (1, 2), (1, 3), (2, 2), (2, 4), (3, 1), (3, 2), (3, 4)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_offload_changes_no_bit(ranks, reference, dtype, stage, world, pin_memory):
+def test_offload_changes_no_bit(ranks, reference, dtype, stage, world):
     """DeepSpeed #8463: CPU offload diverges from the run without it."""
-    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": pin_memory}}
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": dtype == "bf16"}}
     for gas in (1, 4):
         found = ranks(world).run(trained, config(stage, dtype, gas, zero_optimization=offload))[0]
         assert differing(found, reference[dtype]) == [], gas
