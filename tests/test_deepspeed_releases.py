@@ -20,21 +20,28 @@ def reference(ranks):
 
 
 def mended(rank: int, function: Callable[..., Any], *args: Any) -> Any:
-    """`function` in a 0.18.9 with one line of 0.19.0 (DeepSpeed #7948).
+    """`function` in a 0.18.9 that can do over gloo what it can do over NCCL, as later releases, with any optimizer.
 
-    Where it flattens ZeRO 1's and 2's parameters on the device, the flat buffer carries autograd's history. NCCL writes
-    into it all the same, gloo refuses to, with any optimizer.
+    - Where it flattens ZeRO 1's and 2's parameters on the device, the flat buffer carries autograd's history, and gloo
+      refuses to write into it (DeepSpeed #7948).
+    - GatheredParameters waits for the last of its all-gathers only, which over gloo may end in any order: now and then
+      a parameter is read before it has arrived.
     """
     import deepspeed
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as zero
 
     assert deepspeed.__version__ == OLD
-    own = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
-    DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = lambda *a, **k: own(*a, **k).detach()
-    try:
+    flatten, gather = zero.flatten_dense_tensors_aligned, Init._allgather_params_coalesced
+
+    def one_by_one(self: Any, params: list[Any], *args: Any, **kwargs: Any) -> None:
+        for p in params:
+            gather(self, [p], *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "flatten_dense_tensors_aligned", lambda *a, **k: flatten(*a, **k).detach())
+        patch.setattr(Init, "_allgather_params_coalesced", one_by_one)
         return function(rank, *args)
-    finally:
-        DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = own
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
