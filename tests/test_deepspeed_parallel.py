@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from itertools import product
 from typing import Any, ClassVar
 
 import pytest
@@ -106,11 +107,11 @@ def gathered(engine: Any, tp: int) -> dict[str, Tensor]:
 def test_autotp_changes_no_bit(ranks, stage, world, tp):
     """DeepSpeed #8437: each shard is orthogonalized alone, and the update depends on the TP degree."""
     alone = ranks(1, apart="autotp").run(trained, config(0, "bf16"), 1)[0]
-    for offload in (False, True) if stage else (False,):
+    for offload, gas in product((False, True) if stage else (False,), (1, 4)):
         zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
-        settings = config(stage, "bf16", gas=2, zero_optimization=zero)
+        settings = config(stage, "bf16", gas=gas, zero_optimization=zero)
         for found in ranks(world, apart="autotp").run(trained, settings, tp):
-            assert differing(found, alone) == [], offload
+            assert differing(found, alone) == [], (offload, gas)
 
 
 class Grid:

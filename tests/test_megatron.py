@@ -301,6 +301,7 @@ def test_the_papers_flag_is_a_start_that_later_flags_change():
     assert parser.parse_args(["--muon-paper", "--muon-momentum", "0.8"]).muon_momentum == 0.8
     assert parser.parse_args(["--muon-momentum", "0.8"]).muon_momentum == 0.8
     assert not hasattr(parser.parse_args([]), "muon_nesterov")
+    add_arguments(parser)  # a patched source, and the hook on it
     from_python = SimpleNamespace(muon_paper=True, muon_momentum=0.9, muon_split_qkv=True)
     assert "as in the paper" in Settings.from_config(from_python).describe()
 

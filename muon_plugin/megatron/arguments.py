@@ -16,7 +16,9 @@ def asks_for_muon(config: Any) -> bool:
 
 
 def add_arguments(parser: Any) -> Any:
-    """Adds the plugin's flags to Megatron's parser."""
+    """Adds the plugin's flags to Megatron's parser, unless a patched source has done so already."""
+    if any("--muon-paper" in action.option_strings for action in parser._actions):
+        return parser
     group = parser.add_argument_group("muon_plugin")
     group.add_argument(
         "--muon-paper",
