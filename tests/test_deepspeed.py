@@ -211,7 +211,7 @@ def test_every_mode_that_is_not_supported_is_named(setting):
 
 
 def test_bad_configs_end_in_one_error_on_every_rank(ranks):
-    """More than 200 bad settings, some on one rank only, and impossible combinations: each is a ValueError on both ranks."""
+    """Over 200 bad settings, some on one rank only, and impossible combinations: a ValueError on both ranks each."""
     draw = random.Random(0)
     values = ["x", -1, None, [], {}, float("nan"), float("inf"), True, 2**70, [1], "auto"]
     keys = ["lr", "weight_decay", "momentum", "ns_steps", "ns_coefficients", "ns_method", "adjust_lr_fn", "betas"]
