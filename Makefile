@@ -15,7 +15,7 @@ train: .venv/examples  ## a small Llama on the standard library's source: AdamW,
 train-megatron: .venv/megatron  ## a small GPT under Megatron-Core, TP 2 x DP 2 on the CPU: AdamW, then Muon
 	PYTHONPATH=.venv/megatron-core/0.19.2 $(BIN)/python examples/megatron/compare.py
 
-test: lint .venv/megatron .venv/older_deepspeed  ## everything that CI runs; about 15 minutes on 2 cores
+test: lint .venv/megatron .venv/older_deepspeed  ## everything that CI runs; about 25 minutes on 2 cores
 	REQUIRE_RELEASES=1 $(BIN)/python -m pytest
 
 lint: .venv/dev
