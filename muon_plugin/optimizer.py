@@ -163,6 +163,7 @@ class Muon(Optimizer):
     def detach(self) -> None:
         """Lets go of the tensors: until `attach`, a step does nothing. For an engine that takes over the optimizer."""
         self.state.clear()
+        self.holdings = ()
         self._updates, self._ready, self._replicas = {}, False, None
 
     @torch.no_grad()
@@ -263,7 +264,13 @@ class Muon(Optimizer):
         held_muon = sum(p.numel() for p, state in self.state.items() if "exp_avg_sq" not in state)
         held_adamw = sum(p.numel() for p, state in self.state.items() if "exp_avg_sq" in state)
         options = report.options(self.settings, self.param_groups)
-        return report.table(self.routing, options, self._adamw_name, {"": self.plans}, held_muon, held_adamw)
+        plans: dict[str, list[Plan]] = {}  # experts are shared by other ranks than the dense layers
+        for holding in self.holdings:
+            group = self.param_groups[holding.group]
+            if group["use_muon"]:
+                label = group["name"] if group.get("moe") else "dense layers"
+                plans.setdefault(label, []).append(self._updates[holding.tensors[0]].plan)
+        return report.table(self.routing, options, self._adamw_name, plans, held_muon, held_adamw)
 
 
 def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Holding:

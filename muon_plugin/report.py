@@ -29,7 +29,7 @@ def table(
         routing: every parameter's way.
         options: one line about the settings.
         adamw_name: of the AdamW in use.
-        plans: what one step computes and sends: a label ("" where there is one) -> the plans of the same ranks.
+        plans: what one step computes and sends: a label, shown where there are several -> the plans of the same ranks.
         held_muon, held_adamw: elements on this rank, of matrices and of the rest.
     """
     numels = {name: math.prod(shape) for name, shape in routing.shapes.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from integers import build, config, differing, train, trained, weights
+from integers import IntegerModel, build, config, differing, train, trained, weights
 from torch import Tensor
 
 STAGES, WORLDS = (1, 2, 3), (1, 2, 4)
@@ -126,6 +126,33 @@ def test_what_is_saved_is_plain(ranks, tmp_path, stage):
 def second_moments(state: dict[str, Any]) -> list[list[Tensor]]:
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     return [[s["exp_avg_sq"]] for s in base["state"].values()]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_an_optimizer_of_the_clients_saves_and_resumes(ranks, tmp_path, stage):
+    settings = config(stage, "bf16")
+    whole = ranks(1).run(trained, config(1, "bf16"), 4)[0]
+    for found in ranks(2).run(saved_and_resumed_by_client, settings, tmp_path):
+        assert differing({name: whole[name] for name in found}, found) == []
+
+
+def saved_and_resumed_by_client(rank: int, settings: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    from muon_plugin import Muon
+
+    params = settings.pop("optimizer")["params"]
+
+    def make() -> Any:
+        model = IntegerModel().bfloat16()
+        return build(rank, settings, model, optimizer=Muon(model.named_parameters(), model=model, **params))
+
+    engine = make()
+    train(engine, rank, 2)
+    engine.save_checkpoint(str(folder), tag="tag")
+    engine.destroy()
+    engine = make()
+    engine.load_checkpoint(str(folder), tag="tag")
+    train(engine, rank, 2, first=2)
+    return weights(engine)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -224,6 +224,10 @@ def with_experts(rank: int, settings: dict[str, Any], ep: int) -> dict[str, Tens
     """Five steps: the weights on this rank, experts by their number among all. (They start as copies of one.)"""
     model = Experts(ep)
     engine = build(rank, settings, model)
+    if dist.get_world_size() > 1:
+        table = engine.basic_optimizer.summary()
+        assert re.search(rf"dense layers: Newton-Schulz a step: .*FLOP over {dist.get_world_size()} ranks", table)
+        assert re.search(rf"ep_size_{ep}: Newton-Schulz a step: .*FLOP over {dist.get_world_size() // ep} rank", table)
     for step in range(5):
         engine.backward(engine(step))
         engine.step()

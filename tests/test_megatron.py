@@ -174,6 +174,7 @@ REFUSED = {
     "half a step": ({"muon_num_ns_steps": 5.5}, "--muon-num-ns-steps 5.5", "a whole number"),
     "a list": ({"muon_coefficient_type": [3.0]}, "--muon-coefficient-type [3.0]", "quintic"),
     "a typo": ({"muon_momentun": 0.9}, "OptimizerConfig.muon_momentun", "did you mean muon_momentum?"),
+    "paper and not": ({"muon_paper": True, "muon_momentum": 0.5}, "muon_momentum=0.5 and muon_paper", "drop one"),
     "precision": ({"muon_fp32_matmul_prec": "foo"}, "--muon-fp32-matmul-prec foo", "medium"),
     "steps": ({"muon_num_ns_steps": 0}, "--muon-num-ns-steps 0", "1 to 99"),
     "coefficients": ({"muon_coefficient_type": "cubic"}, "--muon-coefficient-type 'cubic'", "quintic"),

@@ -71,7 +71,7 @@ def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bo
     (wrapper._load_global_state_stage3 if stage_3 else wrapper._load_global_state)(saved)
     fresh = set().union(*gather(together(lambda: _take(muon, zero, load_optimizer_states)), None))
     if load_optimizer_states:
-        _take_groups(muon, saved, zero)
+        together(lambda: _take_groups(muon, saved, zero))
     for number in range(len(wrapper.fp16_groups)) if stage_3 else ():  # elsewhere the engine does it
         wrapper.fp16_partitioned_groups_flat[number].data.copy_(wrapper.fp32_partitioned_groups_flat[number].data)
         wrapper._unflatten_partitioned_parameters(number)

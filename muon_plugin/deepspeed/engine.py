@@ -79,10 +79,12 @@ def _configure_optimizer(
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         return
-    names = engine.param_names
+    names, tp = engine.param_names, tensor_parallel.group_of(engine)
     cuts = together(lambda: tensor_parallel.cuts(engine, names))
+    tensor_parallel.compare_replicas(names, tp)
     found = together(lambda: calls(engine))
-    muon.attach(holdings(found, names, cuts, tensor_parallel.group_of(engine)), torch.device(engine.device))
+    muon.momentum_name = "exp_avg"  # a client's own has torch's
+    muon.attach(holdings(found, names, cuts, tp), torch.device(engine.device))
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, names, found)
     if world_of(None)[0] == 0:
@@ -141,6 +143,11 @@ def _check_supported(engine: Any) -> None:
         "bf16.bf16_master_weights_and_grads": (engine.bf16_master_weights_and_gradients(), True, "false"),
         "fp16.fp16_master_weights_and_grads": (engine.fp16_master_weights_and_gradients(), True, "false"),
         "bf16.bf16_optimizer_states": (engine.bf16_optimizer_states(), True, "false: momentum is fp32"),
+        "checkpoint.load_universal with offload to NVMe": (
+            engine.load_universal_checkpoint() and "nvme" in map(_device, (zero.offload_optimizer, zero.offload_param)),
+            True,
+            "offload to the CPU, or none",
+        ),
         **_gradients_left_out(engine),
         **_one_rate_schedulers(engine),
         "torch_autocast": (engine.torch_autocast_enabled(), True, "bf16 or fp16 by their own sections"),

@@ -52,10 +52,7 @@ def cuts(engine: Any, names: Mapping[Tensor, str]) -> dict[str, Cut]:
     """
     group = group_of(engine)
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    found = {name: _cut(name, p, rank, size) for p, name in names.items() if p.requires_grad}
-    if group is not None:
-        _compare_replicas(names, found, group)
-    return found
+    return {name: _cut(name, p, rank, size) for p, name in names.items() if p.requires_grad}
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -127,13 +124,19 @@ def _places(piece: Any) -> list[tuple[Strided, Strided]]:
     return found
 
 
-def _compare_replicas(names: Mapping[Tensor, str], found: Mapping[str, Cut], group: Any) -> None:
-    """What nobody marked as cut must be the same on every TP rank."""
+def compare_replicas(names: Mapping[Tensor, str], group: Any) -> None:
+    """What nobody marked as cut must be the same on every rank of the TP group. Collective over it.
+
+    Raises:
+        ValueError: on every rank, for the first parameter that differs.
+    """
+    if group is None:
+        return
     lines = []
     for p, name in names.items():
-        if name in found and not _is_cut(p):
+        if p.requires_grad and not _is_cut(p):
             tensor = getattr(p, "ds_tensor", p).detach()
-            lines.append(f"{name} {list(found[name].shape)} with the sum {tensor.double().sum().item()}")
+            lines.append(f"{name} {list(full_shape(p))} with the sum {tensor.double().sum().item()}")
     agree(
         "parameters that no tensor parallelism cuts",
         lines,

@@ -106,7 +106,7 @@ class Settings:
         if config is not arguments:
             _check_names(config)
         if getattr(config, "muon_paper", False):  # set from Python; the command line sets what it stands for
-            config = SimpleNamespace(**{**vars(config), **PAPER})
+            config = _as_in_the_paper(config)
 
         def ours(key: str, default: Any) -> Any:
             return getattr(config, key, getattr(arguments, key, default))
@@ -169,6 +169,18 @@ class Settings:
 
 def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_in_the_paper(config: Any) -> Any:
+    """The same settings with the paper's; one that says something else by itself would be ignored, and is refused."""
+    defaults = {field.name: field.default for field in fields(config)} if is_dataclass(config) else {}
+    for key, value in PAPER.items():
+        own = getattr(config, key, value)
+        if own not in (value, defaults.get(key, own)):
+            raise ValueError(
+                f"OptimizerConfig.{key}={own!r} and muon_paper=True ({value!r}) exclude each other: drop one"
+            )
+    return SimpleNamespace(**{**vars(config), **PAPER})
 
 
 def _check_names(config: Any) -> None:
