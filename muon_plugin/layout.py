@@ -6,6 +6,7 @@ borders of the matrices; what all ranks know of each other (`index`) is the inne
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -152,7 +153,7 @@ def pieces(
     """Cuts this rank's shards at the borders of the matrices.
 
     Args:
-        matrices: all matrices, in the order in which every rank counts them.
+        matrices: all matrices, in the order in which every rank counts them; those of a parameter in their own order.
         shards: what this rank holds; shards of other parameters are passed over.
         tensors: id of a tensor -> its number.
         of_parameter: what `by_parameter` gives, for whoever cuts the shards of many ranks.
@@ -161,11 +162,12 @@ def pieces(
         of_parameter = by_parameter(matrices)
     found: dict[tuple[int, int], list[Block]] = {}
     for shard in shards:
-        first, last = shard.where.start, shard.where.end
-        for number in of_parameter.get(shard.parameter, ()):
+        numbers = of_parameter.get(shard.parameter, ())
+        # A batch of experts has hundreds of matrices; they begin and end in their order.
+        for number in numbers[bisect_right(numbers, shard.where.start, key=lambda n: matrices[n].where.end) :]:
             where = matrices[number].where
-            if where.start >= last or where.end <= first:  # a batch of experts has hundreds of matrices
-                continue
+            if where.start >= shard.where.end:
+                break
             blocks = [
                 Block(places(shard.local, ordinals(shard.where, part)), ordinals(where, part))
                 for part in common(shard.where, where)
