@@ -43,11 +43,12 @@ def main() -> None:
         )
         for load in of_stage.loads:
             kind = load.call.label.split()[0]
+            balance = max(load.flops) / max(load.mean, 1)
             print(
                 f"  {kind}: {load.call.ranks} ranks share them; Newton-Schulz {si(load.total)}FLOP a step, the busiest "
-                f"rank {max(load.flops) / max(load.mean, 1):.2f} of the mean\n"
-                f"  {kind}: {si(sum(load.sent))}B sent a step, {si(max(load.sent))}B by the busiest rank; state at most "
-                f"{si(max(load.state))}B a rank (AdamW: {si(max(load.adamw_state))}B)"
+                f"rank {balance:.2f} of the mean\n"
+                f"  {kind}: {si(sum(load.sent))}B sent a step, {si(max(load.sent))}B by the busiest rank; state at "
+                f"most {si(max(load.state))}B a rank (AdamW: {si(max(load.adamw_state))}B)"
             )
     print(f"dry run: the arguments are good ({time.perf_counter() - began:.0f} s)")
 

@@ -1,8 +1,8 @@
-"""A Megatron launch line without a GPU and without processes: its arguments checked, each stage's model without memory.
+"""A Megatron launch line without a GPU and without processes: arguments checked, each stage's model built.
 
-Every argument goes through the installed Megatron's own parser and checks, as on rank 0 of that many. The model is built
-on the meta device, pipeline stage by pipeline stage, and cut as Megatron's distributed optimizer would cut it. For a
-process of its own: Megatron is told that CUDA is the CPU.
+Every argument goes through the installed Megatron's own parser and checks, as on rank 0 of that many. The model is
+built on the meta device, pipeline stage by pipeline stage, and cut as Megatron's distributed optimizer would cut it.
+For a process of its own: Megatron is told that CUDA is the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,7 +149,7 @@ def assumptions(args: Any) -> list[str]:
 
 
 def sizes(args: Any, ranks: int | None = None) -> dict[str, int]:
-    """TP, PP, EP, expert TP and CP; with so many ranks, the DP (with CP, of one optimizer instance) and the experts'."""
+    """TP, PP, EP, expert TP, CP; with so many ranks, DP (CP included, of one optimizer instance) and the experts'."""
     ranks = ranks or args.world_size
     tp, pp, ep = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size
     etp, instances = args.expert_tensor_parallel_size or tp, args.num_distributed_optimizer_instances
@@ -314,13 +314,14 @@ def _buffers(chunks: Sequence[Any], found: Sequence[Parameter], args: Any, stage
             of_ranks = held.setdefault(experts, [[] for _ in range(cut["edp" if experts else "dp"])])
             for p, (start, end, bucket) in buffer.param_index_map.items():
                 of_buffer[experts].append(numbers[id(p)])
-                for rank, low, high in _shared(start, end, *buffer.bucket_indices[bucket], len(of_ranks)):
+                for rank, low, high in _shared(start, end, buffer.bucket_indices[bucket], len(of_ranks)):
                     of_ranks[rank].append((numbers[id(p)], low, high))
     return [Buffers(e, tuple(of_buffer[e]), tuple(map(tuple, of_ranks))) for e, of_ranks in sorted(held.items())]
 
 
-def _shared(start: int, end: int, begin: int, finish: int, size: int) -> Iterable[tuple[int, int, int]]:
+def _shared(start: int, end: int, bucket: tuple[int, int], size: int) -> Iterator[tuple[int, int, int]]:
     """(Rank, start, end) of a parameter that lies at `start` to `end` of a bucket cut in `size` equal parts."""
+    begin, finish = bucket
     part = (finish - begin) // size
     for rank in range((start - begin) // part, min(size - 1, (end - 1 - begin) // part) + 1):
         low = begin + rank * part

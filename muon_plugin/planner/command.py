@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         ("ep", "expert"),
         ("cp", "context (or Ulysses'), which ZeRO shards over as over data"),
     ):
-        parser.add_argument(f"--{size}", type=_whole, help=f"{help_text} parallel size; what is left of the ranks is DP")
+        parser.add_argument(
+            f"--{size}", type=_whole, help=f"{help_text} parallel size; what is left of the ranks is DP"
+        )
     parser.add_argument("--zero-stage", type=int, help="0 to 3, in the place of the DeepSpeed config's; 1 without one")
     rates = Rates()
     for flag, help_text in (
@@ -118,7 +120,10 @@ def run(arguments: Sequence[str]) -> Planned:
     if own.plot:
         plot.check(own.plot)
     flops = model.newton_schulz.flops
-    sweep = {n: plan_stages(model.stages(n), flops, model.scalars) for n in (_sweep(ranks, model.unit) if own.plot else [ranks])}
+    sweep = {
+        n: plan_stages(model.stages(n), flops, model.scalars)
+        for n in (_sweep(ranks, model.unit) if own.plot else [ranks])
+    }
     rates = Rates(own.tflops, own.gb_per_s, own.memory_gb_per_s)
     planned = Planned(model, own.nodes, own.gpus_per_node, sweep[ranks], rates, sweep, own.json)
     if own.plot:
@@ -130,13 +135,17 @@ def _model(own: argparse.Namespace, rest: Sequence[str], ranks: int) -> Model:
     given = {"--megatron": own.megatron, "--hf": own.hf, "--shapes": own.shapes, "--": rest or None}
     named = [flag for flag, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ValueError(f"the model is given by {' and '.join(named) or 'nothing'}; allowed: one of {', '.join(given)}")
+        raise ValueError(
+            f"the model is given by {' and '.join(named) or 'nothing'}; allowed: one of {', '.join(given)}"
+        )
     parallel = Parallel(own.tp, own.pp, own.ep, own.cp)
     if own.hf is None and own.shapes is None:
         for flag in ("deepspeed", "zero_stage"):
             if getattr(own, flag) is not None:
                 name = flag.replace("_", "-")
-                raise ValueError(f"--{name} {getattr(own, flag)} with Megatron's arguments; allowed: with --hf or --shapes")
+                raise ValueError(
+                    f"--{name} {getattr(own, flag)} with Megatron's arguments; allowed: with --hf or --shapes"
+                )
         return models.megatron(models.megatron_arguments(own.megatron) if own.megatron else rest, parallel, ranks)
     config = models.read_json(own.deepspeed, "--deepspeed") if own.deepspeed else {}
     return models.deepspeed(config, own.hf, own.shapes, parallel, own.zero_stage)

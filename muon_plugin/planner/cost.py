@@ -18,7 +18,7 @@ from . import spread
 from .layouts import Call, Stage, numel
 
 #: Bytes that the step reads and writes in a rank's memory for each element of its shards. AdamW: gradient, two moments
-#: and the weight, the last three twice, fp32. Muon: momentum's average (12), the direction (10), decay (8), update (10).
+#: and the weight, the last three twice, fp32. Muon: momentum's average 12, direction 10, decay 8, update 10.
 ADAMW_MEMORY, MUON_MEMORY = 28, 40
 #: fp32 state of an element: AdamW's two moments, Muon's momentum.
 ADAMW_STATE, MUON_STATE = 8, 4
@@ -90,7 +90,7 @@ class Load:
 
     @property
     def balance(self) -> float:
-        """The busiest rank's FLOPs over what no plan can be below: the mean, or the costliest matrix."""
+        """The busiest rank's FLOPs over the bound, which no plan is below: the mean, or the costliest matrix."""
         return max(self.flops) / max(self.mean, self.costliest, 1)
 
     def adamw_sent(self, each: float) -> float:
@@ -119,6 +119,12 @@ class StageLoad:
 
     stage: Stage
     loads: tuple[Load, ...]
+
+    @property
+    def balance(self) -> float:
+        """The calls one after the other: the busiest ranks' FLOPs over what no plan can be below."""
+        bounds = sum(max(load.mean, load.costliest) for load in self.loads)
+        return sum(max(load.flops) for load in self.loads) / max(bounds, 1)
 
     def by_rank(self, what: Callable[[Load], Sequence[int]]) -> list[int]:
         """The sum over the calls, for each rank of one of the stages."""

@@ -121,8 +121,7 @@ def zero_calls(
         parameters = [parameters[i] for i in cuts.round_robin(len(parameters), dp)]
     sizes = [numel(p) for p in parameters]
     if zero.stage == 0:
-        everything = [(number, 0, size) for number, size in enumerate(sizes)]
-        held: Callable[[int], Iterable[Held]] = lambda rank: everything
+        held: Callable[[int], Iterable[Held]] = partial(_stage_0, [(i, 0, size) for i, size in enumerate(sizes)])
         padded = sum(sizes)
     else:
         gaps = cuts.gaps_for(sizes, zero.element_bytes) if zero.parameter_alignment else None
@@ -130,6 +129,10 @@ def zero_calls(
         padded = cuts.part_of_flat(offsets[-1], dp)
         held = partial(_stages_1_and_2, sizes, offsets, padded)
     yield Call(label, tuple(parameters), tuple(matrices), dp, held, tp, copies, padded, replicas=zero.stage == 0)
+
+
+def _stage_0(everything: Sequence[Held], rank: int) -> Sequence[Held]:
+    return everything
 
 
 def _stage_3(sizes: Sequence[int], parts: Sequence[int], rank: int) -> Iterator[Held]:

@@ -164,14 +164,14 @@ def deepspeed(
     if hf is not None:
         if (tp, pp, ep) != (1, 1, 1):
             raise ValueError(
-                f"--tp {tp} --pp {pp} --ep {ep} with --hf: allowed: 1, since a Hugging Face model does not say how it is "
-                "cut; use --shapes, whose entries say it, or Megatron's arguments"
+                f"--tp {tp} --pp {pp} --ep {ep} with --hf; allowed: 1, since a Hugging Face model does not say how it "
+                "is cut; use --shapes, whose entries say it, or Megatron's arguments"
             )
         model, title = _hf_model(hf)
         whole = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         routing = route(whole, model=model, exclude=settings.exclude, split=settings.split)
         parameters = [Parameter(name, p, 1, 1, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
-        of_stage = [((0,), parameters, routing)]
+        of_stage: list[tuple[tuple[int, ...], list[Parameter], Routing]] = [((0,), parameters, routing)]
     else:
         assert shapes_file is not None
         title = shapes_file
@@ -187,18 +187,24 @@ def deepspeed(
             for numbers, found, routing in of_stage
         ]
 
-    names = ", ".join(f"{m}" for m in [title])
     ways = {0: "without ZeRO", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}
     return Model(
-        f"{names} under DeepSpeed, {ways[zero.stage]}",
+        f"{title} under DeepSpeed, {ways[zero.stage]}",
         f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({settings.ns_method})",
         tuple(note for *_, routing in of_stage for note in routing.notes),
         settings.newton_schulz,
         2 * (settings.adjust_lr_fn == "update_norm"),
         traffic,
         "AdamW " + (f"under ZeRO-{zero.stage}" if zero.stage else "without ZeRO"),
-        tp * pp * ep * cp,
-        lambda ranks: {"tp": tp, "pp": pp, "ep": ep, "cp": cp, "dp": ranks // (tp * pp), "edp": ranks // (tp * pp * ep)},
+        tp * pp * math.lcm(ep, cp),
+        lambda ranks: {
+            "tp": tp,
+            "pp": pp,
+            "ep": ep,
+            "cp": cp,
+            "dp": ranks // (tp * pp),
+            "edp": ranks // (tp * pp * ep),
+        },
         stages,
     )
 
@@ -254,7 +260,7 @@ def _deepspeed_config(config: Mapping[str, Any], zero_stage: int | None) -> tupl
     """
     optimizer = config.get("optimizer", {"type": "Muon"})
     if str(optimizer.get("type", "")).lower() != "muon":
-        raise ValueError(f"optimizer.type={optimizer.get('type')!r} in the DeepSpeed JSON; allowed: \"Muon\"")
+        raise ValueError(f'optimizer.type={optimizer.get("type")!r} in the DeepSpeed JSON; allowed: "Muon"')
     settings = Settings.from_dict({k: v for k, v in optimizer.get("params", {}).items() if v != "auto"})
     section = config.get("zero_optimization", {})
     stage = section.get("stage", 1 if not config else 0) if zero_stage is None else zero_stage

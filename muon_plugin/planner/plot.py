@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tables import _stages_name, step_seconds
+from .tables import stages_name, step_seconds
 
 if TYPE_CHECKING:
     from .command import Planned
@@ -32,13 +32,15 @@ def draw(planned: Planned, path: Path) -> None:
     balance, times = figure.subplots(1, 2)
     for of_stage in planned.stages:
         flops = sorted(of_stage.by_rank(lambda load: load.flops), reverse=True)
-        label = f"stage {_stages_name(of_stage.stage.numbers)}" if len(planned.stages) > 1 else None
+        label = f"stage {stages_name(of_stage.stage.numbers)}" if len(planned.stages) > 1 else None
         balance.step(range(len(flops)), [f / 1e12 for f in flops], where="post", label=label)
     balance.set(xlabel="ranks of a stage, the busiest first", ylabel="Newton-Schulz, TFLOP a step", ylim=(0, None))
     balance.set_title("Balance")
     if len(planned.stages) > 1:
         balance.legend()
-    sizes = {planned.model.layout(ranks)["dp"]: step_seconds(planned, stages) for ranks, stages in planned.sweep.items()}
+    sizes = {
+        planned.model.layout(ranks)["dp"]: step_seconds(planned, stages) for ranks, stages in planned.sweep.items()
+    }
     for key, label in (("muon_step", "Muon"), ("adamw_step", planned.model.baseline)):
         times.plot(list(sizes), [1e3 * seconds[key] for seconds in sizes.values()], "o-", label=label)
     times.set(xlabel="DP", ylabel="optimizer step, ms", ylim=(0, None))

@@ -52,8 +52,8 @@ def stages(file: Mapping[str, Any], tp: int, pp: int, ep: int) -> list[Kind]:
     """
     entries = [_entry(name, value) for name, value in file.items()]
     if not entries:
-        raise ValueError("--shapes holds no parameter; allowed: name: [rows, cols] or name: {\"shape\": ...}")
-    found = [entry for entry in _expanded([_local(entry, ep) for entry in entries], 0)]
+        raise ValueError('--shapes holds no parameter; allowed: name: [rows, cols] or name: {"shape": ...}')
+    found = list(_expanded([_local(entry, ep) for entry in entries], 0))
     layers = sorted({entry.numbers[0] for entry in found if entry.numbers})
     if pp > 1 and (len(layers) < pp or not layers):
         raise ValueError(f"--pp {pp}: the names have {len(layers)} layers; allowed: at most as many stages")
@@ -66,9 +66,7 @@ def stages(file: Mapping[str, Any], tp: int, pp: int, ep: int) -> list[Kind]:
     alike: dict[str, list[int]] = {}
     for number, mine in enumerate(of_stages):
         alike.setdefault(repr([(e.name.count("experts"), e.shape, e.tp) for e in mine]), []).append(number)
-    return [
-        (tuple(numbers), *_parameters(of_stages[numbers[0]], tp)) for numbers in alike.values()
-    ]
+    return [(tuple(numbers), *_parameters(of_stages[numbers[0]], tp)) for numbers in alike.values()]
 
 
 def _entry(name: str, value: Any) -> _Entry:
@@ -137,16 +135,18 @@ def _parameters(entries: Sequence[_Entry], tp: int) -> tuple[list[Parameter], di
         dim = entry.tp if tp > 1 else None
         if dim is not None:
             if shape[dim] % tp:
-                raise ValueError(f"--tp {tp} does not divide dimension {dim} of {entry.name} {shape}; allowed: a divisor")
+                raise ValueError(
+                    f"--tp {tp} does not divide dimension {dim} of {entry.name} {shape}; allowed: a divisor"
+                )
             shape[dim] //= tp
         whole[entry.name] = entry.shape
-        nothing = torch.empty(0)
+        nothing, size = torch.empty(0), tp if dim is not None else 1
         if len(shape) < 2:
             # A vector as one column, so that its only dimension can be cut.
-            found.append(Parameter(entry.name, nothing, 1, shape[0], 1, dim, 1, tp if dim is not None else 1))
+            found.append(Parameter(entry.name, nothing, 1, shape[0], 1, dim, 1, size))
             continue
         batch, of_matrix = math.prod(shape[:-2]), None if dim is None else dim - len(shape) + 2
         if of_matrix is not None and of_matrix < 0:
             raise ValueError(f"--shapes: {entry.name} has tp={dim}; allowed: one of its last two dimensions")
-        found.append(Parameter(entry.name, nothing, batch, shape[-2], shape[-1], of_matrix, 1, tp if dim is not None else 1))
+        found.append(Parameter(entry.name, nothing, batch, shape[-2], shape[-1], of_matrix, 1, size))
     return found, whole

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from torch import Tensor
 from ..layout import Strided
 from ..plan import BYTES, SLACKS, TOLERANCE
 from .layouts import Call
-
 
 #: From so many ranks on, a matrix is looked at with vectors.
 LARGE = 256
@@ -66,7 +66,7 @@ class _Shares:
             of = [where.numel] * count
         else:
             ends = [where.before(rank * part) for rank in range(count + 1)]
-            of = [after - before for before, after in zip(ends, ends[1:])]
+            of = [after - before for before, after in pairwise(ends)]
         vector = torch.tensor(of) if count >= LARGE else None
         return _Share(of, vector, sum(of), sum(n > 0 for n in of), len(set(of)) == 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..report import si
@@ -18,7 +18,10 @@ BALANCE, TRAFFIC = 1.05, 1.02
 
 
 def totals(planned: Planned) -> dict[str, float]:
-    """Of the whole job and of a step: FLOPs, bytes of the exchange, of AdamW's own traffic, and in the paper's count."""
+    """A step of the whole job: FLOPs, bytes of the exchange, of the engine's own traffic, and that in the paper's count.
+
+    And what the exchange makes of these, as factors.
+    """
     found = {"newton_schulz_flops": 0.0, "exchange_bytes": 0.0, "engine_bytes": 0.0, "paper_bytes": 0.0}
     for of_stage in planned.stages:
         for load in of_stage.loads:
@@ -48,7 +51,7 @@ def _groups(of_stage: StageLoad, load: Load) -> int:
     return of_stage.stage.ranks // load.call.ranks
 
 
-def _stages_name(numbers: Sequence[int]) -> str:
+def stages_name(numbers: Sequence[int]) -> str:
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
@@ -58,81 +61,99 @@ def _stages_name(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-def reasons(planned: Planned) -> Iterator[str]:
-    """Why a call is less even, or the exchange more, than one would wish."""
+def reasons(planned: Planned) -> list[str]:
+    """Why a call is less even, or the exchange more, than one would wish; stages with the same reason together."""
+    much = totals(planned)["times_engine"] > TRAFFIC
+    found: dict[str, list[int]] = {}
     for of_stage in planned.stages:
         for load in of_stage.loads:
-            count, ranks = len(load.call.matrices), load.call.ranks
-            if load.balance > BALANCE:
-                yield (
-                    f"stage {_stages_name(of_stage.stage.numbers)}, {load.call.label}: the busiest rank has "
-                    f"{load.balance:.2f} of the larger of mean and costliest matrix: a matrix is computed whole, on one "
-                    f"rank, and these {count} ({count / ranks:.1f} a rank, {si(load.costliest)}FLOP the costliest, "
-                    f"{si(load.mean)}FLOP the mean) do not divide evenly over {ranks} ranks"
-                )
-    found = totals(planned)
-    if found["times_engine"] <= TRAFFIC:
-        return
-    each = planned.model.traffic.each
-    for of_stage in planned.stages:
-        for load in of_stage.loads:
-            own, sent = load.call.ranks * load.adamw_sent(each), sum(load.sent)
-            if sent <= (TRAFFIC - 1) * own:
-                continue
-            numel = sum(m.numel for m in load.call.matrices)
-            where = f"stage {_stages_name(of_stage.stage.numbers)}, {load.call.label}: "
-            if load.call.replicas:
-                yield where + (
-                    "every rank holds everything, and gets every update that it does not compute: 2 bytes an element; "
-                    f"AdamW's all-reduce sends {each:g}. ZeRO-1 sends less for both"
-                )
-            else:
-                yield where + (
-                    f"{sent / numel:.2f} bytes an element of the matrices move (4 at most: to its owner and back), and "
-                    f"AdamW's own traffic is {each:g} bytes on each of DP {load.call.dp} ranks but one: more ranks in DP "
-                    "make the exchange a smaller part"
-                )
+            own = load.call.ranks * load.adamw_sent(planned.model.traffic.each)
+            why = [_uneven(load)] if load.balance > BALANCE else []
+            why += [_much(load, planned.model.traffic.each)] if much and sum(load.sent) > (TRAFFIC - 1) * own else []
+            for reason in why:
+                found.setdefault(f"{load.call.label}: {reason}", []).extend(of_stage.stage.numbers)
+    several = len(planned.stages) > 1
+    return [f"stage {stages_name(numbers)}, {why}" if several else why for why, numbers in found.items()]
+
+
+def _uneven(load: Load) -> str:
+    count, ranks = len(load.call.matrices), load.call.ranks
+    return (
+        f"the busiest rank has {load.balance:.2f} of the larger of mean ({si(load.mean)}FLOP) and costliest matrix "
+        f"({si(load.costliest)}FLOP): every matrix is computed whole, on one rank, and the plan found no more even way "
+        f"for these {count} over {ranks} ranks ({count / ranks:.1f} a rank)"
+    )
+
+
+def _much(load: Load, each: float) -> str:
+    if load.call.replicas:
+        return (
+            "every rank holds everything, and gets every update that it does not compute: 2 bytes an element; AdamW's "
+            f"all-reduce sends {each:g}. ZeRO-1 sends less for both"
+        )
+    moved = sum(load.sent) / sum(m.numel for m in load.call.matrices)
+    repeated = load.call.tp > 1 and any(p.size == 1 for p in load.call.parameters)
+    return (
+        f"{moved:.2f} bytes an element of the matrices move (2 to their owner, 2 back"
+        f"{'; back to every TP rank of what TP does not cut' if repeated else ''}), once; AdamW's own traffic is "
+        f"{each:g} bytes an element on each of the {load.call.dp} ranks of DP but one, so the exchange is a large part "
+        "of it only where DP is small"
+    )
 
 
 def text(planned: Planned) -> str:
     """Plain text, a row for each call of each kind of stage."""
-    model, sizes = planned.model, planned.model.layout(planned.ranks)
-    layout = ", ".join(f"{key.upper()} {sizes[key]}" for key in ("tp", "pp", "ep", "cp") if sizes[key] > 1)
-    found, seconds = totals(planned), step_seconds(planned, planned.stages)
-    state = [max(s.by_rank(lambda load: load.state)) for s in planned.stages]
-    adamw = [max(s.by_rank(lambda load: load.adamw_state)) for s in planned.stages]
+    model, found = planned.model, totals(planned)
+    state = max(max(s.by_rank(lambda load: load.state)) for s in planned.stages)
+    adamw = max(max(s.by_rank(lambda load: load.adamw_state)) for s in planned.stages)
+    busiest = max((sum(max(load.flops) for load in s.loads), s.balance) for s in planned.stages)
     lines = [
-        f"{model.title}: {planned.ranks:,} ranks = {planned.nodes:,} nodes x {planned.gpus} GPUs"
-        f"{': ' + layout if layout else ''}, DP {sizes['dp']}" + (f", experts' DP {sizes['edp']}" if sizes["ep"] > 1 else ""),
+        f"{model.title}",
+        f"{planned.ranks:,} ranks = {planned.nodes:,} nodes x {planned.gpus} GPUs: {_layout(planned)}",
         model.settings,
         *(f"note: {note}" for note in model.notes),
         "",
         *_columns(planned),
         "",
-        f"Newton-Schulz: {si(found['newton_schulz_flops'])}FLOP a step over all ranks",
-        f"state: at most {si(max(state))}B a rank (AdamW: {si(max(adamw))}B)",
-        f"exchange: {si(found['exchange_bytes'])}B a step over all ranks; with {model.baseline}'s own traffic "
-        f"({model.traffic.each} bytes an element), {found['times_engine']:.4f} times AdamW's",
-        f"in the paper's count (4 + 4 bytes an element), {found['times_paper']:.4f} times; the paper's bound is "
-        f"(1, {PAPER_BOUND}]: 4 + 2 + 4 against 4 + 4",
-        f"a step at {planned.rates.tflops:g} TFLOP/s, {planned.rates.gb_per_s:g} GB/s network and "
-        f"{planned.rates.memory_gb_per_s:g} GB/s memory a rank, nothing overlapped, the slowest stage:",
-        f"  AdamW {_ms(seconds['adamw_step'])} = engine's traffic {_ms(seconds['engine'])} + elementwise "
-        f"{_ms(seconds['adamw'])}",
-        f"  Muon  {_ms(seconds['muon_step'])} = engine's traffic {_ms(seconds['engine'])} + elementwise "
-        f"{_ms(seconds['elementwise'])} + Newton-Schulz {_ms(seconds['newton_schulz'])} + exchange "
-        f"{_ms(seconds['exchange'])}",
+        f"Newton-Schulz: {si(found['newton_schulz_flops'])}FLOP a step over all ranks; the busiest ranks "
+        f"{si(busiest[0])}FLOP, {busiest[1]:.2f} of the bound: call by call, the larger of mean and costliest matrix",
+        f"state: at most {si(state)}B a rank (AdamW: {si(adamw)}B)",
+        f"exchange: {si(found['exchange_bytes'])}B a step over all ranks, on top of {model.traffic.each} bytes an "
+        "element of the engine's own:",
+        f"  {found['times_engine']:.4f} times what {model.baseline} sends",
+        f"  {found['times_paper']:.4f} times in the paper's count, 4 + 4 bytes an element; its bound is "
+        f"(1, {PAPER_BOUND}], 4 + 2 + 4 against 4 + 4",
+        *_times(planned),
         *(f"why: {reason}" for reason in reasons(planned)),
     ]
-    width = 110
-    return "\n".join(["muon_plugin planner ".ljust(width, "-"), *("  " + line if line else "" for line in lines), "-" * width])
+    head = "muon_plugin planner ".ljust(WIDTH, "-")
+    return "\n".join([head, *("  " + line if line else "" for line in lines), "-" * WIDTH])
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
+def _layout(planned: Planned) -> str:
+    sizes = planned.model.layout(planned.ranks)
+    found = [f"{key.upper()} {sizes[key]}" for key in ("tp", "pp", "ep", "cp") if sizes[key] > 1]
+    found.append(f"DP {sizes['dp']}" + " (with CP)" * (sizes["cp"] > 1))
+    return ", ".join(found + [f"the experts' DP {sizes['edp']}"] * (sizes["ep"] > 1))
 
 
-HEADER = ("stage", "call", "groups x ranks", "matrices", "NS FLOP", "busiest", "/ mean", "/ bound", "sent B", "busiest", "state B", "AdamW's")
+def _times(planned: Planned) -> list[str]:
+    rates, seconds = planned.rates, step_seconds(planned, planned.stages)
+    ms = {key: f"{value * 1e3:.1f} ms" if value < 10 else f"{value:.1f} s" for key, value in seconds.items()}
+    return [
+        f"a step at {rates.tflops:g} TFLOP/s, {rates.gb_per_s:g} GB/s of network and {rates.memory_gb_per_s:g} GB/s of "
+        "memory a rank, nothing overlapped, the slowest stage:",
+        f"  AdamW {ms['adamw_step']} = engine's traffic {ms['engine']} + elementwise {ms['adamw']}",
+        f"  Muon  {ms['muon_step']} = engine's traffic {ms['engine']} + elementwise {ms['elementwise']} + "
+        f"Newton-Schulz {ms['newton_schulz']} + exchange {ms['exchange']}",
+    ]
+
+
+WIDTH = 110
+HEADER = (
+    *("stage", "call", "groups x ranks", "matrices", "FLOP", "busiest", "/ mean", "/ bound"),
+    *("sent B", "busiest", "state B", "AdamW's"),
+)
 
 
 def _columns(planned: Planned) -> list[str]:
@@ -141,7 +162,7 @@ def _columns(planned: Planned) -> list[str]:
         for load in of_stage.loads:
             rows.append(
                 (
-                    _stages_name(of_stage.stage.numbers),
+                    stages_name(of_stage.stage.numbers),
                     load.call.label,
                     f"{_groups(of_stage, load):,} x {load.call.ranks:,}",
                     f"{len(load.call.matrices):,}",
@@ -156,10 +177,12 @@ def _columns(planned: Planned) -> list[str]:
                 )
             )
     widths = [max(len(row[i].rstrip()) for row in rows) for i in range(len(HEADER))]
-    return [
-        "  ".join(c.rstrip().ljust(w) if i < 2 else c.rstrip().rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        cells = [cell.rstrip() for cell in row]
+        left, right = zip(cells[:2], widths[:2]), zip(cells[2:], widths[2:])
+        lines.append("  ".join([*(c.ljust(w) for c, w in left), *(c.rjust(w) for c, w in right)]).rstrip())
+    return lines
 
 
 def as_json(planned: Planned) -> dict[str, Any]:
@@ -186,7 +209,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
         "totals": totals(planned),
         "step_seconds": step_seconds(planned, planned.stages),
         "step_seconds_by_ranks": {ranks: step_seconds(planned, stages) for ranks, stages in planned.sweep.items()},
-        "reasons": list(reasons(planned)),
+        "reasons": reasons(planned),
     }
 
 
