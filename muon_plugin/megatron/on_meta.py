@@ -262,7 +262,7 @@ def _build(args: Any) -> list[Any]:
                     share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
                     position_embedding_type=args.position_embedding_type,
                     vp_stage=vp,
-                )
+                ).to(args.params_dtype)  # the router is made in fp32; each dtype has buffers of its own
             )
     return chunks
 

@@ -18,9 +18,9 @@ BALANCE, TRAFFIC = 1.05, 1.02
 
 
 def totals(planned: Planned) -> dict[str, float]:
-    """A step of the whole job: FLOPs, bytes of the exchange, of the engine's own traffic, and that in the paper's count.
+    """A step of the whole job: FLOPs, bytes of the exchange and of the engine's own traffic (or the paper's count of it).
 
-    And what the exchange makes of these, as factors.
+    And the exchange on top of these, as factors.
     """
     found = {"newton_schulz_flops": 0.0, "exchange_bytes": 0.0, "engine_bytes": 0.0, "paper_bytes": 0.0}
     for of_stage in planned.stages:
