@@ -258,30 +258,39 @@ def _deepspeed_config(config: Mapping[str, Any], zero_stage: int | None) -> tupl
     Raises:
         ValueError: with the key, its value and what is allowed.
     """
-    optimizer = config.get("optimizer", {"type": "Muon"})
+    sections = {}
+    for key in ("optimizer", "zero_optimization", "tensor_parallel", "bf16", "fp16", "data_types"):
+        sections[key] = config.get(key) or {}
+        if not isinstance(sections[key], Mapping):
+            raise ValueError(f"{key}={config[key]!r} in the DeepSpeed JSON; allowed: an object")
+    optimizer, section = sections["optimizer"] or {"type": "Muon"}, sections["zero_optimization"]
     if str(optimizer.get("type", "")).lower() != "muon":
         raise ValueError(f'optimizer.type={optimizer.get("type")!r} in the DeepSpeed JSON; allowed: "Muon"')
-    settings = Settings.from_dict({k: v for k, v in optimizer.get("params", {}).items() if v != "auto"})
-    section = config.get("zero_optimization", {})
-    stage = section.get("stage", 1 if not config else 0) if zero_stage is None else zero_stage
+    settings = Settings.from_dict({k: v for k, v in (optimizer.get("params") or {}).items() if v != "auto"})
+    stage = section.get("stage", 0 if config else 1) if zero_stage is None else zero_stage
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"zero_optimization.stage={stage!r}; allowed: 0, 1, 2, 3")
-    if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1:
+    size = section.get("sub_group_size", "auto")
+    size = Zero.sub_group_size if size == "auto" else size
+    if not isinstance(size, (int, float)) or size < 1:
+        raise ValueError(f"zero_optimization.sub_group_size={size!r}; allowed: a number from 1 on")
+    if sections["tensor_parallel"].get("autotp_size", 0) > 1:
         raise ValueError(
-            f"tensor_parallel.autotp_size={config['tensor_parallel']['autotp_size']!r}; allowed: 1 here: AutoTP cuts "
+            f"tensor_parallel.autotp_size={sections['tensor_parallel']['autotp_size']!r}; allowed: 1 here: AutoTP cuts "
             "live modules. Use --shapes with --tp, whose entries say how they are cut"
         )
-    half = any(config.get(key, {}).get("enabled") not in (None, False) for key in ("bf16", "fp16")) or not config
-    each = 2 if half else 4
-    given = config.get("communication_data_type") or config.get("data_types", {}).get("grad_accum_dtype")
+    half = not config or any(sections[key].get("enabled") not in (None, False) for key in ("bf16", "fp16"))
+    each, accumulated = 2 if half else 4, sections["data_types"].get("grad_accum_dtype")
+    given = config.get("communication_data_type") or accumulated
     widths = {None: each, "fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
     if given not in widths:
-        raise ValueError(f"communication_data_type={given!r}; allowed: {', '.join(str(k) for k in widths if k)}")
+        raise ValueError(f"communication_data_type={given!r}; allowed: {', '.join(k for k in widths if k)}")
+    wide = stage == 1 and half and accumulated == "fp32"  # its BF16_Optimizer knows no alignment
     zero = Zero(
         stage,
-        int(section.get("sub_group_size", Zero.sub_group_size)),
-        bool(section.get("round_robin_gradients", False)),
-        bool(section.get("parameter_alignment", False)),
+        int(size),
+        bool(section.get("round_robin_gradients", False)) and not wide,
+        bool(section.get("parameter_alignment", False)) and not wide,
         each,
     )
     gradient = widths[given] * (2 if stage == 0 else 1)  # an all-reduce is a reduce-scatter and an all-gather

@@ -18,7 +18,7 @@ BALANCE, TRAFFIC = 1.05, 1.02
 
 
 def totals(planned: Planned) -> dict[str, float]:
-    """A step of the whole job: FLOPs, bytes of the exchange and of the engine's own traffic (or the paper's count of it).
+    """A step of the whole job: FLOPs, bytes of the exchange and of the engine's own traffic (and the paper's count).
 
     And the exchange on top of these, as factors.
     """
