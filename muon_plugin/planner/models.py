@@ -117,7 +117,7 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
     cut, instances = on_meta.sizes(args), args.num_distributed_optimizer_instances
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not (args.bf16 or args.fp16) else 2
     return Model(
-        f"Megatron-Core {megatron.core.__version__}",
+        f"GPTModel under Megatron-Core {megatron.core.__version__.partition('+')[0]}",
         settings.describe(),
         (*settings.notes, *on_meta.assumptions(args)),
         settings.newton_schulz,

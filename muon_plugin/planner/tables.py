@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..report import si
@@ -107,14 +108,13 @@ def text(planned: Planned) -> str:
     state = max(max(s.by_rank(lambda load: load.state)) for s in planned.stages)
     adamw = max(max(s.by_rank(lambda load: load.adamw_state)) for s in planned.stages)
     busiest = max((sum(max(load.flops) for load in s.loads), s.balance) for s in planned.stages)
-    lines = [
-        f"{model.title}",
+    above = [
+        model.title,
         f"{planned.ranks:,} ranks = {planned.nodes:,} nodes x {planned.gpus} GPUs: {_layout(planned)}",
         model.settings,
         *(f"note: {note}" for note in model.notes),
-        "",
-        *_columns(planned),
-        "",
+    ]
+    below = [
         f"Newton-Schulz: {si(found['newton_schulz_flops'])}FLOP a step over all ranks; the busiest ranks "
         f"{si(busiest[0])}FLOP, {busiest[1]:.2f} of the bound: call by call, the larger of mean and costliest matrix",
         f"state: at most {si(state)}B a rank (AdamW: {si(adamw)}B)",
@@ -126,8 +126,14 @@ def text(planned: Planned) -> str:
         *_times(planned),
         *(f"why: {reason}" for reason in reasons(planned)),
     ]
-    head = "muon_plugin planner ".ljust(WIDTH, "-")
-    return "\n".join([head, *("  " + line if line else "" for line in lines), "-" * WIDTH])
+    lines = [*_wrapped(above), "", *(f"  {row}" for row in _columns(planned)), "", *_wrapped(below)]
+    return "\n".join(["muon_plugin planner ".ljust(WIDTH, "-"), *lines, "-" * WIDTH])
+
+
+def _wrapped(lines: Sequence[str]) -> Iterator[str]:
+    for line in lines:
+        own = "  " + " " * (len(line) - len(line.lstrip()))
+        yield from textwrap.wrap(line.lstrip(), WIDTH, initial_indent=own, subsequent_indent=own + "  ")
 
 
 def _layout(planned: Planned) -> str:
@@ -149,7 +155,7 @@ def _times(planned: Planned) -> list[str]:
     ]
 
 
-WIDTH = 110
+WIDTH = 120
 HEADER = (
     *("stage", "call", "groups x ranks", "matrices", "FLOP", "busiest", "/ mean", "/ bound"),
     *("sent B", "busiest", "state B", "AdamW's"),
