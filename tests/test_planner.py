@@ -31,12 +31,12 @@ from muon_plugin.routing import route
 
 LLAMA = {
     "model_type": "llama",
-    "hidden_size": 40,
-    "intermediate_size": 88,
+    "hidden_size": 42,
+    "intermediate_size": 87,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": 97,
     "max_position_embeddings": 32,
 }
 #: FLOPs, bytes sent and bytes of state that each rank really computed, sent and holds.
@@ -213,7 +213,8 @@ def test_a_mixture_of_1t_parameters_at_8192_ranks():
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_tens_of_thousands_of_ranks_that_all_hold_a_part_of_everything(tmp_path, stage):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"hidden_size": 4096, "intermediate_size": 14336}))
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | large))
     arguments = ["--hf", str(tmp_path), "--nodes", "5000", "--gpus-per-node", "8", "--zero-stage", str(stage)]
     found = as_json(run(arguments))
     numel = found["stages"][0]["calls"][0]["state_bytes_a_rank"] / 4 * (1 if stage == 0 else 40_000)
@@ -247,8 +248,8 @@ SHAPES = {
     "embed_tokens.weight": {"shape": [96, 40], "tp": 0},
     "layers.*.q_proj.weight": {"shape": [40, 40], "count": 4, "tp": 0},
     "layers.*.o_proj.weight": {"shape": [40, 40], "count": 4, "tp": 1},
-    "layers.*.experts.*.up.weight": {"shape": [24, 40], "count": [3, 8], "first": 1, "tp": 0},
-    "layers.*.experts.*.down.weight": {"shape": [40, 24], "count": [3, 8], "first": 1, "tp": 1},
+    "layers.*.experts.*.up.weight": {"shape": [24, 40], "count": [2, 8], "first": 2, "tp": 0},
+    "layers.*.experts.*.down.weight": {"shape": [40, 24], "count": [2, 8], "first": 2, "tp": 1},
     "layers.*.norm.weight": {"shape": [40], "count": 4},
     "lm_head.weight": [96, 40],
 }
@@ -273,13 +274,13 @@ def test_shapes_are_planned_as_the_model_that_has_them(shapes, tmp_path):
 
 def test_shapes_are_cut_by_tp_pp_and_ep(shapes):
     alone = shapes(SHAPES, "--gpus-per-node", "1")
-    assert alone["stages"][0]["calls"][0]["matrices"] == 8 + 48
+    assert alone["stages"][0]["calls"][0]["matrices"] == 8 + 32
     found = shapes(SHAPES, "--gpus-per-node", "8", "--tp", "2", "--pp", "2", "--ep", "2")
     assert found["layout"] == {"tp": 2, "pp": 2, "ep": 2, "cp": 1, "dp": 4, "edp": 2}
     assert [stage["numbers"] for stage in found["stages"]] == [[0], [1]]
     experts = [c for stage in found["stages"] for c in stage["calls"] if c["call"] == "experts"]
-    # One of the two layers of the first stage has experts, both of the second's do; an EP rank has half of them.
-    assert [(c["matrices"], c["groups"], c["ranks"]) for c in experts] == [(8, 2, 4), (16, 2, 4)]
+    # Only the layers of the second stage have experts; an EP rank has half of them.
+    assert [(c["matrices"], c["groups"], c["ranks"]) for c in experts] == [(16, 2, 4)]
     assert found["totals"]["newton_schulz_flops"] == alone["totals"]["newton_schulz_flops"]
     alike = shapes({k: v for k, v in SHAPES.items() if "layers.*.q" in k}, "--gpus-per-node", "4", "--pp", "2")
     assert [stage["numbers"] for stage in alike["stages"]] == [[0, 1]]
