@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from . import adamw, report
 from .agreement import agree, together, world_of
 from .layout import Shard
+from .phases import phase
 from .plan import Plan
 from .routing import Routing, route
 from .settings import Settings, scale_for
@@ -193,7 +194,8 @@ class Muon(Optimizer):
         rest = [group for group in self.param_groups if not group["use_muon"] and group["params"]]
         if rest and self._adamw is not None:
             self._adamw.state, self._adamw.param_groups = self.state, rest
-            self._adamw.step()
+            with phase("adamw"):
+                self._adamw.step()
         return loss
 
     def _check_replicas(self) -> None:
