@@ -241,13 +241,7 @@ class Muon(Optimizer):
             ValueError: if the saved groups were routed otherwise (another `exclude`, another optimizer).
         """
         saved, current = state_dict["param_groups"], self.param_groups
-        ways = [[(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, current)]
-        if ways[0] != ways[1]:
-            raise ValueError(
-                f"the checkpoint's optimizer has parameter groups {ways[0]}, this run has {ways[1]} (name, digest of "
-                "the parameters in order): load it with the model and the settings it was saved with (exclude, "
-                "parameter groups), or load the weights alone"
-            )
+        self.check_saved(saved)
         momenta = {
             p: state_dict["state"][i][self.momentum_name]
             for g, saved_group in zip(current, saved)
@@ -260,6 +254,29 @@ class Muon(Optimizer):
         for group in self.param_groups:
             if self._adamw is not None and not group["use_muon"]:
                 adamw.adopt(self._adamw, group, group["params"], self.state)
+
+    def check_saved(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses the parameter groups of another optimizer, or of another routing.
+
+        Raises:
+            ValueError: with what to do instead.
+        """
+        ways = [[(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, self.param_groups)]
+        if ways[0] == ways[1]:
+            return
+        if not any(layout for _, layout in ways[0]):
+            what = f"was saved by another optimizer than muon_plugin's Muon (groups {[name for name, _ in ways[0]]})"
+        else:
+            what = f"has parameter groups {ways[0]}, this run has {ways[1]} (name, digest of the parameters in order)"
+        advice = {
+            None: "load the weights alone",
+            "deepspeed": "python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run takes "
+            "over what has the same meaning; or load the weights alone (load_module_only=True)",
+        }[self._engine]
+        raise ValueError(
+            f"the checkpoint's optimizer {what}: load it with the model and the settings it was saved with (exclude, "
+            f"parameter groups), or {advice}"
+        )
 
     def set_step(self, holding: Holding, step: float) -> None:
         """Tells AdamW how many steps the moments of these tensors have behind them."""

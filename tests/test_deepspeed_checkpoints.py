@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from integers import IntegerModel, build, config, differing, train, trained, weights
+from ranks import RankError
 from torch import Tensor
 
 STAGES, WORLDS = (1, 2, 3), (1, 2, 4)
@@ -66,6 +67,25 @@ def test_a_checkpoint_of_adamw_is_taken_over(ranks, tmp_path, stage):
     assert moments["embed.weight"] > 0
     assert moments["down.weight"] == 0
     assert "starts from zero for 7 parameters" in logged
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_optimizers_checkpoint_is_refused_with_the_way_to_take_it_over(ranks, tmp_path, stage):
+    adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+    ranks(2).run(save, {**config(stage, "bf16"), "optimizer": adamw}, tmp_path / "adamw", 1)
+    ranks(2).run(save, config(stage, "bf16", params={"exclude": ["down"]}), tmp_path / "routed", 1)
+    for who, words in (("adamw", "another optimizer than muon_plugin's"), ("routed", "exclude")):
+        with pytest.raises(RankError) as caught:
+            ranks(2).run(load_as_it_is, config(stage, "bf16"), tmp_path / who)
+        for kind, message in caught.value.errors:
+            assert kind == "ValueError"
+            assert words in message
+            assert "python -m muon_plugin.deepspeed.convert" in message
+
+
+def load_as_it_is(rank: int, settings: dict[str, Any], folder: Path) -> None:
+    engine = build(rank, settings)
+    engine.load_checkpoint(str(folder), tag="tag")
 
 
 MATRICES = ("up.weight", "down.weight", "qkv.weight", "router.weight")
