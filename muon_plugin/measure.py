@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .agreement import gather, world_of
 from .layout import Shard
+from .report import label
 
 if TYPE_CHECKING:
     from .optimizer import Muon
@@ -41,7 +42,7 @@ class Measure:
         self._once: dict[str, float] = {}
         counts: dict[str, float] = {}
         for holding in muon.holdings:
-            name = str(muon.param_groups[holding.group]["name"])
+            name = label(muon.param_groups[holding.group], muon.param_groups)
             self._shards[holding.tensors[0]] = name, holding.shards
             self._once |= _shares(holding.shards, muon.routing.shapes, holding.process_group)
             counts[name] = counts.get(name, 0.0) + sum(s.where.numel * self._once[s.parameter] for s in holding.shards)
