@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,111 +13,69 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import Job, environment, free_port
 from ranks import ROOT, RankError, release
 
 from muon_plugin import Muon
 from muon_plugin.verdict import CUT_OFF, FAILED, FINISHED, GONE, Standing, cause_of, judge
 
+SCRIPT = str(ROOT / "tests" / "watched.py")
 SECONDS = 3.0
 ENDED_BY_WATCHDOG = 75
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def watched(folder: Path, world: int, *arguments: str, **shared: str) -> Job:
+    limits = {"MUON_WATCHDOG": f"{SECONDS:g}", "TORCH_FR_DUMP_TEMP_FILE": str(folder / "trace")}
+    return Job(folder, world, [SCRIPT, *arguments], **(limits | shared))
 
 
-def environment(**more: str) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "tests"), *more.pop("PATHS", "").split()]
-    defaults = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MUON_WATCHDOG": f"{SECONDS:g}"}
-    return os.environ | defaults | {"PYTHONPATH": os.pathsep.join(paths)} | more
-
-
-class Job:
-    """A process a rank, on two nodes that share this machine."""
-
-    def __init__(self, folder: Path, world: int, *arguments: str, **more: str) -> None:
-        self.logs = [folder / f"log{rank}" for rank in range(world)]
-        shared = environment(
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(free_port()),
-            WORLD_SIZE=str(world),
-            TORCH_FR_DUMP_TEMP_FILE=str(folder / "trace"),
-            **more,
-        )
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "SLURMD_NODENAME": f"node{rank // 2}"}
-            command = [sys.executable, str(ROOT / "tests" / "watched.py"), *arguments]
-            with open(log, "w") as file:
-                self.processes.append(subprocess.Popen(command, env=shared | own, stdout=file, stderr=file))
-
-    def ends(self, *ranks: int) -> None:
-        """Waits for these ranks, or for all, and leaves no process behind."""
-        try:
-            for rank in ranks or range(len(self.processes)):
-                self.processes[rank].wait(timeout=60)
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
-
-    @property
-    def codes(self) -> list[int]:
-        return [process.returncode for process in self.processes]
-
-    def said(self, rank: int) -> list[str]:
-        """What the watchdog printed there."""
-        lines = self.logs[rank].read_text().splitlines()
-        return [
-            line.removeprefix("muon_plugin watchdog: ") for line in lines if line.startswith("muon_plugin watchdog")
-        ]
-
-    def all_logs(self) -> str:
-        return "\n".join(f"--- rank {rank}\n{log.read_text()}" for rank, log in enumerate(self.logs))
+def said(job: Job, rank: int) -> list[str]:
+    """What the watchdog printed there."""
+    lines = job.log(rank).splitlines()
+    return [line.removeprefix("muon_plugin watchdog: ") for line in lines if line.startswith("muon_plugin watchdog")]
 
 
 def test_a_rank_that_sleeps_while_the_others_exchange_is_named_with_its_stack(tmp_path):
-    job = Job(tmp_path, 3, "alone", "sleeps", "1", "outside")
+    job = watched(tmp_path, 3, "alone", "sleeps", "1", "outside")
     job.ends()
     assert job.codes == [ENDED_BY_WATCHDOG] * 3, job.all_logs()
     for rank in range(3):
-        text = job.said(rank)[0]
+        text = said(job, rank)[0]
         assert text.startswith(
             'rank 1 of 3 (node0) held up the others before step 3, phase "forward and backward", '
         ), text
         assert "in happens, for" in text
         assert re.search(r'rank 2 \(node1\) waits in step 3, phase "exchange with rank \d", .* for \d+ s', text), text
-    assert "time.sleep(100)" in job.logs[1].read_text()  # the stack of the one to blame
+    assert "time.sleep(100)" in job.log(1)  # the stack of the one to blame
     assert (tmp_path / "trace2").stat().st_size > 0  # torch's flight recorder
 
 
 def test_a_rank_killed_within_a_step_is_named_by_those_whose_connection_breaks(tmp_path):
-    job = Job(tmp_path, 3, "alone", "killed", "1", "exchange")
+    job = watched(tmp_path, 3, "alone", "killed", "1", "exchange")
     job.ends()
     assert job.codes == [1, -signal.SIGKILL, 1], job.all_logs()
     for rank in (0, 2):
-        assert job.said(rank)[0].startswith(
+        assert said(job, rank)[0].startswith(
             f"why rank {rank} failed: rank 1 of 3 (node0) died: there is no process any more; its last sign"
         ), job.all_logs()
 
 
 def test_a_rank_that_raises_is_named_with_its_error(tmp_path):
-    job = Job(tmp_path, 2, "alone", "raises", "1", "outside")
+    job = watched(tmp_path, 2, "alone", "raises", "1", "outside")
     job.ends()
     assert job.codes == [1, 1]
-    assert job.said(0)[0].startswith(
+    assert said(job, 0)[0].startswith(
         'why rank 0 failed: rank 1 of 2 (node0) failed first, before step 3, phase "forward and backward": '
         "ValueError: no more data on this rank"
     ), job.all_logs()
-    assert job.said(1) == []  # its traceback says it
+    assert said(job, 1) == []  # its traceback says it
 
 
 @pytest.mark.parametrize("others", ["stay", "leave"])
 def test_a_rank_that_runs_one_step_more_is_told_that_the_others_do_not(tmp_path, others):
-    job = Job(tmp_path, 2, "alone", "one step more", "1", f"the others {others}")
+    job = watched(tmp_path, 2, "alone", "one step more", "1", f"the others {others}")
     job.ends()
-    text = job.said(1)[0]
+    text = said(job, 1)[0]
     if others == "stay":
         assert job.codes == [ENDED_BY_WATCHDOG] * 2, job.all_logs()
         assert text.startswith('rank 0 of 2 (node0) held up the others before step 7, phase "forward and'), text
@@ -129,23 +86,23 @@ def test_a_rank_that_runs_one_step_more_is_told_that_the_others_do_not(tmp_path,
 
 
 def test_a_frozen_host_of_the_store_is_named(tmp_path):
-    job = Job(tmp_path, 2, "alone", "frozen", "0", "outside")
+    job = watched(tmp_path, 2, "alone", "frozen", "0", "outside")
     job.ends(1)
     assert job.codes[1] == ENDED_BY_WATCHDOG, job.all_logs()
     assert re.match(
-        r"no word for \d+ s from the store at 127.0.0.1:\d+, which rank 0 \(node0\) keeps; ", job.said(1)[0]
+        r"no word for \d+ s from the store at 127.0.0.1:\d+, which rank 0 \(node0\) keeps; ", said(job, 1)[0]
     )
-    assert 'rank 1 (node0) stands in step 3, phase "exchange with rank 0"' in job.said(1)[0]
+    assert 'rank 1 (node0) stands in step 3, phase "exchange with rank 0"' in said(job, 1)[0]
 
 
 def test_long_pauses_of_all_ranks_and_a_late_end_are_no_alarm(tmp_path):
     """And the store of the process group is a file here, so that rank 0 opens one for the watchdog and leaves first."""
     store = str(tmp_path / "store")
-    job = Job(tmp_path, 2, "alone", "all pause", "1", "outside", FILE_STORE=store, PAUSE=f"{2.5 * SECONDS:g}")
+    job = watched(tmp_path, 2, "alone", "all pause", "1", "outside", FILE_STORE=store, PAUSE=f"{2.5 * SECONDS:g}")
     job.ends()
     assert job.codes == [0, 0], job.all_logs()
-    assert job.said(0) == job.said(1) == []
-    assert all("done" in log.read_text() for log in job.logs)
+    assert said(job, 0) == said(job, 1) == []
+    assert all("done" in job.log(rank) for rank in (0, 1))
 
 
 @pytest.mark.parametrize("dead", [0, 1])
@@ -156,8 +113,10 @@ def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tm
     for node in (0, 1):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         command += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port]
-        command += [str(ROOT / "tests" / "watched.py"), "alone", "killed", str(dead), "outside"]
-        own = environment(SLURMD_NODENAME=f"node{node}", TORCH_FR_DUMP_TEMP_FILE=str(tmp_path / "trace"))
+        command += [SCRIPT, "alone", "killed", str(dead), "outside"]
+        own = environment(
+            MUON_WATCHDOG=f"{SECONDS:g}", SLURMD_NODENAME=f"node{node}", TORCH_FR_DUMP_TEMP_FILE=str(tmp_path / "trace")
+        )
         with open(tmp_path / f"node{node}", "w") as log:
             nodes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log))
     other = 1 - dead
@@ -175,27 +134,29 @@ def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tm
 
 
 def test_under_zero_1_a_killed_rank_is_named(tmp_path):
-    job = Job(tmp_path, 2, "deepspeed", "killed", "1", "exchange")
+    job = watched(tmp_path, 2, "deepspeed", "killed", "1", "exchange")
     job.ends()
     assert job.codes == [1, -signal.SIGKILL], job.all_logs()
-    assert job.said(0)[0].startswith("why rank 0 failed: rank 1 of 2 (node0) died: "), job.all_logs()
+    assert said(job, 0)[0].startswith("why rank 0 failed: rank 1 of 2 (node0) died: "), job.all_logs()
 
 
 def test_under_zero_1_a_rank_outside_the_others_collective_is_named_after_the_longer_limit(tmp_path):
     """DeepSpeed's gradient norm comes before Muon: all are outside, where an evaluation could be as long."""
-    job = Job(tmp_path, 2, "deepspeed", "sleeps", "1", "outside", MUON_WATCHDOG="2,8")
+    job = watched(tmp_path, 2, "deepspeed", "sleeps", "1", "outside", MUON_WATCHDOG="2,8")
     job.ends()
     assert job.codes == [ENDED_BY_WATCHDOG] * 2, job.all_logs()
-    text = job.said(0)[0]
+    text = said(job, 0)[0]
     assert text.startswith('rank 1 of 2 (node0) held up the others before step 3, phase "forward and backward", '), text
     assert int(re.search(r"for (\d+) s", text)[1]) >= 8, text
 
 
 def test_under_megatron_a_killed_rank_is_named(tmp_path):
-    job = Job(tmp_path, 2, "megatron", "killed", "1", "exchange", PATHS=str(release("0.19.2")))
+    job = watched(
+        tmp_path, 2, "megatron", "killed", "1", "exchange", PYTHONPATH=environment(release("0.19.2"))["PYTHONPATH"]
+    )
     job.ends()
     assert job.codes == [1, -signal.SIGKILL], job.all_logs()
-    assert job.said(0)[0].startswith("why rank 0 failed: rank 1 of 2 (node0) died: "), job.all_logs()
+    assert said(job, 0)[0].startswith("why rank 0 failed: rank 1 of 2 (node0) died: "), job.all_logs()
 
 
 def at(rank: int, step: int, outside: bool, seconds: float, **more: object) -> Standing:
