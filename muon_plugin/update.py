@@ -69,13 +69,20 @@ class Update:
         self._scales = [scale(matrix) for matrix in self.matrices]
         self._steps = 0
 
-    def step(self, groups: Sequence[Mapping[str, Any]], momenta: Sequence[Tensor], offloaded: bool = False) -> None:
+    def step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        momenta: Sequence[Tensor],
+        offloaded: bool = False,
+        measured: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
         """Updates `tensors` from their gradients. Collective.
 
         Args:
             groups: for each tensor, its "lr", "weight_decay", "momentum" and "nesterov".
             momenta: for each tensor, its fp32 momentum.
             offloaded: the momenta are in CPU memory, one at a time is brought to the gradients.
+            measured: is given each parameter's name and part of the scaled update, fp32.
         """
         self._steps += 1
         current.step = max(current.step, self._steps)
@@ -110,6 +117,8 @@ class Update:
                 if scale is not None:
                     change.mul_(scale.to(here))
                 local.view(flat[tensor]).add_(change, alpha=-rates[tensor])
+            if measured is not None:
+                measured(self.matrices[matrix].parameter, change)
 
         with phase("exchange"):
             self._exchange.run(read, write)
