@@ -57,6 +57,24 @@ def test_all_is_well_under_torchrun_on_four_ranks_with_tp_2(tmp_path):
         assert re.search(rf"^{label} +{groups} +\d", run.stdout, re.M), run.stdout
 
 
+def test_under_torchrun_rank_0_speaks_before_the_launcher_ends_all(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    run = subprocess.run(
+        [*command, *PREFLIGHT, "--timeout", "0.01"], env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 1
+    assert "): no end within 0 s: versions and GPUs" in run.stdout, run.stdout + run.stderr
+    assert "1 problem: the job must not start" in run.stdout
+
+
 def test_another_source_of_the_plugin_on_one_rank_stops_the_job(tmp_path):
     copy = tmp_path / "other" / "muon_plugin"
     shutil.copytree(ROOT / "muon_plugin", copy, ignore=shutil.ignore_patterns("__pycache__"))

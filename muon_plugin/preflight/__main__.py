@@ -50,9 +50,9 @@ def main() -> None:
     except Stop as stop:
         if str(stop):
             _say(f"problem: rank {rank} ({node_name()}) {stop}", sys.stderr)
-        if check is not None and rank == 0:
-            _leave(check.conclude(began))
-        _leave(1)
+            _leave(1)
+        # A launcher ends all of a node's ranks with the first that fails: not before rank 0 has spoken.
+        _leave(check.conclude(began) if check is not None else 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,7 +131,11 @@ class Check:
     def conclude(self, began: float) -> int:
         """The exit code, the same on all ranks; rank 0 prints what was found."""
         if self.rank:
-            return int(self.rounds.told("conclusion", GRACE + self.own.timeout))
+            try:
+                return int(self.rounds.told("conclusion", 2 * GRACE + self.own.timeout))
+            except Stop as stop:
+                _say(f"problem: rank {self.rank} ({node_name()}) {stop}", sys.stderr)
+                return 1
         code = int(bool(self.problems))
         if self.nodes:
             print(table.text(self.found, self.nodes), flush=True)
@@ -264,7 +268,9 @@ class Check:
                 return None
             from .. import planner
 
-            return planner.report(self.planned)
+            count = len(set(self.nodes))
+            layout = ["--nodes", str(count), "--gpus-per-node", str(self.world // count)]
+            return planner.report(self.planned if "--nodes" in self.planned else [*layout, *self.planned])
 
         plans = self._ask("the plan", work, max(120.0, self.own.timeout))
         if self.rank == 0:
