@@ -99,7 +99,7 @@ def test_a_folder_that_nodes_do_not_share_and_one_too_small_stop_the_job(tmp_pat
     for node in nodes.values():
         node.mkdir()
     (nodes[1] / "checkpoints").mkdir()
-    options = ["--checkpoints", "checkpoints", "--checkpoint-bytes", "9000T", "--timeout", "8"]
+    options = ["--checkpoints", "checkpoints", "--checkpoint-bytes", "9000T"]
     job = Job(tmp_path, 3, [*PREFLIGHT, *options], at=nodes, own={r: {"SLURMD_NODENAME": f"node{r}"} for r in nodes})
     job.ends()
     assert job.codes == [1, 1, 1], job.all_logs()

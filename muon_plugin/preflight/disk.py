@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 #: Seconds in which a file that rank 0 wrote must be seen elsewhere: network file systems cache folders.
-SEEN_WITHIN = 30.0
+SEEN_WITHIN = 10.0
 
 
 def leave(folder: Path, name: str) -> bool:
