@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 400  # seconds; a hang must end a test, not the suite
+TIMEOUT = int(os.environ.get("RANKS_TIMEOUT", "400"))  # seconds; a hang must end a test, not the suite
 
 
 class RankError(AssertionError):

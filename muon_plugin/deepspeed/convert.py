@@ -86,10 +86,6 @@ def translate(folder: Path, into: Path) -> str:
                 momentum = _shard_of_whole(momentum, cut[number], shapes, mp, seen, part)
             second = torch.full((1,), 0.0 if scaled else NO_SECOND_MOMENT).expand_as(momentum)
             state |= {"exp_avg": momentum, "exp_avg_sq": second, "step": max(steps, default=0)}
-        for number, group in enumerate(saved.get(SINGLE_PARTITION_OF_FP32_GROUPS, ())):
-            if number not in states:  # no matrix reaches into this rank's part, which is padding
-                nothing = torch.zeros_like(group)
-                states[number] = {"exp_avg": nothing, "exp_avg_sq": nothing, "step": max(steps, default=0)}
         torch.save(loaded, into / file.name)
     if scaled:
         return "weights are taken over; its momentum carries fp16's loss scale, so that of matrices starts from zero"
