@@ -45,7 +45,7 @@ SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=0
 MpiDefault=none
 ReturnToService=2
 KillWait=5
-SlurmdTimeout=30
+SlurmdTimeout=10
 GresTypes=gpu
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -105,8 +105,10 @@ def start(folder: Path) -> dict[str, str]:
     environment = os.environ | {"SLURM_CONF": str(conf), "MASTER_ADDR": "127.0.0.1"}
     munged = ["munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
     munged += [f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed"]
-    for command in (munged, ["slurmctld"], *(["slurmd", "-N", node] for node in NODES)):
+    for command in (munged, ["slurmctld"]):
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=30)
+    for node in NODES:
+        start_node(node, environment)
     until = time.monotonic() + 60
     command = ["sinfo", "-h", "-N", "-o", "%T"]
     while subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split() != ["idle"] * 2:
@@ -116,6 +118,11 @@ def start(folder: Path) -> dict[str, str]:
             raise RuntimeError(f"the nodes did not become idle in 60 s:\n{logs}")
         time.sleep(0.2)
     return {"SLURM_CONF": str(conf), "MASTER_ADDR": "127.0.0.1"}
+
+
+def start_node(node: str, environment: dict[str, str]) -> None:
+    """Starts one node, or brings it back after it was lost."""
+    subprocess.run(["slurmd", "-N", node], env=environment, check=True, capture_output=True, timeout=30)
 
 
 def stop(folder: Path) -> None:

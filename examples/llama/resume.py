@@ -70,6 +70,8 @@ def newest(folder: Path, resume: str | None) -> Path | None:
     dist.broadcast_object_list(found)
     if resume == "must" and not found[0]:
         raise ValueError(f"--resume: no complete checkpoint in {folder}. --resume auto starts anew then.")
+    if dist.get_rank() == 0 and resume:
+        print(f"goes on from {found[0][0]}" if found[0] else f"starts anew: no complete checkpoint in {folder}")
     return found[0][0] if found[0] else None
 
 

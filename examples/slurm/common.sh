@@ -1,7 +1,7 @@
 # Sourced by the sbatch scripts beside it: the job's environment, one step on all nodes, what happens when one ends.
 #
 #   exit code 0                     done
-#   0 after the signal to stop      saved in time: requeued, goes on from there (done already: the next start ends at once)
+#   0 after the signal to stop      saved in time: requeued, goes on from there (ends at once if it was done)
 #   the preflight's                 a node or setting is not fit: ends, since a restart would meet the same
 #   any other                       requeued, unless MAX_FAILURES in a row came without a new checkpoint
 set -uo pipefail
@@ -91,7 +91,8 @@ requeue() {
 
 # The newest mark of a complete checkpoint: of the example's, or of Megatron's, which writes its own after all ranks.
 progress() {
-    find "$OUTPUT" -maxdepth 3 \( -name complete -o -name latest_checkpointed_iteration.txt \) -printf "%T@\n" | sort -n | tail -1
+    find "$OUTPUT" -maxdepth 3 \( -name complete -o -name latest_checkpointed_iteration.txt \) -printf "%T@\n" |
+        sort -n | tail -n 1
 }
 
 # A failure is worth another start as long as checkpoints come: a bug that stops them must not be requeued for ever.
