@@ -135,14 +135,14 @@ def stop(folder: Path) -> None:
             if time.monotonic() > until:
                 break
             time.sleep(0.2)
+    ending = []
     for name in DAEMONS:
-        file = folder / f"{name}.pid"
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            pid = int(file.read_text())
-            os.kill(pid, signal.SIGTERM)
-            until = time.monotonic() + 20
-            while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
-                time.sleep(0.1)
+            ending.append(int((folder / f"{name}.pid").read_text()))
+            os.kill(ending[-1], signal.SIGTERM)
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in ending) and time.monotonic() < until:
+        time.sleep(0.1)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -29,7 +29,7 @@ if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then       # a sweep: LRS="5e-4 1e-3" sb
 fi
 mkdir -p "$OUTPUT" || exit 2
 OUTPUT=$(realpath "$OUTPUT")
-LOGS=$OUTPUT/logs/$SLURM_JOB_ID
+LOGS=$OUTPUT/logs/$SLURM_JOB_ID/start$((${SLURM_RESTART_COUNT:-0} + 1))
 mkdir -p "$LOGS" || exit 2
 export REPO OUTPUT
 
@@ -103,9 +103,10 @@ failed() {
         RUNNING* | *TimeLimit) ;;
         *) exit "$code" ;;                         # cancelled: stays so
     esac
-    [[ "${SLURM_RESTART_COUNT:-0}" != 0 && -f "$LOGS/failures" ]] && read -r count last < "$LOGS/failures"
+    local file=$OUTPUT/logs/$SLURM_JOB_ID/failures
+    [[ "${SLURM_RESTART_COUNT:-0}" != 0 && -f "$file" ]] && read -r count last < "$file"
     [[ "$last" == "$now" ]] && count=$((count + 1)) || count=1
-    echo "$count $now" > "$LOGS/failures"
+    echo "$count $now" > "$file"
     if ((count >= MAX_FAILURES)); then
         say "failed with exit code $code, $count times in a row without a new checkpoint: not requeued"
         exit "$code"
