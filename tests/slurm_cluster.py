@@ -4,15 +4,15 @@
     python tests/slurm_cluster.py stop
 
 Needs slurmctld, slurmd, sbatch and munged (`apt-get install slurmctld slurmd slurm-client munge`); `install` does that
-as root. The nodes node1 and node2 are this machine twice, so their names do not resolve: MASTER_ADDR=127.0.0.1. Each
-has one CPU and, in Slurm's books only, one GPU, so that `--gpus-per-node=1` is a job that fits.
+as root; the cluster itself is any user's. node1 and node2 are this machine twice, so their names do not resolve:
+MASTER_ADDR=127.0.0.1. Each has one CPU and, in Slurm's books only, one GPU: a job of `--gpus-per-node=1` fits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -96,7 +96,7 @@ def start(folder: Path) -> dict[str, str]:
         raise RuntimeError(str(missing()))
     stop(folder)
     (folder / "state").mkdir(parents=True)
-    conf, user, ports = folder / "slurm.conf", getpass.getuser(), free_ports(3)
+    conf, user, ports = folder / "slurm.conf", pwd.getpwuid(os.getuid()).pw_name, free_ports(3)
     conf.write_text(CONF.format(folder=folder, host=socket.gethostname(), user=user, ports=ports))
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # counted, never opened
     key = folder / "munge.key"
@@ -129,7 +129,9 @@ def stop(folder: Path) -> None:
     """Ends all jobs and daemons of the cluster in `folder`, and removes the folder."""
     if (folder / "slurmctld.pid").exists():
         environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-        subprocess.run(["scancel", "--user", getpass.getuser()], env=environment, capture_output=True, timeout=60)
+        subprocess.run(
+            ["scancel", "--user", pwd.getpwuid(os.getuid()).pw_name], env=environment, capture_output=True, timeout=60
+        )
         until = time.monotonic() + 20
         while subprocess.run(["squeue", "-h"], env=environment, capture_output=True).stdout.strip():
             if time.monotonic() > until:

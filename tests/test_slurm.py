@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,17 +163,22 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
-def stopped_by_the_time_limit(job: Job) -> None:
-    """Slurm's own signal: the job's end comes near while its workers rest, so that the step it finds is no matter."""
-    workers = [pid for rank in (0, 1) for pid in job.processes(f"RANK={rank}")]
+def asked_to_stop(job: Job, *ask: str) -> None:
+    """`ask` makes Slurm send its signal; the workers rest until it is theirs, so that steps are left to do."""
+    workers = [pid for rank in (0, 1) for pid in job.processes(f"RANK={rank}", "LOCAL_RANK=0")]
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
-    job.slurm("scontrol", "update", f"JobId={job.number}", "EndTime=now+2minutes")
-    job.until("the signal", lambda: "the time limit is near" in job.printed)
+    job.slurm(*ask)
+    bit = 1 << (signal.SIGUSR1 - 1)
+    job.until("the signal", lambda: all(bit & int(status(pid, "ShdPnd"), 16) for pid in workers))
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
     job.until("the requeue", lambda: "requeued: saved and stopped" in job.printed)
-    job.slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    assert "stopped by SIGUSR1: saved after step" in job.logs()
+
+
+def status(pid: int, field: str) -> str:
+    return re.findall(rf"^{field}:\s*(\S+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +204,9 @@ def test_deepspeed_survives_a_killed_rank_and_the_time_limit(submit, sweep, fold
     job.until("the requeue", lambda: "requeued: failed with exit code" in job.printed)
     job.until("the second start", lambda: "start 2" in job.printed)
     job.reaches(5, out)
-    stopped_by_the_time_limit(job)
+    asked_to_stop(job, "scontrol", "update", f"JobId={job.number}", "EndTime=now+2minutes")  # Slurm then warns
+    job.slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
     assert job.ended().restarts == 2
-    assert "stopped by SIGUSR1: saved after step" in job.logs()
     resumed = [int(step) for step in re.findall(r"goes on from \S+/global_step(\d+)", job.logs())]
     assert len(resumed) == 2
     assert 2 <= resumed[0] < resumed[1] < STEPS
@@ -219,8 +225,7 @@ def test_megatron_survives_a_cancelled_step_and_the_signal(submit, folder):
     job.until("the requeue", lambda: "requeued: failed with exit code" in job.printed)
     job.until("the second start", lambda: "start 2" in job.printed)
     job.reaches(5, out)
-    job.slurm("scancel", "--batch", "--signal=USR1", job.number)  # by hand what Slurm does before the time limit
-    job.until("the requeue", lambda: "requeued: saved and stopped" in job.printed)
+    asked_to_stop(job, "scancel", "--batch", "--signal=USR1", job.number)  # by hand what Slurm does before the limit
     assert job.ended().restarts == 2
     resumed = [int(step) for step in re.findall(r"goes on from \S+/checkpoint/(\d+)", job.logs())]
     assert len(resumed) == 2
@@ -294,8 +299,53 @@ def test_megatrons_own_flags_and_signal_reach_pretrain_gpt(submit, tmp_path):
     )
 
 
-def test_llama3_8b_starts_with_these_flags(submit, tmp_path):
+def test_llama3_8b_starts_with_these_flags_in_a_container(submit, tmp_path):
     """The launch script as it is, on both nodes: Megatron's parser takes every argument, and the plan is printed."""
-    on_two = ["--tensor-model-parallel-size", "2"]
-    job = submit("megatron", *on_two, OUTPUT=str(tmp_path), DRY_RUN="1", LR="2e-4", MAX_FAILURES="1").ended()
+    program = tmp_path / "bin" / "apptainer"  # runs what follows the image, and keeps what it was asked
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/asked.$SLURMD_NODENAME\nshift 7\nexec "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "env.sh").write_text("export DRY_RUN=1\n")
+    variables = {"CONTAINER": "image.sif", "CONTAINER_MOUNTS": "/data:/data", "ENV_SH": str(tmp_path / "env.sh")}
+    variables |= {"OUTPUT": str(tmp_path / "out"), "LR": "2e-4", "MAX_FAILURES": "1"}
+    variables["PATH"] = f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = submit("megatron", "--tensor-model-parallel-size", "2", **variables).ended()
     assert job.logs().count("dry run: the arguments are good") == 2
+    asked = (tmp_path / "asked.node2").read_text()
+    mounts = f"{ROOT}:{ROOT},{tmp_path}/out:{tmp_path}/out,/data:/data"
+    assert asked.startswith(f"exec --nv --bind {mounts} --pwd {ROOT} image.sif bash {ROOT}/examples/slurm/node.sh")
+
+
+ON_NODE2 = """
+if [[ $SLURMD_NODENAME == node2 ]]; then
+    export PYTHONPATH={folder}/other:$PYTHONPATH PATH={folder}/bin:$PATH GLOO_SOCKET_IFNAME=no_such_interface
+fi
+"""
+ELSEWHERE = """#!/bin/bash
+shared={shared} other={other}
+exec {torchrun} "${{@/$shared/$other}}"
+"""
+
+
+def test_the_preflight_stops_a_job_whose_node_is_not_fit(submit, tmp_path):
+    """Another version, a folder that is not the shared one, a peer out of reach: each is told, none is requeued."""
+    shutil.copytree(ROOT / "muon_plugin", tmp_path / "other" / "muon_plugin")
+    with open(tmp_path / "other" / "muon_plugin" / "plan.py", "a") as file:
+        file.write("# an older version\n")
+    (tmp_path / "env.sh").write_text(ON_NODE2.format(folder=tmp_path))
+    torchrun, out = Path(sys.executable).parent / "torchrun", tmp_path / "shared"
+    program = tmp_path / "bin" / "torchrun"
+    program.parent.mkdir()
+    program.write_text(ELSEWHERE.format(torchrun=torchrun, shared=out, other=tmp_path / "local"))
+    program.chmod(0o755)
+    variables = {"PREFLIGHT": "1", "PREFLIGHT_ARGS": "--timeout 10", "ENV_SH": str(tmp_path / "env.sh")}
+    job = submit("deepspeed", OUTPUT=str(out), **variables).ended("FAILED")
+    assert job.restarts == 0
+    for told in (
+        "muon_plugin",
+        "local is not there: mount the shared file system",
+        "no_such_interface",
+        "not requeued",
+    ):
+        assert told in job.printed
+    assert not (out / "checkpoint").exists()

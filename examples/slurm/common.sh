@@ -39,9 +39,8 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-$(nvidia-smi -L 2>/dev/null | grep -q GP
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}   # Megatron's TP overlaps with it
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}              # NCCL says why it failed, and nothing else
 # Which collective hung, and on which ranks: the last 2,000 are written to the logs when one times out (torchfrtrace).
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=1
-export TORCH_FR_DUMP_TEMP_FILE=$LOGS/nccl_trace_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$LOGS/nccl_trace_rank_
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$LOGS/nccl_trace_rank_
 if [[ -n "${IFNAME:-}" ]]; then                    # nodes with several networks: the one that reaches the others
     export NCCL_SOCKET_IFNAME=$IFNAME              # NCCL's start-up; its data still goes over InfiniBand if there is
     export GLOO_SOCKET_IFNAME=$IFNAME              # gloo takes the node's own name, on some systems 127.0.1.1
@@ -74,11 +73,18 @@ finished() {
     wait "$1"
 }
 
+# The launcher's children on every node, and nobody else: torchrun would die of SIGUSR1, and kills 30 seconds after
+# SIGTERM; scancel and srun signal all processes of a step under proctrack/linuxproc, which kills workers' helpers.
+stop_workers() {
+    srun --overlap --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1 bash -c \
+        'pid=$(cat "$1-$SLURMD_NODENAME.pid") && pkill -"$STOP_SIGNAL" -P "$pid"' stop "$LOGS/train"
+}
+
 stopping=
 stop() {
     stopping=1
     say "the time limit is near: workers are asked to save and stop"
-    scancel --signal=USR1 "$JOB"                   # all steps, not this script
+    "${STOP:-stop_workers}"
 }
 trap stop USR1
 trap '[[ "$(squeue -h -j "$JOB" -o %r)" == TimeLimit ]] && failed 143 train; exit 143' TERM   # the time was too short
@@ -119,9 +125,10 @@ run() {
     local code
     say "job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes $SLURM_JOB_NODELIST, logs in $LOGS"
     if [[ "${PREFLIGHT:-1}" != 0 ]]; then
-        step preflight torchrun -m muon_plugin.preflight --checkpoints "$OUTPUT"; code=$?
+        # PREFLIGHT_ARGS: --tp and --pp of the job, --checkpoint-bytes 240G, --timeout; see --help
+        step preflight torchrun -m muon_plugin.preflight --checkpoints "$OUTPUT" ${PREFLIGHT_ARGS:-}; code=$?
         if ((code)); then
-            tail -n 20 "$LOGS"/preflight-*.log
+            grep -h "preflight: " "$LOGS"/preflight-*.log || tail -n 20 "$LOGS"/preflight-*.log
             say "the preflight found problems (exit code $code): not started, not requeued"
             exit "$code"
         fi

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# One node's part of a step: env.sh, then the command; passes the signal to stop on to the command's workers.
-#
-# node.sh LOG COMMAND...
+# One node's part of a step: node.sh LOG COMMAND... runs env.sh, then the command.
 set -uo pipefail
-exec >> "$1-$SLURMD_NODENAME.log" 2>&1            # not by srun --output: what srun itself has to say stays in the job's
+LOG=$1-$SLURMD_NODENAME
 shift
+exec >> "$LOG.log" 2>&1                            # not by srun --output: srun's own messages stay in the job's output
 [[ -d "$REPO/.venv/bin" ]] && export PATH="$REPO/.venv/bin:$PATH"
 [[ -f "${ENV_SH:-$REPO/env.sh}" ]] && source "${ENV_SH:-$REPO/env.sh}"   # modules, conda, secrets: on every node
 
@@ -17,11 +16,7 @@ if [[ "$1" == torchrun ]]; then
         --rdzv-conf "is_host=$((SLURM_NODEID == 0)),join_timeout=300" "$@"
 fi
 
-# torchrun would die of SIGUSR1, and gives workers 30 seconds after SIGTERM: only the workers get it. They ignore
-# SIGUSR1 (what is ignored stays so through exec) until their own handler stands.
-launcher=
-trap '[[ -n "$launcher" ]] && pkill -"$STOP_SIGNAL" -P "$launcher"' USR1
-(trap "" USR1; exec "$@") &
-launcher=$!
-while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done   # a trap interrupts wait
-wait "$launcher"
+# What `stop` in common.sh looks for. SIGUSR1 is ignored, through exec too, until a worker's own handler stands.
+echo $$ > "$LOG.pid"
+trap "" USR1
+exec "$@"
