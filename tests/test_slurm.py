@@ -25,6 +25,10 @@ TRAINING = ["--steps", str(STEPS), "--eval-every", "100"]
 FITS = ["--nodes=2", "--gpus-per-node=1", "--time=30"]
 
 
+def status(pid: int, field: str) -> str:
+    return re.findall(rf"^{field}:\s*(\S+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]
+
+
 @dataclass(frozen=True)
 class Job:
     """A submitted job: what the tests ask of Slurm and of its output."""
@@ -82,6 +86,11 @@ class Job:
             if {f"SLURM_JOB_ID={self.number}", *wanted} <= set(variables):
                 found.append(int(folder.name))
         return found
+
+    def workers(self, *ranks: int) -> list[int]:
+        """The processes of these ranks, without those that they have started."""
+        found = [pid for rank in ranks for pid in self.processes(f"RANK={rank}")]
+        return [pid for pid in found if int(status(pid, "PPid")) not in found]
 
 
 Submit = Callable[..., Job]
@@ -165,7 +174,7 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 
 def asked_to_stop(job: Job, *ask: str) -> None:
     """`ask` makes Slurm send its signal; the workers rest until it is theirs, so that steps are left to do."""
-    workers = [pid for rank in (0, 1) for pid in job.processes(f"RANK={rank}", "LOCAL_RANK=0")]
+    workers = job.workers(0, 1)
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     job.slurm(*ask)
@@ -175,10 +184,6 @@ def asked_to_stop(job: Job, *ask: str) -> None:
         os.kill(pid, signal.SIGCONT)
     job.until("the requeue", lambda: "requeued: saved and stopped" in job.printed)
     assert "stopped by SIGUSR1: saved after step" in job.logs()
-
-
-def status(pid: int, field: str) -> str:
-    return re.findall(rf"^{field}:\s*(\S+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +205,7 @@ def test_deepspeed_survives_a_killed_rank_and_the_time_limit(submit, sweep, fold
     out = folder / "deepspeed"
     job = submit("deepspeed", *TRAINING, DATA=str(folder / "data"), OUTPUT=str(out), LR="0.001")
     job.reaches(3, out)
-    os.kill(job.processes("RANK=1")[0], signal.SIGKILL)
+    os.kill(*job.workers(1), signal.SIGKILL)
     job.until("the requeue", lambda: "requeued: failed with exit code" in job.printed)
     job.until("the second start", lambda: "start 2" in job.printed)
     job.reaches(5, out)

@@ -59,7 +59,7 @@ say() { echo "$(date +%T) $*"; }
 
 # step NAME COMMAND...: once on every node, each with a log of its own; returns the step's exit code.
 step() {
-    local name=$1 pid; shift
+    local name=$1; shift
     say "$name: $*"
     srun --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=1 "${CONTAINER_ARGS[@]}" \
@@ -80,18 +80,18 @@ stop_workers() {
         'pid=$(cat "$1-$SLURMD_NODENAME.pid") && pkill -"$STOP_SIGNAL" -P "$pid"' stop "$LOGS/train"
 }
 
-stopping=
+stopping= training=
 stop() {
     stopping=1
     say "the time limit is near: workers are asked to save and stop"
-    "${STOP:-stop_workers}"
+    [[ -n "$training" ]] && "${STOP:-stop_workers}"
 }
 trap stop USR1
 trap '[[ "$(squeue -h -j "$JOB" -o %r)" == TimeLimit ]] && failed 143 train; exit 143' TERM   # the time was too short
 
 requeue() {
     say "requeued: $1"
-    scontrol requeue "$JOB"
+    scontrol requeue "$JOB" || exit 1
     exit 0
 }
 
@@ -134,6 +134,7 @@ run() {
         fi
     fi
     [[ -n "$stopping" ]] && requeue "no time left to train"
+    training=1
     "${STEP:-step}" train "$@"; code=$?
     ((code)) && failed "$code" train
     [[ -n "$stopping" || $EPOCHSECONDS -ge ${EXIT_AT:-$((EPOCHSECONDS + 1))} ]] && requeue "saved and stopped"
