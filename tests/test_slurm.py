@@ -221,7 +221,8 @@ def test_deepspeed_survives_a_killed_rank_and_the_time_limit(submit, sweep, fold
 
 def test_megatron_survives_a_cancelled_step_and_the_signal(submit, folder):
     variables = {"TRAIN": "examples/megatron/train.py", "DATA": str(folder / "data")}
-    whole = submit("megatron", *TRAINING, "--tp=1", OUTPUT=str(folder / "whole"), **variables).ended()
+    whole = submit("megatron", *TRAINING, "--tp=1", OUTPUT=str(folder / "whole"), PREFLIGHT="1", **variables).ended()
+    assert "all is well" in whole.logs("preflight")
     assert whole.restarts == 0
     out = folder / "megatron"
     job = submit("megatron", *TRAINING, "--tp=1", OUTPUT=str(out), **variables)
@@ -323,11 +324,12 @@ def test_llama3_8b_starts_with_these_flags_in_a_container(submit, tmp_path):
 
 ON_NODE2 = """
 if [[ $SLURMD_NODENAME == node2 ]]; then
-    export PYTHONPATH={folder}/other:$PYTHONPATH PATH={folder}/bin:$PATH GLOO_SOCKET_IFNAME=no_such_interface
+    export PATH={folder}/bin:$PATH GLOO_SOCKET_IFNAME=no_such_interface
 fi
 """
 ELSEWHERE = """#!/bin/bash
 shared={shared} other={other}
+cd {folder}
 exec {torchrun} "${{@/$shared/$other}}"
 """
 
@@ -341,16 +343,14 @@ def test_the_preflight_stops_a_job_whose_node_is_not_fit(submit, tmp_path):
     torchrun, out = Path(sys.executable).parent / "torchrun", tmp_path / "shared"
     program = tmp_path / "bin" / "torchrun"
     program.parent.mkdir()
-    program.write_text(ELSEWHERE.format(torchrun=torchrun, shared=out, other=tmp_path / "local"))
+    program.write_text(
+        ELSEWHERE.format(torchrun=torchrun, shared=out, other=tmp_path / "local", folder=tmp_path / "other")
+    )
     program.chmod(0o755)
-    variables = {"PREFLIGHT": "1", "PREFLIGHT_ARGS": "--timeout 10", "ENV_SH": str(tmp_path / "env.sh")}
+    variables = {"PREFLIGHT": "1", "PREFLIGHT_ARGS": "--timeout 30", "ENV_SH": str(tmp_path / "env.sh")}
     job = submit("deepspeed", OUTPUT=str(out), **variables).ended("FAILED")
     assert job.restarts == 0
-    for told in (
-        "muon_plugin",
-        "local is not there: mount the shared file system",
-        "no_such_interface",
-        "not requeued",
-    ):
+    missing, link = "local is not there: mount the shared file system", "Unable to find address for: no_such_interface"
+    for told in ("muon_plugin differs", missing, link, "the preflight failed: not started, not requeued"):
         assert told in job.printed
     assert not (out / "checkpoint").exists()

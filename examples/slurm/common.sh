@@ -2,7 +2,7 @@
 #
 #   exit code 0                     done
 #   0 after the signal to stop      saved in time: requeued, goes on from there (ends at once if it was done)
-#   the preflight's                 a node or setting is not fit: ends, since a restart would meet the same
+#   of the preflight, not 0         a node or setting is not fit: ends, since a restart would meet the same
 #   any other                       requeued, unless MAX_FAILURES in a row came without a new checkpoint
 set -uo pipefail
 
@@ -126,12 +126,11 @@ run() {
     say "job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes $SLURM_JOB_NODELIST, logs in $LOGS"
     if [[ "${PREFLIGHT:-1}" != 0 ]]; then
         # PREFLIGHT_ARGS: --tp and --pp of the job, --checkpoint-bytes 240G, --timeout; see --help
-        step preflight torchrun -m muon_plugin.preflight --checkpoints "$OUTPUT" ${PREFLIGHT_ARGS:-}; code=$?
-        if ((code)); then
+        step preflight torchrun -m muon_plugin.preflight --checkpoints "$OUTPUT" ${PREFLIGHT_ARGS:-} || {
             grep -h "preflight: " "$LOGS"/preflight-*.log || tail -n 20 "$LOGS"/preflight-*.log
-            say "the preflight found problems (exit code $code): not started, not requeued"
-            exit "$code"
-        fi
+            say "the preflight failed: not started, not requeued"
+            exit 1
+        }
     fi
     [[ -n "$stopping" ]] && requeue "no time left to train"
     training=1
