@@ -21,6 +21,7 @@ from torch import Tensor
 from .agreement import world_of
 from .layout import Matrix, Piece, Strided
 from .orthogonalize import NewtonSchulz
+from .phases import phase
 from .plan import Plan, Route, travels
 
 #: Elements of the matrices of one batch: bounds the iteration's working memory (about 5 times 2 bytes each).
@@ -160,7 +161,8 @@ class Exchange:
                     read(piece.tensor, block.local, block.inside.view(flat).view(block.local.count, block.local.run))
             for inside, part in arrived.get(number, ()):
                 inside.view(flat).copy_(part.view(inside.count, inside.run))
-        updates = [update.reshape(-1) for update in self.orthogonalize(x)]
+        with phase("orthogonalize"):
+            updates = [update.reshape(-1) for update in self.orthogonalize(x)]
         scales = [_one_over_rms(update) if self.normalize else None for update in updates]
         return {number: (update, scale) for number, update, scale in zip(batch, updates, scales)}
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch.optim import Optimizer
 from . import adamw, report
 from .agreement import agree, together, world_of
 from .layout import Shard
+from .measure import Measure
+from .phases import phase
 from .plan import Plan
 from .routing import Routing, route
 from .settings import Settings, scale_for
@@ -85,6 +89,8 @@ class Muon(Optimizer):
         self._adamw_name = "none"
         #: (group of ranks that should be replicas, checked at the first step), without an engine
         self._replicas: tuple[Any] | None = None
+        #: set for a step that is to be measured
+        self.measure: Measure | None = None
 
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
             checked = Settings.from_dict(settings)
@@ -175,26 +181,34 @@ class Muon(Optimizer):
                 loss = closure()
         if not self._ready:
             return loss  # DeepSpeed steps once on zeros while it builds its wrapper: that must change nothing
-        mine = [group for group in self.param_groups if group["use_muon"] and group["params"]]
-        if any(group["params"][0] not in self._updates for group in mine):
+        called = [group for group in self.param_groups if group["params"]]
+        if any(group["use_muon"] and group["params"][0] not in self._updates for group in called):
             raise RuntimeError(
                 "the tensors of Muon's parameter groups are not those that it planned for: an engine replaced them. "
                 "Call muon_plugin.register() before the engine is built"
             )
         if self._replicas is not None:
             self._check_replicas()
-        for group in mine:
-            update = self._updates[group["params"][0]]
-            for p in update.tensors:
-                if not self.state[p]:
-                    self.state[p] = self._new_momentum(p)
-            momenta = [self.state[p][self.momentum_name] for p in update.tensors]
-            update.step([group] * len(update.tensors), momenta)
-        rest = [group for group in self.param_groups if not group["use_muon"] and group["params"]]
+        with nullcontext() if self.measure is None else self.measure.step(called):
+            self._step(called)
+        return loss
+
+    def _step(self, called: Sequence[dict[str, Any]]) -> None:
+        for group in called:
+            if group["use_muon"]:
+                first = group["params"][0]
+                update = self._updates[first]
+                for p in update.tensors:
+                    if not self.state[p]:
+                        self.state[p] = self._new_momentum(p)
+                momenta = [self.state[p][self.momentum_name] for p in update.tensors]
+                measured = None if self.measure is None else partial(self.measure.update, first)
+                update.step([group] * len(update.tensors), momenta, measured=measured)
+        rest = [group for group in called if not group["use_muon"]]
         if rest and self._adamw is not None:
             self._adamw.state, self._adamw.param_groups = self.state, rest
-            self._adamw.step()
-        return loss
+            with phase("adamw"):
+                self._adamw.step()
 
     def _check_replicas(self) -> None:
         """Once, at the first step (DDP may make the replicas later): ranks with models of their own mix updates."""
@@ -227,13 +241,7 @@ class Muon(Optimizer):
             ValueError: if the saved groups were routed otherwise (another `exclude`, another optimizer).
         """
         saved, current = state_dict["param_groups"], self.param_groups
-        ways = [[(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, current)]
-        if ways[0] != ways[1]:
-            raise ValueError(
-                f"the checkpoint's optimizer has parameter groups {ways[0]}, this run has {ways[1]} (name, digest of "
-                "the parameters in order): load it with the model and the settings it was saved with (exclude, "
-                "parameter groups), or load the weights alone"
-            )
+        self.check_saved(saved)
         momenta = {
             p: state_dict["state"][i][self.momentum_name]
             for g, saved_group in zip(current, saved)
@@ -246,6 +254,29 @@ class Muon(Optimizer):
         for group in self.param_groups:
             if self._adamw is not None and not group["use_muon"]:
                 adamw.adopt(self._adamw, group, group["params"], self.state)
+
+    def check_saved(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses the parameter groups of another optimizer, or of another routing.
+
+        Raises:
+            ValueError: with what to do instead.
+        """
+        ways = [[(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, self.param_groups)]
+        if ways[0] == ways[1]:
+            return
+        if not any(layout for _, layout in ways[0]):
+            what = f"was saved by another optimizer than muon_plugin's Muon (groups {[name for name, _ in ways[0]]})"
+        else:
+            what = f"has parameter groups {ways[0]}, this run has {ways[1]} (name, digest of the parameters in order)"
+        advice = {
+            None: "load the weights alone",
+            "deepspeed": "python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run takes "
+            "over what has the same meaning; or load the weights alone (load_module_only=True)",
+        }[self._engine]
+        raise ValueError(
+            f"the checkpoint's optimizer {what}: load it with the model and the settings it was saved with (exclude, "
+            f"parameter groups), or {advice}"
+        )
 
     def set_step(self, holding: Holding, step: float) -> None:
         """Tells AdamW how many steps the moments of these tensors have behind them."""

@@ -82,8 +82,14 @@ def options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
     method = settings.ns_method
     if isinstance(settings.ns_coefficients, str):
         method += f", {settings.ns_coefficients}"
-    each = "; ".join(f"{g['name']} lr {g['lr']:g} decay {g['weight_decay']:g}" for g in groups)
+    each = "; ".join(f"{label(g, groups)} lr {g['lr']:g} decay {g['weight_decay']:g}" for g in groups)
     return f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({method}); {each}"
+
+
+def label(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:
+    """A group's name; with its half, where DeepSpeed's MoE wants the same name for both."""
+    shared = sum(other["name"] == group["name"] for other in groups) > 1
+    return f"{group['name']}-{'muon' if group['use_muon'] else 'adamw'}" if shared else str(group["name"])
 
 
 def si(amount: float) -> str:

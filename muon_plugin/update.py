@@ -23,6 +23,7 @@ from .agreement import agree, gather, together
 from .exchange import Exchange
 from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
+from .phases import current, phase
 from .plan import make_plan
 
 
@@ -64,44 +65,61 @@ class Update:
             self.matrices, mine, self.plan, newton_schulz, process_group, device, normalize=normalize
         )
         self._scales = [scale(matrix) for matrix in self.matrices]
+        self._steps = 0
 
-    def step(self, groups: Sequence[Mapping[str, Any]], momenta: Sequence[Tensor], offloaded: bool = False) -> None:
+    def step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        momenta: Sequence[Tensor],
+        offloaded: bool = False,
+        measured: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
         """Updates `tensors` from their gradients. Collective.
 
         Args:
             groups: for each tensor, its "lr", "weight_decay", "momentum" and "nesterov".
             momenta: for each tensor, its fp32 momentum.
             offloaded: the momenta are in CPU memory, one at a time is brought to the gradients.
+            measured: is given each parameter's name and part of the scaled update, fp32.
         """
+        self._steps += 1
+        current.step = max(current.step, self._steps)
         flat = [p.view(-1) for p in self.tensors]
         # A parameter without a gradient is left alone, as torch's optimizers do. (The engines fill in zeros.)
-        directions = [
-            None if p.grad is None else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group, offloaded)
-            for p, momentum, group in zip(self.tensors, momenta, groups)
-        ]
+        with phase("momentum"):
+            directions = [
+                None if p.grad is None else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group, offloaded)
+                for p, momentum, group in zip(self.tensors, momenta, groups)
+            ]
         rates = [float(group["lr"]) for group in groups]
-        for p, direction, rate, group in zip(flat, directions, rates, groups):
-            if direction is not None:
-                p.mul_(1 - rate * group["weight_decay"])
+        with phase("apply"):
+            for p, direction, rate, group in zip(flat, directions, rates, groups):
+                if direction is not None:
+                    p.mul_(1 - rate * group["weight_decay"])
 
         def read(tensor: int, local: Strided, out: Tensor) -> None:
             direction = directions[tensor]
-            if direction is None:
-                out.zero_()
-            else:
-                direction(local, out)
+            with phase("momentum"):
+                if direction is None:
+                    out.zero_()
+                else:
+                    direction(local, out)
 
         def write(tensor: int, local: Strided, matrix: int, update: Tensor, scale: Tensor | None) -> None:
             if directions[tensor] is None:
                 return
             # Always in this order: u to fp32, times its scale, times the learning rate. Another order rounds otherwise.
             here = flat[tensor].device
-            change = update.to(here).float().mul_(self._scales[matrix])
-            if scale is not None:
-                change.mul_(scale.to(here))
-            local.view(flat[tensor]).add_(change, alpha=-rates[tensor])
+            with phase("apply"):
+                change = update.to(here).float().mul_(self._scales[matrix])
+                if scale is not None:
+                    change.mul_(scale.to(here))
+                local.view(flat[tensor]).add_(change, alpha=-rates[tensor])
+            if measured is not None:
+                measured(self.matrices[matrix].parameter, change)
 
-        self._exchange.run(read, write)
+        with phase("exchange"):
+            self._exchange.run(read, write)
 
 
 def _direction(

@@ -53,7 +53,13 @@ def test_the_twin_is_the_commented_file_without_comments(path):
     json.loads(twin)
 
 
-@pytest.mark.parametrize("path", COMMENTED, ids=lambda path: path.stem)
+#: files whose models need more than a JSON, each tested below
+OF_THEIR_OWN = ("autotp", "moe", "pipeline", "resume_elsewhere")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in COMMENTED if not p.stem.endswith(OF_THEIR_OWN)], ids=lambda path: path.stem
+)
 def test_it_trains(ranks, tmp_path, path):
     settings = filled(json.loads(path.with_suffix(".json").read_text()), tmp_path)
     if settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
@@ -63,9 +69,60 @@ def test_it_trains(ranks, tmp_path, path):
             pytest.skip("DeepSpeed cannot build async_io here: libaio is missing (apt install libaio-dev)")
         if not os.environ.get("TEST_NVME"):
             pytest.skip("DeepSpeed compiles async_io for minutes: TEST_NVME=1 runs it")
-    for table, steps in ranks(2).run(two_steps, settings, "init" in path.stem):
+    apart = "sequence" if "ulysses" in path.stem else None
+    for table, steps in ranks(2, apart=apart).run(two_steps, settings, "init" in path.stem):
         assert "Muon   8 parameters, 13 matrices" in table or ("fused" in path.stem and "7 parameters" in table)
         assert steps == 2
+
+
+def settings_of(name: str, folder: Path) -> dict[str, Any]:
+    return filled(json.loads((CONFIGS / f"deepspeed_{name}.json").read_text()), folder)
+
+
+def test_autotp_trains_a_hugging_face_model_as_one_process_does(ranks, tmp_path):
+    settings = settings_of("autotp", tmp_path)
+    cut = ranks(2, apart="autotp").run(llama, settings)
+    settings.pop("tensor_parallel")
+    for whole in ranks(1, apart="autotp").run(llama, settings):
+        for (losses, table), parts in zip(cut, ("2 ranks", "2 ranks")):
+            assert losses == pytest.approx(whole[0], rel=1e-3)
+            assert "14 parameters, 14 matrices, 15,360 elements" in table
+            assert parts in table
+
+
+def llama(rank: int, settings: dict[str, Any]) -> tuple[list[float], str]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, use_cache=False, **sizes))
+    engine = build(rank, settings, model)
+    losses = []
+    for step in range(3):
+        tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step))
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses, engine.basic_optimizer.summary()
+
+
+def test_moe_and_pipeline_train(ranks, tmp_path):
+    from test_deepspeed_parallel import in_a_pipeline, with_experts
+
+    assert (
+        len(ranks(2, apart="experts").run(with_experts, settings_of("moe", tmp_path), 2)[0]) == 11
+    )  # two of four experts a rank
+    pipeline = settings_of("pipeline", tmp_path) | {"gradient_accumulation_steps": 2}
+    assert len(ranks(2, apart="pipeline").run(in_a_pipeline, pipeline, 2)[1]) == 4
+
+
+def test_resuming_elsewhere(ranks, tmp_path):
+    from test_deepspeed_checkpoints import resume, save
+
+    ranks(1).run(save, settings_of("zero2_bf16", tmp_path), tmp_path, 2)
+    assert ranks(2).run(resume, settings_of("resume_elsewhere", tmp_path), tmp_path, 2, 1)
 
 
 def filled(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -75,7 +132,7 @@ def filled(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, dict):
             found[key] = filled(value, folder)
-        elif key == "nvme_path":
+        elif key in ("nvme_path", "output_path"):
             found[key] = str(folder)
         else:
             found[key] = 1 if key == "train_micro_batch_size_per_gpu" else AUTO[key] if value == "auto" else value

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from integers import IntegerModel, build, config, differing, train, trained, weights
+from ranks import RankError
 from torch import Tensor
 
 STAGES, WORLDS = (1, 2, 3), (1, 2, 4)
 
 
 def convert(folder: Path) -> None:
-    """DeepSpeed's own converter, as its command line runs it; no plugin in sight."""
-    from deepspeed.checkpoint import ds_to_universal
+    """The documented command, in this process."""
+    from muon_plugin.deepspeed import convert
 
-    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    folders = {"input_folder": str(folder / "tag"), "output_folder": str(folder / "universal")}
-    ds_to_universal.main(SimpleNamespace(**folders, **options, inject_missing_state=True))
-    (folder / "latest_universal").write_text("universal")
+    folders = ["--input_folder", str(folder / "tag"), "--output_folder", str(folder / "universal")]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["convert", *folders, *workers])
+        convert.main()
 
 
 def save(rank: int, settings: dict[str, Any], folder: Path, steps: int) -> None:
@@ -68,6 +69,91 @@ def test_a_checkpoint_of_adamw_is_taken_over(ranks, tmp_path, stage):
     assert "starts from zero for 7 parameters" in logged
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_optimizers_checkpoint_is_refused_with_the_way_to_take_it_over(ranks, tmp_path, stage):
+    adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+    ranks(2).run(save, {**config(stage, "bf16"), "optimizer": adamw}, tmp_path / "adamw", 1)
+    ranks(2).run(save, config(stage, "bf16", params={"exclude": ["down"]}), tmp_path / "routed", 1)
+    for who, words in (("adamw", "another optimizer than muon_plugin's"), ("routed", "exclude")):
+        with pytest.raises(RankError) as caught:
+            ranks(2).run(load_as_it_is, config(stage, "bf16"), tmp_path / who)
+        for kind, message in caught.value.errors:
+            assert kind == "ValueError"
+            assert words in message
+            assert "python -m muon_plugin.deepspeed.convert" in message
+
+
+def load_as_it_is(rank: int, settings: dict[str, Any], folder: Path) -> None:
+    engine = build(rank, settings)
+    engine.load_checkpoint(str(folder), tag="tag")
+
+
+MATRICES = ("up.weight", "down.weight", "qkv.weight", "router.weight")
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "world", "offload"),
+    [(1, "fp32", 3, False), (2, "bf16", 2, False), (2, "fp32", 2, True), (3, "bf16", 2, False), (1, "fp16", 2, False)],
+)
+def test_a_checkpoint_of_the_built_in_muon_is_taken_over(ranks, tmp_path, stage, dtype, world, offload):
+    """Weights, and its momentum where it means the same; DeepSpeed's own converter alone raises KeyError: 'exp_avg'."""
+    zero = {"reduce_scatter": stage < 3} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    before = ranks(world).run(save_built_in, config(stage, dtype, zero_optimization=zero), tmp_path)[0]
+    for other, other_world in ((1, 2), (3, 1)):
+        after, moments, logged = ranks(other_world).run(taken_over, config(other, "fp32"), tmp_path, 0)[0]
+        assert differing(before, {name: after[name] for name in before}) == []
+        mine = ranks(1).run(momentum_after, 3)[0]
+        for name in MATRICES:
+            if dtype == "fp16":  # under a loss scale
+                assert moments[name] == 0
+                assert "starts from zero for 4 parameters" in logged
+            else:
+                assert moments[name] == pytest.approx(mine[name], rel=1e-6 if dtype == "fp32" else 1e-2)
+        assert moments["embed.weight"] > 0
+
+
+def save_built_in(rank: int, settings: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Three steps of DeepSpeed's own Muon; the fp32 weights they end in."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+    from test_deepspeed_parallel import Block
+
+    import muon_plugin
+
+    muon_plugin.unregister()
+    torch.compiler.set_stance("force_eager")
+    model = Block()
+    engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=model.parameters())
+    for p in model.parameters() if settings["zero_optimization"]["stage"] == 3 else ():
+        deepspeed.zero.register_external_parameter(model, p)
+    train(engine, rank, 3)
+    found = {f"{name} (fp32)": safe_get_full_fp32_param(p).clone() for name, p in model.named_parameters()}
+    engine.save_checkpoint(str(folder), tag="tag")
+    if rank == 0:
+        convert(folder)
+        (folder / "who").write_text("built-in")
+    torch.distributed.barrier()
+    engine.destroy()
+    muon_plugin.register()
+    return found
+
+
+def momentum_after(rank: int, steps: int) -> dict[str, float]:
+    """The sums of this Muon's momenta; the gradients depend on the step alone."""
+    from test_deepspeed_parallel import Block
+
+    from muon_plugin import Muon
+
+    model = Block()
+    muon = Muon(model.named_parameters(), model=model)
+    for step in range(steps):
+        model(step, 0, 0, 1, 1).backward()
+        muon.step()
+        model.zero_grad()
+    named = dict(model.named_parameters())
+    return {name: float(muon.state[named[name]]["momentum_buffer"].abs().sum()) for name in MATRICES}
+
+
 def trained_by_adamw(rank: int, settings: dict[str, Any], steps: int) -> dict[str, Tensor]:
     return trained(rank, settings, steps)
 
@@ -77,8 +163,10 @@ def taken_over(rank: int, settings: dict[str, Any], folder: Path, steps: int) ->
     import logging
 
     from deepspeed.utils import logger
+    from test_deepspeed_parallel import Block
 
-    engine = build(rank, {**settings, "checkpoint": {"load_universal": True}})
+    built_in = "built-in" in (folder / "who").read_text() if (folder / "who").exists() else False
+    engine = build(rank, {**settings, "checkpoint": {"load_universal": True}}, Block() if built_in else None)
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from itertools import product
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from integers import build, config, differing, gradient
 from integers import trained as trained_on_integers
 from ranks import RankError
+from test_deepspeed_checkpoints import convert
+from test_deepspeed_monitor import written
 from torch import Tensor, nn
 
 
@@ -70,19 +74,28 @@ CUT = {
 }
 
 
-def trained(rank: int, settings: dict[str, Any], tp: int) -> dict[str, Tensor]:
-    """Five steps: whole weights."""
+def built(rank: int, settings: dict[str, Any], tp: int) -> Any:
     if tp > 1:
         settings = {**settings, "tensor_parallel": {"autotp_size": tp, "partition_config": CUT}}
     engine = build(rank, settings, Block())
     engine.module.cut = tp > 1
     assert (described(engine.module.down.weight) is not None) is (tp > 1)
+    return engine
+
+
+def steps(engine: Any, rank: int, tp: int, first: int, last: int) -> None:
     gas, dp = engine.gradient_accumulation_steps(), engine.dp_world_size
     dp_rank = dist.get_rank(engine.data_parallel_group) if tp > 1 else rank
-    for step in range(5):
+    for step in range(first, last):
         for micro in range(gas):
             engine.backward(engine(step, micro, dp_rank, dp, gas))
             engine.step()
+
+
+def trained(rank: int, settings: dict[str, Any], tp: int) -> dict[str, Tensor]:
+    """Ten steps: whole weights."""
+    engine = built(rank, settings, tp)
+    steps(engine, rank, tp, 0, 10)
     return gathered(engine, tp)
 
 
@@ -112,6 +125,65 @@ def test_autotp_changes_no_bit(ranks, stage, world, tp):
         settings = config(stage, "bf16", gas=gas, zero_optimization=zero)
         for found in ranks(world, apart="autotp").run(trained, settings, tp):
             assert differing(found, alone) == [], (offload, gas)
+
+
+def saved(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> None:
+    engine = built(rank, settings, tp)
+    steps(engine, rank, tp, 0, 6)
+    engine.save_checkpoint(str(folder), tag="tag")
+    if rank == 0:
+        convert(folder)
+    dist.barrier()
+
+
+def resumed(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> dict[str, Tensor]:
+    engine = built(rank, {**settings, "checkpoint": {"load_universal": True}}, tp)
+    engine.load_checkpoint(str(folder))
+    steps(engine, rank, tp, 6, 10)
+    return gathered(engine, tp)
+
+
+def test_resumed_at_another_tp_degree(ranks, tmp_path):
+    """By DeepSpeed's own converter, from every layout to every other; FULL=1 for more of them."""
+    layouts = {2: [(1, 2), (3, 4)], 1: [(2, 4)]}  # (stage, world) by TP degree
+    if os.environ.get("FULL"):
+        layouts = {2: [(1, 2), (2, 4), (3, 4)], 1: [(1, 1), (2, 4), (3, 2)]}
+    folders = [tmp_path / f"{stage} {world} {tp}" for tp in layouts for stage, world in layouts[tp]]
+
+    def pool(world: int, tp: int) -> Any:  # DeepSpeed keeps TP groups for good
+        return ranks(world, apart="autotp" if tp > 1 else None)
+
+    def save_all(tp: int) -> None:
+        for stage, world in layouts[tp]:
+            pool(world, tp).run(saved, config(stage, "bf16"), tp, tmp_path / f"{stage} {world} {tp}")
+
+    def resume_all(tp: int) -> None:
+        for stage, world in layouts[tp]:
+            for folder in folders:
+                found = pool(world, tp).run(resumed, config(stage, "bf16"), tp, folder)[0]
+                assert differing(found, alone) == [], f"from {folder.name} to {stage} {world} {tp}"
+
+    save_all(2)
+    alone = pool(1, 1).run(trained, config(0, "bf16"), 1)[0]
+    save_all(1)
+    resume_all(1)
+    resume_all(2)
+
+
+def watched(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> None:
+    monitor = {"enabled": True, "output_path": str(folder / str(tp)), "job_name": "run"}
+    trained(rank, {**settings, "steps_per_print": 5, "csv_monitor": monitor}, tp)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_sizes_that_a_user_watches_are_the_same_at_every_tp_degree(ranks, tmp_path, stage):
+    ranks(1, apart="autotp").run(watched, config(stage), 1, tmp_path)
+    ranks(4, apart="autotp").run(watched, config(stage), 2, tmp_path)
+    alone, cut = written(tmp_path / "1"), written(tmp_path / "2")
+    assert alone.keys() == cut.keys()
+    for name in alone:
+        if not name.endswith("share") and not (name == "gradient_norm" and stage):  # DeepSpeed's own norm there
+            assert cut[name] == pytest.approx(alone[name], rel=1e-5), name
 
 
 class Grid:

@@ -16,7 +16,7 @@ def reference(ranks):
     return {dtype: ranks(1).run(trained, config(0, dtype))[0] for dtype in ("fp32", "bf16", "fp16")}
 
 
-@pytest.mark.parametrize("gas", [1, 2])
+@pytest.mark.parametrize("gas", [1, 4])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

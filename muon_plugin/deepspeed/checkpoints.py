@@ -14,7 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM
+from deepspeed.checkpoint.constants import BASE_OPTIMIZER_STATE, DS_VERSION, OPTIMIZER_STATE_DICT, PARAM
 from deepspeed.ops.adam import fused_adam
 from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -46,6 +46,21 @@ def right_slices(wrapper: Any, names: Mapping[Tensor, str], calls: Sequence[Call
         wrapper._param_slice_mappings = [
             {names[s.parameter]: fragment_address(start=s.offset, numel=s.length) for s in call.spans} for call in calls
         ]
+
+
+def check_before_loading(wrapper: Any, muon: Muon) -> None:
+    """Stages 1 and 2 would end another optimizer's checkpoint with words about parameter_alignment."""
+    original = getattr(wrapper, "_load_legacy_checkpoint", None)
+    if original is None:
+        return
+
+    def checked(state_dicts: Any, load_optimizer_states: bool = True, *args: Any, **kwargs: Any) -> Any:
+        base = next((s[BASE_OPTIMIZER_STATE] for s in state_dicts if s), None) if load_optimizer_states else None
+        if isinstance(base, dict):
+            muon.check_saved(base["param_groups"])
+        return original(state_dicts, load_optimizer_states, *args, **kwargs)
+
+    wrapper._load_legacy_checkpoint = checked
 
 
 def load_universal_checkpoint(

@@ -16,7 +16,8 @@ from ..agreement import agree, together, world_of
 from ..optimizer import Muon
 from ..settings import Settings
 from . import tensor_parallel
-from .checkpoints import right_slices, saved_like_adam
+from .checkpoints import check_before_loading, right_slices, saved_like_adam
+from .monitor import watch
 from .shards import calls, holdings
 
 
@@ -87,6 +88,8 @@ def _configure_optimizer(
     muon.attach(holdings(found, names, cuts, tp), torch.device(engine.device))
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, names, found)
+    check_before_loading(engine.optimizer, muon)
+    watch(engine)
     if world_of(None)[0] == 0:
         print(muon.summary(), flush=True)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import adamw
+from ..phases import phase
 from ..update import Update
 from .settings import Settings
 
@@ -85,7 +86,8 @@ class InnerOptimizer(Optimizer):
                 self.state[p]["step"] += 1
         for group, part in zip(self.param_groups, self._adam.param_groups, strict=True):
             part.update({key: value for key, value in group.items() if key != "params"})
-        self._adam.step()
+        with phase("adamw"):
+            self._adam.step()
         if not self._in_tensors:  # FusedAdam counts in its groups, but not in empty ones
             step = 1 + max((group.get("step", 0) for group in self.param_groups), default=0)
             for group in (*self.param_groups, *self._adam.param_groups):

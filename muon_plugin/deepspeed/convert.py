@@ -1,0 +1,157 @@
+"""Makes a universal checkpoint: of this Muon, of AdamW, or of DeepSpeed's built-in Muon.
+
+    python -m muon_plugin.deepspeed.convert --input_folder CKPT/TAG --output_folder CKPT/TAG_universal
+
+DeepSpeed's own converter does the work, with its own options. It wants Adam's names in every state; a checkpoint of the
+built-in Muon has its momentum under another, in another layout: it is translated first, into a folder that is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    OPTIMIZER_STATE_DICT,
+    PARAM_SHAPES,
+    PARAM_SLICE_MAPPINGS,
+    SINGLE_PARTITION_OF_FP32_GROUPS,
+)
+from torch import Tensor
+
+from .checkpoints import NO_SECOND_MOMENT
+
+
+def main() -> None:
+    sys.argv += [] if "--inject_missing_state" in sys.argv else ["--inject_missing_state"]
+    args = ds_to_universal.parse_arguments()
+    folder = Path(args.input_folder)
+    try:
+        files = _optimizer_files(folder)
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix="translated_") as translated:
+            if _is_of_built_in(files):
+                print(f"muon_plugin: {folder} is of DeepSpeed's built-in Muon: {translate(folder, Path(translated))}")
+                args.input_folder = translated
+            ds_to_universal.main(args)
+    except ValueError as error:
+        raise SystemExit(f"muon_plugin: {error}") from error
+
+
+def translate(folder: Path, into: Path) -> str:
+    """Writes a checkpoint of the built-in Muon as one of this Muon's; what becomes of the momentum, in words.
+
+    The built-in's momentum is an exponential average of gradients, as here (before clipping, and in the gradients'
+    dtype). Under fp16 its gradients carry a loss scale that has changed meanwhile, but not with offload.
+
+    Raises:
+        ValueError: for a checkpoint whose layout is not known.
+    """
+    files = _optimizer_files(folder)
+    for other in set(folder.iterdir()) - set(files):
+        (into / other.name).symlink_to(other.absolute())
+    config = _config(files[0])
+    zero = config.get("zero_optimization", {})
+    if zero.get("round_robin_gradients"):
+        raise ValueError(
+            f"{folder} was saved with round_robin_gradients, whose table of parameters DeepSpeed saves wrongly; "
+            "allowed: a checkpoint saved without it"
+        )
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    scaled = False
+    seen: dict[tuple[str, str], int] = {}  # (model parallel rank, parameter) -> its elements on the ranks before
+    for file in files:
+        loaded = torch.load(file, map_location="cpu", weights_only=False)
+        saved = loaded[OPTIMIZER_STATE_DICT]
+        states, cut = _states(saved), saved.get(PARAM_SLICE_MAPPINGS)
+        scaled |= saved["loss_scaler"].cur_scale != 1 and not offloaded
+        steps = [state["step"] for state in states.values() if "step" in state]
+        for number, state in states.items():
+            if "momentum_buffer" not in state:
+                continue
+            momentum, mp = state.pop("momentum_buffer").float().view(-1), _mp_rank(file)
+            if cut is not None and not offloaded:
+                shapes = _shapes(folder, mp)
+                part = saved[SINGLE_PARTITION_OF_FP32_GROUPS][number].numel()
+                momentum = _shard_of_whole(momentum, cut[number], shapes, mp, seen, part)
+            second = torch.full((1,), 0.0 if scaled else NO_SECOND_MOMENT).expand_as(momentum)
+            state |= {"exp_avg": momentum, "exp_avg_sq": second, "step": max(steps, default=0)}
+        torch.save(loaded, into / file.name)
+    if scaled:
+        return "weights are taken over; its momentum carries fp16's loss scale, so that of matrices starts from zero"
+    return "weights and momentum are taken over"
+
+
+def _shard_of_whole(
+    momentum: Tensor,
+    cut: Mapping[str, Any],
+    shapes: Mapping[str, torch.Size],
+    mp: str,
+    seen: dict[tuple[str, str], int],
+    size: int,
+) -> Tensor:
+    """Stages 1 and 2 keep the momentum of whole matrices, also of those that this rank holds a part of."""
+    shard, offset = torch.zeros(size), 0
+    for name, here in sorted(cut.items(), key=lambda item: item[1].start):
+        before = seen.get((mp, name), 0)
+        shard[here.start : here.start + here.numel] = momentum[offset + before : offset + before + here.numel]
+        seen[mp, name] = before + here.numel
+        offset += shapes[name].numel()
+    if offset != momentum.numel():
+        raise ValueError(
+            f"the built-in's momentum has {momentum.numel()} elements where its parameters have {offset}: muon_plugin "
+            "does not know this release's layout. Please report the release and the config"
+        )
+    return shard
+
+
+def _optimizer_files(folder: Path) -> list[Path]:
+    """In the order of the ranks."""
+    files = sorted(folder.glob("*_optim_states.pt"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)][-2:])
+    if not files:
+        raise ValueError(
+            f"--input_folder {folder} holds no *_optim_states.pt; allowed: the folder of one checkpoint of ZeRO stage "
+            "1 to 3, such as checkpoints/global_step1000"
+        )
+    return files
+
+
+def _is_of_built_in(files: Sequence[Path]) -> bool:
+    saved = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True)[OPTIMIZER_STATE_DICT]
+    return any("momentum_buffer" in state for state in _states(saved).values())
+
+
+def _states(saved: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    base = saved.get(BASE_OPTIMIZER_STATE) or saved.get(OPTIMIZER_STATE_DICT) or {}
+    return base.get("state", {}) if isinstance(base, dict) else {}  # a list where elastic checkpoints are on
+
+
+def _mp_rank(file: Path) -> str:
+    return re.findall(r"mp_rank_(\d+)", file.name)[-1]
+
+
+def _shapes(folder: Path, mp: str) -> dict[str, torch.Size]:
+    file = next(folder.glob(f"*mp_rank_{mp}*_model_states.pt"))
+    groups = torch.load(file, map_location="cpu", weights_only=False, mmap=True)[PARAM_SHAPES]
+    return {name: shape for group in groups for name, shape in group.items()}
+
+
+def _config(file: Path) -> Any:
+    """The DeepSpeed config that the checkpoint was saved under; it may have kept the path only."""
+    config = torch.load(file, map_location="cpu", weights_only=False, mmap=True).get("ds_config") or {}
+    if isinstance(config, dict):
+        return config
+    return json.loads(Path(config).read_text()) if Path(config).is_file() else {}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    main()

@@ -1,0 +1,61 @@
+"""Where this rank is in the optimizer's step.
+
+The watchdog reads `current` when nothing moves; timers hear of every change; a profiler sees the phases by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch.profiler import record_function
+
+OUTSIDE = "forward and backward"
+#: In the order of a step. They do not add up to what a step takes without them: one flies while another computes.
+PHASES = ("momentum", "exchange", "orthogonalize", "apply", "adamw")
+
+#: Called with the phase that is left and the one that is entered.
+Listener = Callable[[str, str], None]
+
+
+@dataclass
+class Current:
+    """Attributes: optimizer steps begun by this process; the phase it is in; since when (time.monotonic)."""
+
+    step: int = 0
+    name: str = OUTSIDE
+    since: float = field(default_factory=time.monotonic)
+
+
+current = Current()
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """This rank is in phase `name`, one of `PHASES`; a phase inside another interrupts it."""
+    before = current.name
+    _change(name)
+    try:
+        with record_function(f"muon {name}"):
+            yield
+    finally:
+        _change(before)
+
+
+@contextmanager
+def heard(listener: Listener) -> Iterator[None]:
+    """`listener` is told of every change meanwhile."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def _change(name: str) -> None:
+    left, current.name, current.since = current.name, name, time.monotonic()
+    for listener in _listeners:
+        listener(left, name)

@@ -1,0 +1,117 @@
+"""What a user watches under DeepSpeed: written by its own monitor, over all ranks, and its wall clock breakdown."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integers import IntegerModel, build, config, differing, train, trained, weights
+
+STEPS = 4
+
+
+def watched(rank: int, settings: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    """Trains with every second step measured; the weights."""
+    monitor = {"enabled": True, "output_path": str(folder), "job_name": "run"}
+    engine = build(rank, {**settings, "steps_per_print": 2, "csv_monitor": monitor})
+    train(engine, rank, STEPS)
+    found = weights(engine)
+    engine.destroy()
+    return found
+
+
+def written(folder: Path) -> dict[str, list[float]]:
+    """Name -> values over the steps, of what the CSV monitor wrote."""
+    found = {}
+    for file in (folder / "run").glob("Train_Muon_*.csv"):
+        with file.open() as lines:
+            found[file.stem.removeprefix("Train_Muon_")] = [float(value) for _, value in list(csv.reader(lines))[1:]]
+    return found
+
+
+def expected() -> list[dict[str, float]]:
+    """The same sizes in one process by the definitions, from weights before and after each step that is measured."""
+    from muon_plugin import Muon
+
+    torch.manual_seed(7)
+    model = IntegerModel()
+    muon = Muon(model.named_parameters(), model=model, lr=0.01, weight_decay=0.1)
+    sizes = []
+    for step in range(STEPS):
+        model(step, 0, 0, 1, 1).backward()
+        for p in model.parameters():  # the engines fill in zeros
+            p.grad = torch.zeros_like(p) if p.grad is None and p.requires_grad else p.grad
+        before = {p: p.detach().double().clone() for p in model.parameters()}
+        muon.step()
+        found = {"gradient_norm": norm([p.grad for p in before if p.grad is not None])}
+        for group in muon.param_groups:
+            name, members = group["name"], group["params"]
+            updates = [(before[p] * (1 - 0.001) - p.detach().double()) / 0.01 for p in members]
+            count = sum(p.numel() for p in members)
+            momentum = "momentum_buffer" if group["use_muon"] else "exp_avg"
+            found[f"update_rms_{name}"] = norm(updates) / math.sqrt(count)
+            found[f"weight_rms_{name}"] = norm(members) / math.sqrt(count)
+            found[f"momentum_norm_{name}"] = norm([muon.state[p][momentum] for p in members])
+        sizes.append(found)
+        model.zero_grad()
+    return sizes[1::2]
+
+
+def norm(tensors: Any) -> float:
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
+def test_sizes_are_those_of_the_whole_model_and_measuring_changes_no_bit(ranks, tmp_path, stage, world):
+    after = ranks(world).run(watched, config(stage, "fp32"), tmp_path)[0]
+    found = written(tmp_path)
+    shares = {"optimizer_share", "exchange_share"}
+    for number, sizes in enumerate(expected()):
+        assert sizes.keys() | shares == found.keys()
+        for name, size in sizes.items():
+            assert found[name][number] == pytest.approx(size, rel=1e-4), name
+    assert all(0 < share < 1 for share in found["optimizer_share"])
+    assert all(0 <= e < o for e, o in zip(found["exchange_share"], found["optimizer_share"]))
+    assert differing(after, ranks(world).run(trained, config(stage, "fp32"), STEPS)[0]) == []
+
+
+def test_a_skipped_step_is_not_measured(ranks, tmp_path):
+    ranks(2).run(overflowing, config(1, "fp16"), tmp_path)
+    found = written(tmp_path)
+    assert len(found["update_rms_muon"]) == 1
+
+
+def overflowing(rank: int, settings: dict[str, Any], folder: Path) -> None:
+    monitor = {"enabled": True, "output_path": str(folder), "job_name": "run"}
+    engine = build(rank, {**settings, "steps_per_print": 1, "csv_monitor": monitor})
+    for step in range(2):
+        loss = engine(step, 0, rank, 2, 1)
+        engine.backward(loss * (math.inf if step == 0 else 1))
+        engine.step()
+    assert engine.skipped_steps == 1
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_wall_clock_breakdown_shows_the_parts(ranks, stage):
+    for lines in ranks(2).run(breakdown, config(stage, "bf16"))[:1]:
+        parts = [line for line in lines.splitlines() if "muon_orthogonalize" in line]
+        assert len(parts) == 2  # one a step
+        for name in ("momentum", "exchange", "orthogonalize", "apply", "adamw"):
+            assert f"muon_{name}: " in parts[0]
+
+
+def breakdown(rank: int, settings: dict[str, Any]) -> str:
+    import contextlib
+    import io
+
+    engine = build(rank, {**settings, "wall_clock_breakdown": True})
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train(engine, rank, 2)
+    engine.destroy()
+    return printed.getvalue()
