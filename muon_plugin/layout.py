@@ -6,6 +6,7 @@ borders of the matrices; what all ranks know of each other (`index`) is the inne
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,11 @@ class Strided:
     @property
     def numel(self) -> int:
         return self.run * self.count
+
+    @property
+    def end(self) -> int:
+        """The position after the last one."""
+        return self.start + (self.count - 1) * self.stride + self.run
 
     def view(self, flat: Tensor) -> Tensor:
         """These positions of a contiguous 1-D tensor: (count, run), sharing memory."""
@@ -138,19 +144,30 @@ def by_parameter(matrices: Sequence[Matrix]) -> dict[str, list[int]]:
     return found
 
 
-def pieces(matrices: Sequence[Matrix], shards: Iterable[Shard], tensors: Mapping[int, int]) -> list[Piece]:
+def pieces(
+    matrices: Sequence[Matrix],
+    shards: Iterable[Shard],
+    tensors: Mapping[int, int],
+    of_parameter: Mapping[str, Sequence[int]] | None = None,
+) -> list[Piece]:
     """Cuts this rank's shards at the borders of the matrices.
 
     Args:
-        matrices: all matrices, in the order in which every rank counts them.
+        matrices: all matrices, in the order in which every rank counts them; those of a parameter in their own order.
         shards: what this rank holds; shards of other parameters are passed over.
         tensors: id of a tensor -> its number.
+        of_parameter: what `by_parameter` gives, for whoever cuts the shards of many ranks.
     """
-    of_parameter = by_parameter(matrices)
+    if of_parameter is None:
+        of_parameter = by_parameter(matrices)
     found: dict[tuple[int, int], list[Block]] = {}
     for shard in shards:
-        for number in of_parameter.get(shard.parameter, ()):
+        numbers = of_parameter.get(shard.parameter, ())
+        # A batch of experts has hundreds of matrices; they begin and end in their order.
+        for number in numbers[bisect_right(numbers, shard.where.start, key=lambda n: matrices[n].where.end) :]:
             where = matrices[number].where
+            if where.start >= shard.where.end:
+                break
             blocks = [
                 Block(places(shard.local, ordinals(shard.where, part)), ordinals(where, part))
                 for part in common(shard.where, where)

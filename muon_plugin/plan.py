@@ -75,15 +75,20 @@ def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, in
             held[number][rank] = held[number].get(rank, ()) + inside
     costs = [flops(matrix.rows, matrix.cols) for matrix in matrices]
     sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
+    held_in_all = [sum(of_ranks.values()) for of_ranks in sizes]
     bound = max(sum(costs) / world, max(costs, default=0))
     tried = []
     for slack in SLACKS:
         owners = _assign(costs, sizes, world, bound * slack)
-        routes = [_route(matrix, owner, held[i], world) for i, (matrix, owner) in enumerate(zip(matrices, owners))]
-        load = _sum_by_rank(world, ((owner, cost) for owner, cost in zip(owners, costs)))
-        tried.append((max(load), sum(_bytes_sent(routes, world, scalars)), routes, load))
+        load = _sum_by_rank(world, zip(owners, costs))
+        moved = sum(
+            matrix.numel + everywhere - 2 * of_ranks.get(owner, 0) + scalars * (len(of_ranks) - (owner in of_ranks))
+            for matrix, owner, of_ranks, everywhere in zip(matrices, owners, sizes, held_in_all)
+        )
+        tried.append((max(load), moved, owners, load))
     evenest = min(busiest for busiest, *_ in tried)
-    _, _, routes, load = min((t for t in tried if t[0] <= evenest * TOLERANCE), key=lambda t: t[1])
+    _, _, owners, load = min((t for t in tried if t[0] <= evenest * TOLERANCE), key=lambda t: t[1])
+    routes = [_route(matrix, owner, held[i], world) for i, (matrix, owner) in enumerate(zip(matrices, owners))]
     routes, rounds = _schedule(matrices, routes)
     return Plan(tuple(routes), tuple(load), tuple(_bytes_sent(routes, world, scalars)), rounds)
 

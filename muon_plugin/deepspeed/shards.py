@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ..agreement import together
 from ..layout import Strided, cut_shards
 from ..optimizer import Holding
 from ..process_groups import joint_groups
+from . import cuts as zero_cuts
 from . import tensor_parallel
 
 Names = Mapping[Tensor, str]
@@ -122,33 +122,26 @@ def _whole(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Span]:
 
 def _zero_1_and_2(zero: Any, group: int) -> list[Span]:
     """A group's parameters one after the other (in round-robin order if that is on), padded, cut in equal parts."""
-    parameters = zero.round_robin_bit16_groups[group]
     # `parameter_alignment` (from 0.19) puts padding between parameters; before, there is none and no such table.
     gaps = getattr(zero, "round_robin_bit16_padding", None)
-    spans = [p.numel() + gap for p, gap in zip(parameters, gaps[group] if gaps else [0] * len(parameters))]
-    offsets = list(accumulate(spans, initial=0))
     rank = dist.get_rank(zero.real_dp_process_group[group])
     master = zero.single_partition_of_fp32_groups[group]
-    return _partition(parameters, offsets, rank * int(zero.partition_size[group]), master)
+    begin = rank * int(zero.partition_size[group])
+    return _partition(zero.round_robin_bit16_groups[group], gaps[group] if gaps else None, begin, master)
 
 
 def _bf16(bf16: Any, group: int) -> list[Span]:
     """The bf16 wrapper with fp32 gradients: ZeRO-1's cut without padding between parameters."""
-    parameters = bf16.bf16_groups[group]
-    offsets = list(accumulate((p.numel() for p in parameters), initial=0))
     rank = dist.get_rank(bf16.real_dp_process_group[group])
     master = bf16.fp32_groups_flat_partition[group]
-    return _partition(parameters, offsets, rank * master.numel(), master)
+    return _partition(bf16.bf16_groups[group], None, rank * master.numel(), master)
 
 
-def _partition(parameters: Sequence[Tensor], offsets: Sequence[int], begin: int, master: Tensor) -> list[Span]:
+def _partition(parameters: Sequence[Tensor], gaps: Sequence[int] | None, begin: int, master: Tensor) -> list[Span]:
     """The part of each parameter that falls into [begin, begin + size of the fp32 partition)."""
-    found = []
-    for p, offset in zip(parameters, offsets):
-        first, last = max(offset, begin), min(offset + p.numel(), begin + master.numel())
-        if first < last:
-            found.append(Span(p, first - offset, last - first, master, first - begin))
-    return found
+    sizes = [p.numel() for p in parameters]
+    found = zero_cuts.in_part(sizes, zero_cuts.offsets_of(sizes, gaps), begin, master.numel())
+    return [Span(parameters[r.number], r.start, r.length, master, r.offset) for r in found]
 
 
 def _zero_3(zero: Any, number: int) -> Call:
@@ -156,15 +149,11 @@ def _zero_3(zero: Any, number: int) -> Call:
     master = zero.fp32_partitioned_groups_flat[number]
     groups = getattr(zero, "sub_group_process_groups", None)  # from 0.19; before, there is one group for all
     group = groups[number] if groups else zero.dp_process_group
-    rank = dist.get_rank(group)
-    found, offset = [], 0
-    for p in zero.fp16_groups[number]:
-        part = int(p.partition_numel())
-        length = min(part, p.ds_numel - rank * part)
-        if length > 0:
-            found.append(Span(p, rank * part, length, master, offset))
-        offset += part
-    return Call(zero.sub_group_to_group_id[number], (master,), tuple(found), group)
+    parameters = zero.fp16_groups[number]
+    sizes, parts = [p.ds_numel for p in parameters], [int(p.partition_numel()) for p in parameters]
+    found = zero_cuts.in_sub_group(sizes, parts, dist.get_rank(group))
+    spans = tuple(Span(parameters[r.number], r.start, r.length, master, r.offset) for r in found)
+    return Call(zero.sub_group_to_group_id[number], (master,), spans, group)
 
 
 def _compare(found: Sequence[Call], names: Names) -> None:

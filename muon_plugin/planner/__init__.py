@@ -1,0 +1,24 @@
+"""What a run would hold, compute and send, before it starts: ``python -m muon_plugin.planner``, or `report` in Python.
+
+Needs no GPU and no processes; see `command.USAGE` and docs/planner.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["report"]
+
+
+def report(arguments: Sequence[str]) -> str:
+    """The text that ``python -m muon_plugin.planner`` prints for these arguments.
+
+    Megatron's models are planned in a process of their own: there Megatron is told that CUDA is the CPU.
+
+    Raises:
+        ValueError: for a bad argument, with its value and what is allowed.
+    """
+    from .command import in_own_process, printed, run
+
+    own = list(arguments)
+    return in_own_process(own) if "--megatron" in own or "--" in own else printed(run(own))

@@ -1,0 +1,174 @@
+"""The command line: arguments, the plan, and what is printed of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import models, plot, tables
+from .cost import Rates, StageLoad, plan_stages
+from .models import Model, Parallel
+
+USAGE = """python -m muon_plugin.planner MODEL --nodes N --gpus-per-node N [OPTIONS]
+
+MODEL is one of
+  --megatron FILE       Megatron's arguments in a text file (or all of them after --); needs Megatron-LM 0.19
+  --hf CONFIG           a Hugging Face config.json, or its folder, under DeepSpeed's ZeRO
+  --shapes FILE         names and shapes in a JSON file, under DeepSpeed's ZeRO (docs/planner.md has the format)"""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model planned for a number of ranks.
+
+    Attributes:
+        model: what was planned.
+        nodes, gpus: nodes of the job, GPUs a node.
+        stages: what each kind of pipeline stage costs.
+        rates: for the times.
+        sweep: for the plot and the JSON: number of ranks -> what its stages cost.
+        as_json: print JSON.
+    """
+
+    model: Model
+    nodes: int
+    gpus: int
+    stages: list[StageLoad]
+    rates: Rates
+    sweep: dict[int, list[StageLoad]]
+    as_json: bool
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help tells what is allowed)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m muon_plugin.planner", usage=USAGE, allow_abbrev=False)
+    for flag in ("--megatron", "--hf", "--shapes"):
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed config of --hf or --shapes: Muon, ZeRO, dtypes")
+    parser.add_argument("--nodes", type=_whole, required=True)
+    parser.add_argument("--gpus-per-node", type=_whole, required=True)
+    for size, help_text in (
+        ("tp", "tensor"),
+        ("pp", "pipeline"),
+        ("ep", "expert"),
+        ("cp", "context (or Ulysses'), which ZeRO shards over as over data"),
+    ):
+        parser.add_argument(
+            f"--{size}", type=_whole, help=f"{help_text} parallel size; what is left of the ranks is DP"
+        )
+    parser.add_argument("--zero-stage", type=int, help="0 to 3, in the place of the DeepSpeed config's; 1 without one")
+    rates = Rates()
+    for flag, help_text in (
+        ("tflops", "of Newton-Schulz's bf16 products a rank, 1e12 a second"),
+        ("gb-per-s", "network of a rank, each way, 1e9 bytes a second"),
+        ("memory-gb-per-s", "memory of a rank, 1e9 bytes a second"),
+    ):
+        default = getattr(rates, flag.replace("-", "_"))
+        parser.add_argument(f"--{flag}", type=_rate, default=default, help=f"{help_text} (default {default:g})")
+    parser.add_argument("--plot", metavar="PNG", help="draw the balance over ranks, and step times over DP sizes")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the counts of every rank")
+    return parser
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; allowed: a whole number from 1 on")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; allowed: a number above 0")
+    return value
+
+
+def run(arguments: Sequence[str]) -> Planned:
+    """Plans what the arguments say, and draws the plot where they ask for it.
+
+    Raises:
+        ValueError: for a bad argument, with its value and what is allowed.
+    """
+    arguments = list(arguments)
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, rest = _parser().parse_args(arguments[:cut]), arguments[cut + 1 :]
+    ranks = own.nodes * own.gpus_per_node
+    model = _model(own, rest, ranks)
+    sizes = model.layout(ranks)
+    if ranks % model.unit:
+        raise ValueError(
+            f"--nodes {own.nodes} x --gpus-per-node {own.gpus_per_node}: {ranks} ranks; allowed: a multiple of "
+            f"{model.unit} ({', '.join(f'{key.upper()} {sizes[key]}' for key in ('tp', 'pp', 'ep', 'cp'))})"
+        )
+    if own.plot:
+        plot.check(own.plot)
+    flops = model.newton_schulz.flops
+    sweep = {
+        n: plan_stages(model.stages(n), flops, model.scalars)
+        for n in (_sweep(ranks, model.unit) if own.plot else [ranks])
+    }
+    rates = Rates(own.tflops, own.gb_per_s, own.memory_gb_per_s)
+    planned = Planned(model, own.nodes, own.gpus_per_node, sweep[ranks], rates, sweep, own.json)
+    if own.plot:
+        plot.draw(planned, Path(own.plot))
+    return planned
+
+
+def _model(own: argparse.Namespace, rest: Sequence[str], ranks: int) -> Model:
+    given = {"--megatron": own.megatron, "--hf": own.hf, "--shapes": own.shapes, "--": rest or None}
+    named = [flag for flag, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(
+            f"the model is given by {' and '.join(named) or 'nothing'}; allowed: one of {', '.join(given)}"
+        )
+    parallel = Parallel(own.tp, own.pp, own.ep, own.cp)
+    if own.hf is None and own.shapes is None:
+        for flag in ("deepspeed", "zero_stage"):
+            if getattr(own, flag) is not None:
+                name = flag.replace("_", "-")
+                raise ValueError(
+                    f"--{name} {getattr(own, flag)} with Megatron's arguments; allowed: with --hf or --shapes"
+                )
+        return models.megatron(models.megatron_arguments(own.megatron) if own.megatron else rest, parallel, ranks)
+    config = models.read_json(own.deepspeed, "--deepspeed") if own.deepspeed else {}
+    return models.deepspeed(config, own.hf, own.shapes, parallel, own.zero_stage)
+
+
+def _sweep(ranks: int, unit: int) -> list[int]:
+    """Numbers of ranks around the job's: halves and doubles of its DP."""
+    found = {ranks, 2 * ranks, 4 * ranks}
+    while ranks % 2 == 0 and (ranks := ranks // 2) % unit == 0 and len(found) < 7:
+        found.add(ranks)
+    return sorted(found)
+
+
+def printed(planned: Planned) -> str:
+    """The table, or JSON where it was asked for."""
+    return json.dumps(tables.as_json(planned), indent=1) if planned.as_json else tables.text(planned)
+
+
+def in_own_process(arguments: Sequence[str]) -> str:
+    command: list[Any] = [sys.executable, "-W", "ignore", "-m", "muon_plugin.planner", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("planner: "))
+    if done.returncode:
+        raise RuntimeError(f"the planner ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout.rstrip("\n")

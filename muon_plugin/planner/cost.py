@@ -1,0 +1,220 @@
+"""What a call costs each rank, and how long a step takes at given rates.
+
+FLOPs, bytes and state are counted, by the plan that a real run makes; times are these counts over the rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..layout import Index, by_parameter, cut_shards, pieces
+from ..plan import BYTES, make_plan
+from . import spread
+from .layouts import Call, Stage, numel
+
+#: Bytes that the step reads and writes in a rank's memory for each element of its shards. AdamW: gradient, two moments
+#: and the weight, the last three twice, fp32. Muon: momentum's average 12, direction 10, decay 8, update 10.
+ADAMW_MEMORY, MUON_MEMORY = 28, 40
+#: fp32 state of an element: AdamW's two moments, Muon's momentum.
+ADAMW_STATE, MUON_STATE = 8, 4
+#: Above so many ranges of ranks, those that ZeRO-3 and replicas make are counted without writing them down.
+MANY = 200_000
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank can do; the defaults are about what an H100 with a 400 Gb/s network card does.
+
+    Attributes:
+        tflops: of Newton-Schulz's bf16 products, 1e12 a second (40% of an H100's peak).
+        gb_per_s: over the network, each way, 1e9 bytes a second (80% of a 400 Gb/s card).
+        memory_gb_per_s: of the elementwise updates, 1e9 bytes a second (75% of an H100's peak).
+    """
+
+    tflops: float = 400.0
+    gb_per_s: float = 40.0
+    memory_gb_per_s: float = 2500.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the engine itself sends for an element, under AdamW as under Muon.
+
+    Attributes:
+        gradient: bytes, reduce-scattered once (stage 0: all-reduced).
+        weight: bytes, all-gathered.
+        gathers: how often: once, in ZeRO-3 twice (forward and backward), in stage 0 never.
+    """
+
+    gradient: int
+    weight: int
+    gathers: int = 1
+
+    @property
+    def each(self) -> int:
+        return self.gradient + self.gathers * self.weight
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one step of a call costs, by rank (as `Call.position` counts).
+
+    Attributes:
+        call: which one.
+        flops: of Newton-Schulz.
+        sent: bytes of the exchange.
+        state, adamw_state: bytes of optimizer state under Muon, and if all were AdamW's.
+        costliest: FLOPs of the costliest matrix.
+    """
+
+    call: Call
+    flops: Sequence[int]
+    sent: Sequence[int]
+    state: Sequence[int]
+    adamw_state: Sequence[int]
+    costliest: int
+    held: tuple[int, int] = field(default=(0, 0))  # most elements of matrices, and of the rest, on a rank
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.flops)
+
+    @property
+    def mean(self) -> float:
+        return self.total / len(self.flops)
+
+    @property
+    def balance(self) -> float:
+        """The busiest rank's FLOPs over the bound, which no plan is below: the mean, or the costliest matrix."""
+        return max(self.flops) / max(self.mean, self.costliest, 1)
+
+    def adamw_sent(self, each: float) -> float:
+        """Bytes a rank that the engine sends for its own, with rings, at `each` bytes an element."""
+        return self.call.elements * each * (self.call.dp - 1) / self.call.dp
+
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        """Muon's Newton-Schulz, exchange and elementwise part, of the busiest ranks, one after the other."""
+        elements = sum(m.numel for m in self.call.matrices)
+        # Broadcasts are counted at their source; a ring or tree passes each update on, once a rank.
+        wire = BYTES * elements * (self.call.dp > 1) if self.call.replicas else max(self.sent)
+        muon, rest = self.held
+        return {
+            "newton_schulz": max(self.flops) / rates.tflops / 1e12,
+            "exchange": wire / rates.gb_per_s / 1e9,
+            "elementwise": (MUON_MEMORY * muon + ADAMW_MEMORY * rest) / rates.memory_gb_per_s / 1e9,
+        }
+
+    def adamw_seconds(self, rates: Rates) -> float:
+        return ADAMW_MEMORY * sum(self.held) / rates.memory_gb_per_s / 1e9
+
+
+@dataclass(frozen=True)
+class StageLoad:
+    """What one step costs the ranks of alike pipeline stages."""
+
+    stage: Stage
+    loads: tuple[Load, ...]
+
+    @property
+    def balance(self) -> float:
+        """The calls one after the other: the busiest ranks' FLOPs over what no plan can be below."""
+        bounds = sum(max(load.mean, load.costliest) for load in self.loads)
+        return sum(max(load.flops) for load in self.loads) / max(bounds, 1)
+
+    def by_rank(self, what: Callable[[Load], Sequence[int]]) -> list[int]:
+        """The sum over the calls, for each rank of one of the stages."""
+        found = [0] * self.stage.ranks
+        for load in self.loads:
+            amounts, position = what(load), load.call.position
+            for local in range(self.stage.ranks):
+                found[local] += amounts[position(local)]
+        return found
+
+    def seconds(self, rates: Rates, traffic: Traffic) -> dict[str, float]:
+        """A step's parts: the engine's own, AdamW's elementwise part, and Muon's."""
+        found = {
+            "engine": sum(load.adamw_sent(traffic.each) for load in self.loads) / rates.gb_per_s / 1e9,
+            "adamw": sum(load.adamw_seconds(rates) for load in self.loads),
+        }
+        for load in self.loads:
+            for key, value in load.seconds(rates).items():
+                found[key] = found.get(key, 0.0) + value
+        return found
+
+
+def plan_stages(stages: Sequence[Stage], flops: Callable[[int, int], int], scalars: int) -> list[StageLoad]:
+    """Plans every call.
+
+    Args:
+        stages: alike ones once.
+        flops: cost of a rows x cols matrix.
+        scalars: bf16 numbers that travel with each update.
+    """
+    return [StageLoad(stage, tuple(plan_call(call, flops, scalars) for call in stage.calls)) for stage in stages]
+
+
+def plan_call(call: Call, flops: Callable[[int, int], int], scalars: int) -> Load:
+    """The counts of one call, as the plan of a real run has them."""
+    costliest = max((flops(m.rows, m.cols) for m in call.matrices), default=0)
+    many = call.dp * len(call.parameters) > MANY and call.tp == 1 and (call.replicas or call.evenly)
+    if not call.matrices:
+        of_ranks: tuple[Sequence[int], Sequence[int]] = ([0] * call.ranks, [0] * call.ranks)
+    elif many:
+        of_ranks = spread.counts(call, flops, scalars)
+    else:
+        plan = make_plan(call.matrices, _index(call), flops, scalars)
+        of_ranks = plan.flops, plan.bytes_sent
+    return Load(call, *of_ranks, *_state(call), costliest, _most_held(call))
+
+
+def _index(call: Call) -> Index:
+    """Every rank's pieces, TP ranks of a DP rank side by side, as a real run publishes them."""
+    nothing, of_parameter = torch.empty(0), by_parameter(call.matrices)
+    tensors = {id(nothing): 0}
+    if call.replicas:
+        places = [
+            [s for p in call.parameters for s in cut_shards(p.name, p.places(tp), 0, numel(p), nothing)]
+            for tp in range(call.tp)
+        ]
+        of_tp = [[(p.matrix, p.inside) for p in pieces(call.matrices, s, tensors, of_parameter)] for s in places]
+        return of_tp * call.dp
+    index: list[Any] = []
+    for rank in range(call.dp):
+        held = [(call.parameters[number], start, end) for number, start, end in call.held(rank)]
+        held = [(p, start, end) for p, start, end in held if p.name in of_parameter]
+        for tp in range(call.tp):
+            shards = [s for p, start, end in held for s in cut_shards(p.name, p.places(tp), start, end, nothing)]
+            index.append([(p.matrix, p.inside) for p in pieces(call.matrices, shards, tensors, of_parameter)])
+    return index
+
+
+def _held_by(call: Call) -> list[tuple[int, int]]:
+    """Elements of matrices and of the rest on each DP rank, without padding."""
+    muon = {m.parameter for m in call.matrices}
+    mine = [p.name in muon for p in call.parameters]
+    found = []
+    for rank in range(call.dp):
+        sums = [0, 0]
+        for number, start, end in call.held(rank):
+            sums[not mine[number]] += end - start
+        found.append((sums[0], sums[1]))
+    return found
+
+
+def _state(call: Call) -> tuple[list[int], list[int]]:
+    if call.padded is not None:  # a group is of one kind, and every rank's part has one size
+        each = MUON_STATE if call.matrices else ADAMW_STATE
+        return [each * call.padded] * call.ranks, [ADAMW_STATE * call.padded] * call.ranks
+    held = [of_rank for of_rank in _held_by(call) for _ in range(call.tp)]
+    return [MUON_STATE * m + ADAMW_STATE * r for m, r in held], [ADAMW_STATE * (m + r) for m, r in held]
+
+
+def _most_held(call: Call) -> tuple[int, int]:
+    if call.padded is not None:
+        return (call.padded, 0) if call.matrices else (0, call.padded)
+    return max(_held_by(call), key=lambda of_rank: MUON_MEMORY * of_rank[0] + ADAMW_MEMORY * of_rank[1])

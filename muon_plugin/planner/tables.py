@@ -1,0 +1,237 @@
+"""The plan as text, and as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..report import si
+from .cost import Load, StageLoad
+
+if TYPE_CHECKING:
+    from .command import Planned
+
+#: The paper's count: fp32 gradients reduce-scattered, fp32 weights all-gathered; its bound for Muon: bf16 gathered too.
+PAPER_BYTES, PAPER_BOUND = 8, 1.25
+#: What is worth a reason.
+BALANCE, TRAFFIC = 1.05, 1.02
+
+
+def totals(planned: Planned) -> dict[str, float]:
+    """A step of the whole job: FLOPs, bytes of the exchange and of the engine's own traffic (and the paper's count).
+
+    And the exchange on top of these, as factors.
+    """
+    found = {"newton_schulz_flops": 0.0, "exchange_bytes": 0.0, "engine_bytes": 0.0, "paper_bytes": 0.0}
+    for of_stage in planned.stages:
+        for load in of_stage.loads:
+            groups = len(of_stage.stage.numbers) * _groups(of_stage, load)
+            found["newton_schulz_flops"] += groups * load.total
+            found["exchange_bytes"] += groups * sum(load.sent)
+            found["engine_bytes"] += groups * load.call.ranks * load.adamw_sent(planned.model.traffic.each)
+            found["paper_bytes"] += groups * load.call.ranks * load.adamw_sent(PAPER_BYTES)
+    for key in ("engine", "paper"):
+        own = found[f"{key}_bytes"]
+        found[f"times_{key}"] = 1 + found["exchange_bytes"] / own if own else 1.0
+    return found
+
+
+def step_seconds(planned: Planned, stages: Sequence[StageLoad]) -> dict[str, float]:
+    """Of the slowest stage: each part, and AdamW's and Muon's step, the parts one after the other."""
+    steps = []
+    for of_stage in stages:
+        parts = of_stage.seconds(planned.rates, planned.model.traffic)
+        muon = sum(value for key, value in parts.items() if key != "adamw")
+        steps.append({**parts, "adamw_step": parts["engine"] + parts["adamw"], "muon_step": muon})
+    return max(steps, key=lambda step: step["muon_step"])
+
+
+def _groups(of_stage: StageLoad, load: Load) -> int:
+    """How many groups of ranks of one stage make this call, each for itself."""
+    return of_stage.stage.ranks // load.call.ranks
+
+
+def stages_name(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def reasons(planned: Planned) -> list[str]:
+    """Why a call is less even, or the exchange more, than one would wish; stages with the same reason together."""
+    much = totals(planned)["times_engine"] > TRAFFIC
+    found: dict[str, list[int]] = {}
+    for of_stage in planned.stages:
+        for load in of_stage.loads:
+            own = load.call.ranks * load.adamw_sent(planned.model.traffic.each)
+            why = [_uneven(load)] if load.balance > BALANCE else []
+            why += [_much(load, planned.model.traffic.each)] if much and sum(load.sent) > (TRAFFIC - 1) * own else []
+            for reason in why:
+                found.setdefault(f"{load.call.label}: {reason}", []).extend(of_stage.stage.numbers)
+    several = len(planned.stages) > 1
+    return [f"stage {stages_name(numbers)}, {why}" if several else why for why, numbers in found.items()]
+
+
+def _uneven(load: Load) -> str:
+    count, ranks = len(load.call.matrices), load.call.ranks
+    return (
+        f"the busiest rank has {load.balance:.2f} of the larger of mean ({si(load.mean)}FLOP) and costliest matrix "
+        f"({si(load.costliest)}FLOP): every matrix is computed whole, on one rank, and the plan found no more even way "
+        f"for these {count} over {ranks} ranks ({count / ranks:.1f} a rank)"
+    )
+
+
+def _much(load: Load, each: float) -> str:
+    if load.call.replicas:
+        return (
+            "every rank holds everything, and gets every update that it does not compute: 2 bytes an element; AdamW's "
+            f"all-reduce sends {each:g}. ZeRO-1 sends less for both"
+        )
+    moved = sum(load.sent) / sum(m.numel for m in load.call.matrices)
+    repeated = load.call.tp > 1 and any(p.size == 1 for p in load.call.parameters)
+    return (
+        f"{moved:.2f} bytes an element of the matrices move (2 to their owner, 2 back"
+        f"{'; back to every TP rank of what TP does not cut' if repeated else ''}), once; AdamW's own traffic is "
+        f"{each:g} bytes an element on each of the {load.call.dp} ranks of DP but one, so the exchange is a large part "
+        "of it only where DP is small"
+    )
+
+
+def text(planned: Planned) -> str:
+    """Plain text, a row for each call of each kind of stage."""
+    model, found = planned.model, totals(planned)
+    state = max(max(s.by_rank(lambda load: load.state)) for s in planned.stages)
+    adamw = max(max(s.by_rank(lambda load: load.adamw_state)) for s in planned.stages)
+    busiest = max((sum(max(load.flops) for load in s.loads), s.balance) for s in planned.stages)
+    above = [
+        model.title,
+        f"{planned.ranks:,} ranks = {planned.nodes:,} nodes x {planned.gpus} GPUs: {_layout(planned)}",
+        model.settings,
+        *(f"note: {note}" for note in model.notes),
+    ]
+    below = [
+        f"Newton-Schulz: {si(found['newton_schulz_flops'])}FLOP a step over all ranks; the busiest ranks "
+        f"{si(busiest[0])}FLOP, {busiest[1]:.2f} of the bound: call by call, the larger of mean and costliest matrix",
+        f"state: at most {si(state)}B a rank (AdamW: {si(adamw)}B)",
+        f"exchange: {si(found['exchange_bytes'])}B a step over all ranks, on top of {model.traffic.each} bytes an "
+        "element of the engine's own:",
+        f"  {found['times_engine']:.4f} times what {model.baseline} sends",
+        f"  {found['times_paper']:.4f} times in the paper's count, 4 + 4 bytes an element; its bound is "
+        f"(1, {PAPER_BOUND}], 4 + 2 + 4 against 4 + 4",
+        *_times(planned),
+        *(f"why: {reason}" for reason in reasons(planned)),
+    ]
+    lines = [*_wrapped(above), "", *(f"  {row}" for row in _columns(planned)), "", *_wrapped(below)]
+    return "\n".join(["muon_plugin planner ".ljust(WIDTH, "-"), *lines, "-" * WIDTH])
+
+
+def _wrapped(lines: Sequence[str]) -> Iterator[str]:
+    for line in lines:
+        own = "  " + " " * (len(line) - len(line.lstrip()))
+        yield from textwrap.wrap(line.lstrip(), WIDTH, initial_indent=own, subsequent_indent=own + "  ")
+
+
+def _layout(planned: Planned) -> str:
+    sizes = planned.model.layout(planned.ranks)
+    found = [f"{key.upper()} {sizes[key]}" for key in ("tp", "pp", "ep", "cp") if sizes[key] > 1]
+    found.append(f"DP {sizes['dp']}" + " (with CP)" * (sizes["cp"] > 1))
+    return ", ".join(found + [f"the experts' DP {sizes['edp']}"] * (sizes["ep"] > 1))
+
+
+def _times(planned: Planned) -> list[str]:
+    rates, seconds = planned.rates, step_seconds(planned, planned.stages)
+    ms = {key: f"{value * 1e3:.1f} ms" if value < 10 else f"{value:.1f} s" for key, value in seconds.items()}
+    return [
+        f"a step at {rates.tflops:g} TFLOP/s, {rates.gb_per_s:g} GB/s of network and {rates.memory_gb_per_s:g} GB/s of "
+        "memory a rank, nothing overlapped, the slowest stage:",
+        f"  AdamW {ms['adamw_step']} = engine's traffic {ms['engine']} + elementwise {ms['adamw']}",
+        f"  Muon  {ms['muon_step']} = engine's traffic {ms['engine']} + elementwise {ms['elementwise']} + "
+        f"Newton-Schulz {ms['newton_schulz']} + exchange {ms['exchange']}",
+    ]
+
+
+WIDTH = 120
+HEADER = (
+    *("stage", "call", "groups x ranks", "matrices", "FLOP", "busiest", "/ mean", "/ bound"),
+    *("sent B", "busiest", "state B", "AdamW's"),
+)
+
+
+def _columns(planned: Planned) -> list[str]:
+    rows = [HEADER]
+    for of_stage in planned.stages:
+        for load in of_stage.loads:
+            rows.append(
+                (
+                    stages_name(of_stage.stage.numbers),
+                    load.call.label,
+                    f"{_groups(of_stage, load):,} x {load.call.ranks:,}",
+                    f"{len(load.call.matrices):,}",
+                    si(load.total),
+                    si(max(load.flops)),
+                    f"{max(load.flops) / load.mean:.2f}" if load.total else "",
+                    f"{load.balance:.2f}" if load.total else "",
+                    si(sum(load.sent)),
+                    si(max(load.sent)),
+                    si(max(load.state)),
+                    si(max(load.adamw_state)),
+                )
+            )
+    widths = [max(len(row[i].rstrip()) for row in rows) for i in range(len(HEADER))]
+    lines = []
+    for row in rows:
+        cells = [cell.rstrip() for cell in row]
+        left, right = zip(cells[:2], widths[:2]), zip(cells[2:], widths[2:])
+        lines.append("  ".join([*(c.ljust(w) for c, w in left), *(c.rjust(w) for c, w in right)]).rstrip())
+    return lines
+
+
+def as_json(planned: Planned) -> dict[str, Any]:
+    """Everything of the table and the plot, with the counts of every rank of every kind of stage."""
+    return {
+        "model": planned.model.title,
+        "ranks": planned.ranks,
+        "layout": dict(planned.model.layout(planned.ranks)),
+        "settings": planned.model.settings,
+        "notes": list(planned.model.notes),
+        "stages": [
+            {
+                "numbers": list(of_stage.stage.numbers),
+                "calls": [_call_json(of_stage, load) for load in of_stage.loads],
+                "by_rank": {
+                    "flops": of_stage.by_rank(lambda load: load.flops),
+                    "bytes_sent": of_stage.by_rank(lambda load: load.sent),
+                    "state_bytes": of_stage.by_rank(lambda load: load.state),
+                    "adamw_state_bytes": of_stage.by_rank(lambda load: load.adamw_state),
+                },
+            }
+            for of_stage in planned.stages
+        ],
+        "totals": totals(planned),
+        "step_seconds": step_seconds(planned, planned.stages),
+        "step_seconds_by_ranks": {ranks: step_seconds(planned, stages) for ranks, stages in planned.sweep.items()},
+        "reasons": reasons(planned),
+    }
+
+
+def _call_json(of_stage: StageLoad, load: Load) -> dict[str, Any]:
+    return {
+        "call": load.call.label,
+        "groups": _groups(of_stage, load),
+        "ranks": load.call.ranks,
+        "dp": load.call.dp,
+        "matrices": len(load.call.matrices),
+        "flops": load.total,
+        "busiest_flops": max(load.flops),
+        "costliest_matrix_flops": load.costliest,
+        "busiest_over_bound": load.balance if load.total else None,
+        "bytes_sent": sum(load.sent),
+        "busiest_bytes_sent": max(load.sent),
+        "state_bytes_a_rank": max(load.state),
+        "adamw_state_bytes_a_rank": max(load.adamw_state),
+    }
