@@ -21,7 +21,7 @@ from torch import Tensor
 from .agreement import world_of
 from .layout import Matrix, Piece, Strided
 from .orthogonalize import NewtonSchulz
-from .phases import phase
+from .phases import phase, waiting_for
 from .plan import Plan, Route, travels
 
 #: Elements of the matrices of one batch: bounds the iteration's working memory (about 5 times 2 bytes each).
@@ -245,7 +245,8 @@ class Exchange:
         work = dist.broadcast(buffer, self._global[source], group=self.group, async_op=True)
 
         def finish() -> None:
-            work.wait()
+            with waiting_for(self._global[source] if source != self.rank else None):
+                work.wait()
             if source == self.rank:
                 return
             for matrix, flat in zip(numbers, buffer.to(self.device).split(sizes)):
@@ -261,10 +262,13 @@ class Exchange:
         ops = [dist.P2POp(dist.irecv, b, self._global[r], self.group, tag) for r, b in received.items()]
         ops += [dist.P2POp(dist.isend, b, self._global[r], self.group, tag) for r, b in sent.items()]
         works = dist.batch_isend_irecv(ops) if ops else []
+        # NCCL has one piece of work for all; nobody waits for it here but the device.
+        peers = [op.peer for op in ops] if len(works) == len(ops) else [None] * len(works)
 
         def wait() -> dict[int, Tensor]:
-            for work in works:
-                work.wait()
+            for work, peer in zip(works, peers):
+                with waiting_for(peer):
+                    work.wait()
             sent.clear()  # held until here: the buffers must outlive the sends
             return {rank: buffer.to(self.device) for rank, buffer in received.items()}
 

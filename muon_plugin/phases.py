@@ -22,10 +22,12 @@ Listener = Callable[[str, str], None]
 
 @dataclass
 class Current:
-    """Attributes: optimizer steps begun by this process; the phase it is in; since when (time.monotonic)."""
+    """Attributes: optimizer steps begun by this process; the phase it is in; since when (time.monotonic); the rank of
+    the default group whose message it waits for, if it does."""
 
     step: int = 0
     name: str = OUTSIDE
+    peer: int | None = None
     since: float = field(default_factory=time.monotonic)
 
 
@@ -43,6 +45,16 @@ def phase(name: str) -> Iterator[None]:
             yield
     finally:
         _change(before)
+
+
+@contextmanager
+def waiting_for(rank: int | None) -> Iterator[None]:
+    """This rank waits for a message of, or to, that rank of the default group."""
+    current.peer = rank
+    try:
+        yield
+    finally:
+        current.peer = None
 
 
 @contextmanager

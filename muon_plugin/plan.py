@@ -5,7 +5,7 @@ Every rank computes the same plan from the same index, without talking.
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,8 @@ BYTES = 2
 SLACKS = (1.0, 1.02, 1.05, 1.1, 1.25, 2.0)
 #: Among the plans within this factor of the evenest one, the one that moves the fewest bytes is taken.
 TOLERANCE = 1.02
+#: Where none of these is within TOLERANCE of the bound, so many capacities between are tried, filling ranks one by one.
+SEARCH = 6
 #: Elements of travelling matrices that one rank holds in a round (2 bytes each, twice): bounds buffers, gives overlap.
 ROUND_ELEMENTS = 64 * 2**20
 ROUNDS = 4
@@ -77,15 +79,22 @@ def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, in
     sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
     held_in_all = [sum(of_ranks.values()) for of_ranks in sizes]
     bound = max(sum(costs) / world, max(costs, default=0))
-    tried = []
-    for slack in SLACKS:
-        owners = _assign(costs, sizes, world, bound * slack)
+
+    def attempt(capacity: float, fill: bool = False) -> tuple[int, int, list[int], list[int]]:
+        owners = _assign(costs, sizes, world, capacity, fill)
         load = _sum_by_rank(world, zip(owners, costs))
         moved = sum(
             matrix.numel + everywhere - 2 * of_ranks.get(owner, 0) + scalars * (len(of_ranks) - (owner in of_ranks))
             for matrix, owner, of_ranks, everywhere in zip(matrices, owners, sizes, held_in_all)
         )
-        tried.append((max(load), moved, owners, load))
+        return max(load), moved, owners, load
+
+    tried = [attempt(bound * slack) for slack in SLACKS]
+    evenest = min(busiest for busiest, *_ in tried)
+    low, high = bound, float(evenest)
+    for _ in range(SEARCH if evenest > bound * TOLERANCE else 0):
+        tried.append(attempt((low + high) / 2, fill=True))
+        low, high = (low, (low + high) / 2) if tried[-1][0] <= (low + high) / 2 else ((low + high) / 2, high)
     evenest = min(busiest for busiest, *_ in tried)
     _, _, owners, load = min((t for t in tried if t[0] <= evenest * TOLERANCE), key=lambda t: t[1])
     routes = [_route(matrix, owner, held[i], world) for i, (matrix, owner) in enumerate(zip(matrices, owners))]
@@ -93,22 +102,27 @@ def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, in
     return Plan(tuple(routes), tuple(load), tuple(_bytes_sent(routes, world, scalars)), rounds)
 
 
-def _assign(costs: list[int], sizes: list[dict[int, int]], world: int, capacity: float) -> list[int]:
-    """Longest first: the holder of most of it that still has room, else the least loaded rank."""
+def _assign(
+    costs: list[int], sizes: list[dict[int, int]], world: int, capacity: float, fill: bool = False
+) -> list[int]:
+    """Longest first: the holder of most of it that still has room, else the least loaded rank.
+
+    With `fill` it is the fullest rank that has room, which leaves larger holes for what comes (best fit).
+    """
     load = [0] * world
-    heap = [(0, rank) for rank in range(world)]
+    by_load = [(0, rank) for rank in range(world)]
     owners = [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         cost, holders = costs[number], sizes[number]
         evenly = len(holders) == world and len(set(holders.values())) == 1  # no rank is a better place than another
-        room = [] if evenly else [r for r in holders if load[r] + cost <= capacity]
+        room = [] if evenly or fill else [r for r in holders if load[r] + cost <= capacity]
         if room:
             owner = min(room, key=lambda r: (-holders[r], load[r], r))
         else:
-            while heap[0][0] != load[heap[0][1]]:  # entries of ranks that got more since
-                heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
-            owner = heap[0][1]
+            owner = by_load[max(bisect_right(by_load, (capacity - cost, world)) - 1, 0) if fill else 0][1]
+        del by_load[bisect_left(by_load, (load[owner], owner))]
         load[owner] += cost
+        insort(by_load, (load[owner], owner))
         owners[number] = owner
     return owners
 

@@ -1,0 +1,180 @@
+"""Where every rank is, in a store that all reach, and whether its process lives. For the watchdog's own thread.
+
+A connection of its own: a thread that waits on the main thread's would make that wait too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, replace
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from . import nodes
+from .verdict import CUT_OFF, GONE, RUNNING, Standing
+
+
+class Heartbeats:
+    """The heartbeats of one rank, and what it reads of the others'.
+
+    Args:
+        rank, world: of the default group.
+        prefix: of the keys in the store; the same on every rank.
+        beat: seconds between heartbeats.
+
+    Attributes:
+        heard: time.monotonic of the store's last answer.
+        verdict: what any rank made public to end the job; empty until then.
+        address: of the store.
+        serves: the store lives in this process.
+    """
+
+    def __init__(self, rank: int, world: int, prefix: str, beat: float) -> None:
+        self.rank, self.world, self.prefix, self.beat = rank, world, prefix, beat
+        self.heard = time.monotonic()
+        self.verdict: dict[str, Any] = {}
+        self.address: nodes.Address | None = None
+        self.serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # Held, since a store of rank 0's must outlive the process group.
+        self._default = dist.distributed_c10d._get_default_store()
+        self._listener: Any = None
+        self._store: Any = None
+        self._signs = 0
+        self._first: dict[str, Any] = {}
+        #: rank -> its last sign, and when it was first read
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def connect(self, done: threading.Event) -> bool:
+        """To the host of the default store; where that is no TCPStore, to one that rank 0 opens. False once `done`.
+
+        Raises:
+            RuntimeError, OSError: if the host cannot be reached.
+        """
+        store = self._default
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        if isinstance(store, dist.TCPStore):
+            self.address = store.host, store.port
+        elif self.rank == 0:
+            self._own = dist.TCPStore(socket.gethostname(), 0, None, True, wait_for_workers=False)
+            self.address = self._own.host, self._own.port
+            self._default.set(self.prefix, json.dumps(self.address))
+        elif self._comes(self._default, self.prefix, done):
+            host, port = json.loads(self._default.get(self.prefix))
+            self.address = host, port
+        else:
+            return False
+        client = dist.TCPStore(*self.address, None, False, timeout=timedelta(seconds=60), wait_for_workers=False)
+        self._store = dist.PrefixStore(self.prefix, client)
+        self._listener = nodes.listen_towards(self.address)
+        if self.rank == 0:
+            self._store.multi_set([*map(str, range(self.world)), "verdict"], ["{}"] * (self.world + 1))
+            self._store.set("ready", "1")
+        return self._comes(self._store, "ready", done)
+
+    def _comes(self, store: Any, key: str, done: threading.Event) -> bool:
+        while not store.check([key]):
+            self.heard = time.monotonic()
+            if done.wait(self.beat):
+                return False
+        return True
+
+    def answer(self) -> None:
+        """To those who asked whether this process lives; the kernel has done so already."""
+        if self._listener is not None:
+            nodes.accept_all(self._listener)
+
+    def publish(self, me: Standing) -> None:
+        """One heartbeat, and the news.
+
+        Raises:
+            RuntimeError: if the store is gone.
+        """
+        self._signs += 1
+        more = {"signs": self._signs, "time": time.time(), "listens": self._listener.getsockname()[:2]}
+        self._store.set(str(self.rank), json.dumps(asdict(me) | more))
+        first, verdict = map(json.loads, self._store.multi_get(["0", "verdict"]))
+        self._first, self.verdict = first or self._first, verdict or self.verdict
+        self.heard = time.monotonic()
+
+    def count_failure(self) -> int:
+        """How many ranks have failed, this one with them."""
+        return self._store.add("failures", 1)
+
+    def tell_cause(self, text: str) -> None:
+        """Why the first rank failed; nothing, if no other rank is the cause."""
+        self._store.set("cause", text)
+
+    def cause(self, seconds: float) -> str:
+        """What the first rank that failed told, if it does within these seconds."""
+        until = time.monotonic() + seconds
+        while not self._store.check(["cause"]):
+            if time.monotonic() > until:
+                return ""
+            time.sleep(self.beat)
+        return self._store.get("cause").decode()
+
+    def decide(self, verdict: dict[str, Any]) -> None:
+        """Makes it public, unless another rank was first."""
+        self.verdict = json.loads(self._store.compare_set("verdict", "{}", json.dumps(verdict)))
+
+    def others(self, ask_all: bool = False) -> list[Standing]:
+        """All that have published; those without a sign since the last call, or all, are asked whether they live."""
+        now = time.monotonic()
+        found, listens = {}, {}
+        for rank, value in enumerate(self._store.multi_get([*map(str, range(self.world))])):
+            state = json.loads(value)
+            if rank == self.rank or not state:
+                continue
+            if self._seen.get(rank, (0, 0.0))[0] != state["signs"]:
+                self._seen[rank] = state["signs"], now
+            silent = now - self._seen[rank][1]
+            silent = silent if silent > 3 * self.beat else 0.0
+            found[rank] = _standing(state, silent)
+            if found[rank].life == RUNNING and (silent or ask_all):
+                listens[rank] = state["listens"]
+        return _asked(found, listens, {rank: now - self._seen[rank][1] for rank in found}, 10 * self.beat)
+
+    def keeper(self) -> str:
+        """Where the store is, and whose it is."""
+        if self.address is None:
+            return "the store that rank 0 opens"
+        launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        whose = f"{'the launcher of ' * launched}rank 0 ({self._first.get('node', 'node unknown')})"
+        return f"the store at {self.address[0]}:{self.address[1]}, which {whose} keeps"
+
+    def rank_0(self) -> list[Standing]:
+        """What is known of it without the store: whether it finished, failed or died; nothing where it lives."""
+        if self.rank == 0 or not self._first:
+            return []
+        silent = time.monotonic() - self.heard
+        first = _standing(self._first, silent)
+        known = _asked({0: first}, {0: self._first["listens"]} if first.life == RUNNING else {}, {0: silent}, 0)
+        return [r for r in known if r.life != RUNNING]
+
+
+def _standing(state: dict[str, Any], silent: float) -> Standing:
+    known = Standing(**{key: value for key, value in state.items() if key in Standing.__dataclass_fields__})
+    if silent:
+        # To be shown, by the clocks of two nodes; how long it really was silent is measured here alone.
+        shown = max(silent, time.time() - state["time"])
+        known = replace(known, seconds=known.seconds + silent, silent=shown)
+    return known
+
+
+def _asked(
+    found: dict[int, Standing], listens: dict[int, Any], silent: dict[int, float], enough: float
+) -> list[Standing]:
+    """A node that does not even refuse may be busy: it is cut off when it was silent long `enough`."""
+    for rank, lives in nodes.alive({rank: (host, port) for rank, (host, port) in listens.items()}).items():
+        if lives is False:
+            found[rank] = replace(found[rank], life=GONE)
+        elif lives is None and silent[rank] > enough:
+            found[rank] = replace(found[rank], life=CUT_OFF)
+    return list(found.values())

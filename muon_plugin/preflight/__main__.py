@@ -1,0 +1,293 @@
+"""Whether a job of many nodes can start: run on all its nodes, with its layout, before it.
+
+    torchrun ... -m muon_plugin.preflight --checkpoints DIR --checkpoint-bytes 240G --tp 8 -- PLANNER'S ARGUMENTS
+    srun python -m muon_plugin.preflight ...                                  (with MASTER_ADDR and MASTER_PORT)
+
+Are all ranks there? The same versions and the same source of muon_plugin on every node? GPUs alike, and free? Is the
+checkpoints' folder one that all nodes share, can write to, and large enough? Does every kind of communication that a
+step uses give right results over every group? With arguments after ``--``, also the planner's report of this model.
+
+Rank 0 prints a table and a line for each problem. A rank that does not answer in time is named, with its node. Exit
+code 0 on every rank if all is well, else 1 on every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ..nodes import node_name
+from . import disk, facts, links, table
+from .rounds import GRACE, Rounds, Stop, rendezvous
+
+
+def main() -> None:
+    began = time.monotonic()
+    warnings.simplefilter("ignore", FutureWarning)  # newer names of collectives that torch 2.6 does not have
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = _parser()
+    own = parser.parse_args(arguments[:cut])
+    rank, world = _number(parser, "RANK", "SLURM_PROCID"), _number(parser, "WORLD_SIZE", "SLURM_NTASKS")
+    if world % (own.tp * own.pp):
+        parser.error(f"--tp {own.tp} x --pp {own.pp} does not divide the {world} ranks of this job")
+    check = None
+    try:
+        host, port = os.environ.get("MASTER_ADDR", "localhost"), _number(parser, "MASTER_PORT", default=29500)
+        check = Check(rendezvous(rank, world, host, port, own.rendezvous), own, arguments[cut + 1 :])
+        check.run()
+        _leave(check.conclude(began))
+    except Stop as stop:
+        if str(stop):
+            _say(f"problem: rank {rank} ({node_name()}) {stop}", sys.stderr)
+            _leave(1)
+        # A launcher ends all of a node's ranks with the first that fails: not before rank 0 has spoken.
+        _leave(check.conclude(began) if check is not None else 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m muon_plugin.preflight",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoints", type=Path, help="the folder for checkpoints, shared by all nodes")
+    parser.add_argument("--checkpoint-bytes", type=_bytes, default=0, help="of one checkpoint, such as 240G")
+    parser.add_argument("--tp", type=_positive, default=1, help="tensor parallel size")
+    parser.add_argument("--pp", type=_positive, default=1, help="pipeline parallel size")
+    parser.add_argument("--ranks-per-node", type=_positive, help="where neither torchrun nor Slurm tells it")
+    parser.add_argument("--rendezvous", type=float, default=60.0, help="seconds in which all ranks must come (60)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for each kind of check (60)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: a whole number from 1 on")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "")
+    try:
+        return round(float(number) * units[unit])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: bytes, or with K, M, G, T, such as 240G") from None
+
+
+def _number(parser: argparse.ArgumentParser, *names: str, default: int | None = None) -> int:
+    text = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdigit():
+        parser.error(f"{' or '.join(names)} is {text!r}: run this under torchrun or srun, which set it to a number")
+    return int(text)
+
+
+def _say(text: str, file: Any = None) -> None:
+    print(f"preflight: {text}", file=file or sys.stdout, flush=True)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread may hang in what was checked
+
+
+class Check:
+    """All rounds, in order; on rank 0 with what they found."""
+
+    def __init__(self, rounds: Rounds, own: argparse.Namespace, planned: list[str]) -> None:
+        self.rounds, self.own, self.planned = rounds, own, planned
+        self.rank, self.world = rounds.rank, rounds.world
+        self.nodes: list[str] = []  # by rank
+        self.problems: list[str] = []
+        self.found = table.Found()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+    def run(self) -> None:
+        """Raises Stop where nothing more can be checked."""
+        self._all_there()
+        first = self.nodes.index(self.nodes[self.rank]) == self.rank  # of its node
+        self._facts(first)
+        if self.own.checkpoints is not None:
+            self._disk(first)
+        self._links()
+        if self.planned:
+            self._plan()
+
+    def conclude(self, began: float) -> int:
+        """The exit code, the same on all ranks; rank 0 prints what was found."""
+        if self.rank:
+            try:
+                return int(self.rounds.told("conclusion", 2 * GRACE + self.own.timeout))
+            except Stop as stop:
+                _say(f"problem: rank {self.rank} ({node_name()}) {stop}", sys.stderr)
+                return 1
+        code = int(bool(self.problems))
+        if self.nodes:
+            print(table.text(self.found, self.nodes), flush=True)
+        for problem in self.problems:
+            _say(f"problem: {problem}")
+        count = len(self.problems)
+        outcome = f"{count} problem{'s' * (count != 1)}: the job must not start" if code else "all is well"
+        _say(f"{self.world} ranks, {len(set(self.nodes))} nodes, {time.monotonic() - began:.0f} s: {outcome}")
+        self.rounds.tell("conclusion", code)
+        time.sleep(1)  # the store may be this process's: the others must read it first
+        return code
+
+    def _ask(self, name: str, work: Any, seconds: float | None = None) -> list[Any]:
+        """Values by rank on rank 0, None where there is a problem; the others get None. Stops if a rank is silent."""
+        seconds = seconds or self.own.timeout
+        answers = self.rounds.ask(name, work, seconds)
+        if self.rank:
+            if not self.rounds.told(name, seconds + 3 * GRACE):
+                raise Stop
+            return []
+        silent = [rank for rank, answer in enumerate(answers) if not answer]
+        late = {rank: answer["late"] for rank, answer in enumerate(answers) if "late" in answer}
+        errors = {rank: answer["error"] for rank, answer in enumerate(answers) if "error" in answer}
+        if silent:
+            self.problems.append(
+                f"{table.who(silent, self.nodes)} did not answer within {seconds:.0f} s ({name}): the process died or "
+                "stands still; see that node"
+            )
+        self.problems += [f"{table.who(ranks, self.nodes)}: {text}" for text, ranks in table.by_value(errors)]
+        for step, ranks in table.by_value(late):
+            self.problems.append(f"{table.who(ranks, self.nodes)}: no end within {seconds:.0f} s: {step}")
+        goes_on = not silent and not late
+        self.rounds.tell(name, goes_on)
+        if not goes_on:
+            raise Stop
+        return [answer.get("value") for answer in answers]
+
+    def _all_there(self) -> None:
+        seconds = self.own.rendezvous
+        self.rounds.store.set(f"here/{self.rank}", json.dumps({"node": node_name()}))
+        if self.rank:
+            told = self.rounds.told("here", seconds + 2 * GRACE)
+            if not told:
+                raise Stop
+            self.nodes = told
+            return
+        answers = self.rounds.collect("here", seconds)
+        missing = [rank for rank, answer in enumerate(answers) if not answer]
+        self.nodes = [answer.get("node", "") for answer in answers]
+        if missing:
+            self.problems.append(
+                f"{self._expected(missing)} did not come within {seconds:.0f} s: see whether the launcher runs there, "
+                "and what it says about the master's address"
+            )
+            self.nodes = [node or "missing" for node in self.nodes]
+        self.rounds.tell("here", [] if missing else self.nodes)
+        if missing:
+            raise Stop
+        _say(f"all {self.world} ranks are here, on {len(set(self.nodes))} nodes", sys.stderr)
+
+    def _expected(self, missing: list[int]) -> str:
+        """Ranks that did not come, with the node they would be on."""
+        each = self.own.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+        slurm = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+        each = each or (int(slurm) if slurm.isdigit() else 0)
+        if not each:
+            return table.who(missing, [])
+        names = _slurm_nodes()
+        there = {rank // each: node for rank, node in enumerate(self.nodes) if node}
+        parts = []
+        for index in sorted({rank // each for rank in missing}):
+            name = there.get(index) or (names[index] if index < len(names) else "")
+            of_node = [rank for rank in missing if rank // each == index]
+            count = -(-self.world // each)
+            parts.append(f"{table.who(of_node, [])} (node {index} of {count}{name and f', {name}'})")
+        return ", ".join(parts)
+
+    def _facts(self, first: bool) -> None:
+        def work() -> dict[str, Any]:
+            _, folder = facts.source()
+            return {
+                "versions": facts.versions(engines=first),
+                "folder": folder,
+                "gpu": facts.gpu(self.local_rank),
+                "arguments": " ".join(sys.argv[1:]),
+            }
+
+        answers = self._ask("versions and GPUs", work)
+        if self.rank == 0:
+            self.found.facts = answers
+            self.problems += table.differences(answers, self.nodes)
+
+    def _disk(self, first: bool) -> None:
+        folder, seconds = self.own.checkpoints, self.own.timeout
+        name = f".muon_plugin_preflight_{uuid.uuid4().hex[:8]}"
+        left = self._ask("the checkpoints' folder", lambda: self.rank > 0 or disk.leave(folder, name))
+        if self.rank == 0:
+            self.rounds.tell("file", name if left[0] else "")
+        name = self.rounds.told("file", seconds)
+        if not name:
+            return
+        answers = self._ask("the shared folder", lambda: disk.find(folder, name, seconds / 2) if first else None)
+        if self.rank:
+            return
+        (folder / name).unlink(missing_ok=True)
+        self.found.free = {self.nodes[r]: a["free"] for r, a in enumerate(answers) if a}
+        for node, free in self.found.free.items():
+            if free < self.own.checkpoint_bytes:
+                self.problems.append(
+                    f"{folder} has {table.size(free)} free on {node}, a checkpoint needs "
+                    f"{table.size(self.own.checkpoint_bytes)}: make room, or give another --checkpoints"
+                )
+
+    def _links(self) -> None:
+        device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        groups = links.groups_of(self.world, self.own.tp, self.own.pp)
+        if not groups:
+            return
+        seconds = self.own.timeout
+        answers = self._ask(
+            "communication", lambda: links.exercise_all(self.rounds, groups, device, 0.8 * seconds), seconds
+        )
+        if self.rank == 0:
+            self.found.speeds = answers
+            self.found.groups = groups
+
+    def _plan(self) -> None:
+        def work() -> str | None:
+            if self.rank:
+                return None
+            from .. import planner
+
+            count = len(set(self.nodes))
+            layout = ["--nodes", str(count), "--gpus-per-node", str(self.world // count)]
+            return planner.report(self.planned if "--nodes" in self.planned else [*layout, *self.planned])
+
+        plans = self._ask("the plan", work, max(120.0, self.own.timeout))
+        if self.rank == 0:
+            self.found.plan = plans[0] or ""
+
+
+def _slurm_nodes() -> list[str]:
+    """The job's nodes in order, by Slurm; empty without it."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return []
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+if __name__ == "__main__":
+    main()
