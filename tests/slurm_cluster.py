@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -43,6 +44,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=0
 MpiDefault=none
+# Job scripts take ports from the job's number: two clusters on one machine must not share them.
+FirstJobId={first}
 ReturnToService=2
 KillWait=5
 SlurmdTimeout=10
@@ -97,7 +100,9 @@ def start(folder: Path) -> dict[str, str]:
     stop(folder)
     (folder / "state").mkdir(parents=True)
     conf, user, ports = folder / "slurm.conf", pwd.getpwuid(os.getuid()).pw_name, free_ports(3)
-    conf.write_text(CONF.format(folder=folder, host=socket.gethostname(), user=user, ports=ports))
+    conf.write_text(
+        CONF.format(folder=folder, host=socket.gethostname(), user=user, ports=ports, first=secrets.randbelow(9000) + 1)
+    )
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # counted, never opened
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
