@@ -34,9 +34,10 @@ class Measure:
 
     Args:
         muon: attached to its tensors.
+        elsewhere: parameters of this rank that other ranks count: tied weights that several pipeline stages hold.
     """
 
-    def __init__(self, muon: Muon) -> None:
+    def __init__(self, muon: Muon, elsewhere: Iterable[str] = ()) -> None:
         self._muon = muon
         self._shards: dict[Tensor, tuple[str, Sequence[Shard]]] = {}
         self._once: dict[str, float] = {}
@@ -45,6 +46,7 @@ class Measure:
             name = label(muon.param_groups[holding.group], muon.param_groups)
             self._shards[holding.tensors[0]] = name, holding.shards
             self._once |= _shares(holding.shards, muon.routing.shapes, holding.process_group)
+            self._once |= dict.fromkeys(elsewhere, 0.0)
             counts[name] = counts.get(name, 0.0) + sum(s.where.numel * self._once[s.parameter] for s in holding.shards)
         self.groups = sorted(set().union(*gather(sorted(counts), None)))
         self._counts = [sum(each) for each in zip(*gather([counts.get(name, 0.0) for name in self.groups], None))]

@@ -77,9 +77,8 @@ class Muon(Optimizer):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         **settings: Any,
     ) -> None:
-        self._engine = engine
-        #: the momentum's name in the state: DeepSpeed moves, reshards and converts what has Adam's names
-        self.momentum_name = "momentum_buffer" if engine is None else "exp_avg"
+        #: the engine that it belongs to, or None
+        self.engine = engine
         self._complete = self._ready = False
         #: the first tensor of a group with matrices -> its update
         self._updates: dict[Tensor, Update] = {}
@@ -162,6 +161,11 @@ class Muon(Optimizer):
             for p in holding.tensors:
                 if p.numel():
                     self.state[p] = adamw.new_state(self._adamw, p)
+
+    @property
+    def momentum_name(self) -> str:
+        """Its name in the state: DeepSpeed moves, reshards and converts what has Adam's names."""
+        return "momentum_buffer" if self.engine is None else "exp_avg"
 
     def _new_momentum(self, p: Tensor) -> dict[str, Tensor]:
         return {self.momentum_name: torch.zeros_like(p, dtype=torch.float32)}
@@ -265,14 +269,14 @@ class Muon(Optimizer):
         if ways[0] == ways[1]:
             return
         if not any(layout for _, layout in ways[0]):
-            what = f"was saved by another optimizer than muon_plugin's Muon (groups {[name for name, _ in ways[0]]})"
+            what = "was saved by another optimizer than muon_plugin's Muon"
         else:
             what = f"has parameter groups {ways[0]}, this run has {ways[1]} (name, digest of the parameters in order)"
         advice = {
             None: "load the weights alone",
             "deepspeed": "python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run takes "
             "over what has the same meaning; or load the weights alone (load_module_only=True)",
-        }[self._engine]
+        }[self.engine]
         raise ValueError(
             f"the checkpoint's optimizer {what}: load it with the model and the settings it was saved with (exclude, "
             f"parameter groups), or {advice}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integers import IntegerModel, build, train
+from integers import IntegerModel, build, differing, train, trained
 from torch import nn
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -84,10 +84,10 @@ def test_autotp_trains_a_hugging_face_model_as_one_process_does(ranks, tmp_path)
     cut = ranks(2, apart="autotp").run(llama, settings)
     settings.pop("tensor_parallel")
     for whole in ranks(1, apart="autotp").run(llama, settings):
-        for (losses, table), parts in zip(cut, ("2 ranks", "2 ranks")):
+        for losses, table in cut:
             assert losses == pytest.approx(whole[0], rel=1e-3)
             assert "14 parameters, 14 matrices, 15,360 elements" in table
-            assert parts in table
+            assert "over 2 ranks" in table
 
 
 def llama(rank: int, settings: dict[str, Any]) -> tuple[list[float], str]:
@@ -121,8 +121,10 @@ def test_moe_and_pipeline_train(ranks, tmp_path):
 def test_resuming_elsewhere(ranks, tmp_path):
     from test_deepspeed_checkpoints import resume, save
 
-    ranks(1).run(save, settings_of("zero2_bf16", tmp_path), tmp_path, 2)
-    assert ranks(2).run(resume, settings_of("resume_elsewhere", tmp_path), tmp_path, 2, 1)
+    settings = settings_of("resume_elsewhere", tmp_path) | {"gradient_clipping": 0.0}  # to the bit
+    ranks(1).run(save, {**settings, "checkpoint": {}}, tmp_path, 2)
+    whole = ranks(1).run(trained, {**settings, "checkpoint": {}}, 3)[0]
+    assert differing(ranks(2).run(resume, settings, tmp_path, 2, 1)[0], whole) == []
 
 
 def filled(settings: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from integers import IntegerModel, build, config, differing, train, trained, weights
 from ranks import RankError
-from torch import Tensor
+from torch import Tensor, nn
 
 STAGES, WORLDS = (1, 2, 3), (1, 2, 4)
 
@@ -93,7 +93,7 @@ MATRICES = ("up.weight", "down.weight", "qkv.weight", "router.weight")
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "world", "offload"),
-    [(1, "fp32", 3, False), (2, "bf16", 2, False), (2, "fp32", 2, True), (3, "bf16", 2, False), (1, "fp16", 2, False)],
+    [(1, "fp32", 3, False), (2, "bf16", 2, False), (2, "fp32", 2, True), (3, "bf16", 2, False), (1, "fp16", 2, True)],
 )
 def test_a_checkpoint_of_the_built_in_muon_is_taken_over(ranks, tmp_path, stage, dtype, world, offload):
     """Weights, and its momentum where it means the same; DeepSpeed's own converter alone raises KeyError: 'exp_avg'."""
@@ -112,7 +112,30 @@ def test_a_checkpoint_of_the_built_in_muon_is_taken_over(ranks, tmp_path, stage,
         assert moments["embed.weight"] > 0
 
 
-def save_built_in(rank: int, settings: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+class Small(nn.Module):
+    """So few elements of matrices that one of three ranks has none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.up, self.norm = nn.Linear(2, 2, bias=False), nn.LayerNorm(24)
+
+    def forward(self, step: int, *_: int) -> Tensor:
+        return sum(((step + 1) * p.float()).sum() for p in self.parameters())
+
+
+def test_a_rank_of_the_built_in_muon_without_a_matrix(ranks, tmp_path):
+    ranks(3).run(save_built_in, config(1, "fp32"), tmp_path, True)
+    assert (tmp_path / "universal" / "zero" / "up.weight" / "exp_avg.pt").exists()
+
+
+def test_files_of_the_old_serialization_are_converted(ranks, tmp_path):
+    ranks(2).run(save, config(1, "bf16", checkpoint={"checkpoint_serialization": False}), tmp_path, 2)
+    whole = ranks(1).run(trained, config(1, "bf16"), 4)[0]
+    assert differing(ranks(1).run(resume, config(1, "bf16"), tmp_path, 2, 2)[0], whole) == []
+
+
+def save_built_in(rank: int, settings: dict[str, Any], folder: Path, small: bool = False) -> dict[str, Tensor]:
     """Three steps of DeepSpeed's own Muon; the fp32 weights they end in."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -122,7 +145,7 @@ def save_built_in(rank: int, settings: dict[str, Any], folder: Path) -> dict[str
 
     muon_plugin.unregister()
     torch.compiler.set_stance("force_eager")
-    model = Block()
+    model = Small() if small else Block()
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=model.parameters())
     for p in model.parameters() if settings["zero_optimization"]["stage"] == 3 else ():
         deepspeed.zero.register_external_parameter(model, p)

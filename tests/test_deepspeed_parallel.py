@@ -182,7 +182,7 @@ def test_sizes_that_a_user_watches_are_the_same_at_every_tp_degree(ranks, tmp_pa
     alone, cut = written(tmp_path / "1"), written(tmp_path / "2")
     assert alone.keys() == cut.keys()
     for name in alone:
-        if not name.endswith("share") and not (name == "gradient_norm" and stage):  # DeepSpeed's own norm there
+        if not name.endswith("share"):
             assert cut[name] == pytest.approx(alone[name], rel=1e-5), name
 
 
@@ -374,6 +374,45 @@ def test_a_pipeline_changes_no_bit(ranks, stage, dtype, world, stages):
         seen |= set(found)
         assert differing(found, {name: alone[name] for name in found}) == []
     assert seen == set(alone)
+
+
+def watched_in_a_pipeline(rank: int, settings: dict[str, Any], stages: int, folder: Path) -> None:
+    """Two steps; the first and the last layer are one."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    deepspeed.init_distributed("gloo")
+    tied = TiedLayerSpec("embed", Stage, 0, 10, 16, tied_weight_attr="embed.weight")
+    layers = [tied, LayerSpec(Stage, 1, 16, 24), LayerSpec(Stage, 2, 24, 20), tied]
+    model = PipelineModule(layers, num_stages=stages, loss_fn=lambda x, _: x[0, 0], partition_method="uniform")
+    monitor = {"enabled": True, "output_path": str(folder / str(stages)), "job_name": "run"}
+    settings = {**settings, "steps_per_print": 1, "csv_monitor": monitor}
+    engine = build(rank, settings, model, model_parameters=list(model.parameters()))
+    for step in range(2):
+        rows = [(torch.tensor([[0.0, step, micro]]).requires_grad_(), torch.zeros(1)) for micro in range(2)]
+        engine.train_batch(iter(rows))
+
+
+def test_sizes_that_a_user_watches_count_what_a_pipeline_ties_once(ranks, tmp_path):
+    for stages in (1, 2):
+        settings = config(0, "fp32", gas=2)
+        ranks(stages, apart="pipeline").run(watched_in_a_pipeline, settings, stages, tmp_path)
+    alone, cut = written(tmp_path / "1"), written(tmp_path / "2")
+    for name in ("weight_rms_adamw", "momentum_norm_adamw", "update_rms_muon", "gradient_norm"):
+        assert cut[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+def test_experts_are_not_converted(ranks, tmp_path):
+    ranks(2, apart="experts").run(saved_with_experts, config(1, "bf16"), tmp_path)
+    with pytest.raises(SystemExit, match=r"experts of deepspeed\.moe.*resume at the world size"):
+        convert(tmp_path)
+
+
+def saved_with_experts(rank: int, settings: dict[str, Any], folder: Path) -> None:
+    engine = build(rank, settings, Experts(2))
+    engine.backward(engine(0))
+    engine.step()
+    engine.save_checkpoint(str(folder), tag="tag")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -17,7 +17,7 @@ from jobs import Job, environment, free_port
 from ranks import ROOT, RankError, release
 
 from muon_plugin import Muon
-from muon_plugin.verdict import CUT_OFF, FAILED, FINISHED, GONE, Standing, cause_of, judge
+from muon_plugin.watchdog.verdict import CUT_OFF, FAILED, FINISHED, GONE, Standing, cause_of, judge
 
 SCRIPT = str(ROOT / "tests" / "watched.py")
 SECONDS = 3.0

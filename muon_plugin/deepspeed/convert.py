@@ -8,11 +8,11 @@ built-in Muon has its momentum under another, in another layout: it is translate
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,16 @@ from .checkpoints import NO_SECOND_MOMENT
 def main() -> None:
     sys.argv += [] if "--inject_missing_state" in sys.argv else ["--inject_missing_state"]
     args = ds_to_universal.parse_arguments()
-    folder = Path(args.input_folder)
+    folder, into = Path(args.input_folder), Path(args.output_folder)
     try:
         files = _optimizer_files(folder)
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix="translated_") as translated:
-            if _is_of_built_in(files):
-                print(f"muon_plugin: {folder} is of DeepSpeed's built-in Muon: {translate(folder, Path(translated))}")
-                args.input_folder = translated
+        _check_experts(folder)
+        if not _is_of_built_in(files):
+            return ds_to_universal.main(args)
+        into.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=into.absolute().parent, prefix="translated_") as translated:
+            print(f"muon_plugin: {folder} is of DeepSpeed's built-in Muon: {translate(folder, Path(translated))}")
+            args.input_folder = translated
             ds_to_universal.main(args)
     except ValueError as error:
         raise SystemExit(f"muon_plugin: {error}") from error
@@ -50,7 +53,7 @@ def translate(folder: Path, into: Path) -> str:
     """Writes a checkpoint of the built-in Muon as one of this Muon's; what becomes of the momentum, in words.
 
     The built-in's momentum is an exponential average of gradients, as here (before clipping, and in the gradients'
-    dtype). Under fp16 its gradients carry a loss scale that has changed meanwhile, but not with offload.
+    dtype). Under fp16 its gradients carry a loss scale, which has changed meanwhile.
 
     Raises:
         ValueError: for a checkpoint whose layout is not known.
@@ -58,9 +61,8 @@ def translate(folder: Path, into: Path) -> str:
     files = _optimizer_files(folder)
     for other in set(folder.iterdir()) - set(files):
         (into / other.name).symlink_to(other.absolute())
-    config = _config(files[0])
-    zero = config.get("zero_optimization", {})
-    if zero.get("round_robin_gradients"):
+    zero = (_load(files[0]).get("ds_config") or {}).get("zero_optimization", {})
+    if zero.get("round_robin_gradients") and zero.get("stage") != 3:
         raise ValueError(
             f"{folder} was saved with round_robin_gradients, whose table of parameters DeepSpeed saves wrongly; "
             "allowed: a checkpoint saved without it"
@@ -69,10 +71,10 @@ def translate(folder: Path, into: Path) -> str:
     scaled = False
     seen: dict[tuple[str, str], int] = {}  # (model parallel rank, parameter) -> its elements on the ranks before
     for file in files:
-        loaded = torch.load(file, map_location="cpu", weights_only=False)
+        loaded = _load(file)
         saved = loaded[OPTIMIZER_STATE_DICT]
         states, cut = _states(saved), saved.get(PARAM_SLICE_MAPPINGS)
-        scaled |= saved["loss_scaler"].cur_scale != 1 and not offloaded
+        scaled |= saved["loss_scaler"].dynamic or saved["loss_scaler"].cur_scale != 1
         steps = [state["step"] for state in states.values() if "step" in state]
         for number, state in states.items():
             if "momentum_buffer" not in state:
@@ -84,6 +86,10 @@ def translate(folder: Path, into: Path) -> str:
                 momentum = _shard_of_whole(momentum, cut[number], shapes, mp, seen, part)
             second = torch.full((1,), 0.0 if scaled else NO_SECOND_MOMENT).expand_as(momentum)
             state |= {"exp_avg": momentum, "exp_avg_sq": second, "step": max(steps, default=0)}
+        for number, group in enumerate(saved.get(SINGLE_PARTITION_OF_FP32_GROUPS, ())):
+            if number not in states:  # no matrix reaches into this rank's part, which is padding
+                nothing = torch.zeros_like(group)
+                states[number] = {"exp_avg": nothing, "exp_avg_sq": nothing, "step": max(steps, default=0)}
         torch.save(loaded, into / file.name)
     if scaled:
         return "weights are taken over; its momentum carries fp16's loss scale, so that of matrices starts from zero"
@@ -125,8 +131,22 @@ def _optimizer_files(folder: Path) -> list[Path]:
 
 
 def _is_of_built_in(files: Sequence[Path]) -> bool:
-    saved = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True)[OPTIMIZER_STATE_DICT]
+    saved = _load(files[0])[OPTIMIZER_STATE_DICT]
     return any("momentum_buffer" in state for state in _states(saved).values())
+
+
+def _check_experts(folder: Path) -> None:
+    """The converter takes the experts of all EP ranks, which have equal names, for parts of one."""
+    auto_ep = getattr(ds_to_universal, "_get_autoep_metadata", lambda state: None)
+    if list(folder.glob("layer_*_expert_*")) and not auto_ep(_load(next(folder.glob("*mp_rank_*_model_states.pt")))):
+        raise ValueError(
+            f"--input_folder {folder} has experts of deepspeed.moe, which DeepSpeed's converter does not know; "
+            "allowed: checkpoints without. These resume at the world size and ZeRO stage that saved them"
+        )
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(file))
 
 
 def _states(saved: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -139,17 +159,8 @@ def _mp_rank(file: Path) -> str:
 
 
 def _shapes(folder: Path, mp: str) -> dict[str, torch.Size]:
-    file = next(folder.glob(f"*mp_rank_{mp}*_model_states.pt"))
-    groups = torch.load(file, map_location="cpu", weights_only=False, mmap=True)[PARAM_SHAPES]
+    groups = _load(next(folder.glob(f"*mp_rank_{mp}_model_states.pt")))[PARAM_SHAPES]
     return {name: shape for group in groups for name, shape in group.items()}
-
-
-def _config(file: Path) -> Any:
-    """The DeepSpeed config that the checkpoint was saved under; it may have kept the path only."""
-    config = torch.load(file, map_location="cpu", weights_only=False, mmap=True).get("ds_config") or {}
-    if isinstance(config, dict):
-        return config
-    return json.loads(Path(config).read_text()) if Path(config).is_file() else {}
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _configure_optimizer(
     cuts = together(lambda: tensor_parallel.cuts(engine, names))
     tensor_parallel.compare_replicas(names, tp)
     found = together(lambda: calls(engine))
-    muon.momentum_name = "exp_avg"  # a client's own has torch's
+    muon.engine = "deepspeed"  # a client's own had none
     muon.attach(holdings(found, names, cuts, tp), torch.device(engine.device))
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, names, found)

@@ -41,7 +41,7 @@ class Monitor:
     def step(self, original: Callable[..., None], *args: Any) -> None:
         """In the place of the engine's `_take_model_step`. Collective over the world, where it is measured."""
         engine, breakdown = self._engine, self._engine.wall_clock_breakdown()
-        due = engine.monitor.enabled and (engine.global_steps + 1) % self.every == 0
+        due = self._due()
         with ExitStack() as listening:
             for timers in [engine.timers] * breakdown + [self._clock] * due:
                 listening.enter_context(phases.heard(_listener(timers)))
@@ -51,13 +51,19 @@ class Monitor:
                 original(*args)
         if breakdown:
             engine.timers.log(list(TIMERS.values()))
-        if engine.monitor.enabled and (engine.global_steps + 1) % self.every == 0:
+        if self._due():
             self._clock(WHOLE).reset()
             self._clock(WHOLE).start()
 
+    def _due(self) -> bool:
+        """Whether the next step is to be measured."""
+        return bool(self._engine.monitor.enabled) and (self._engine.global_steps + 1) % self.every == 0
+
     def _write(self, take_model_step: Callable[[], None]) -> None:
         engine, muon = self._engine, self._engine.basic_optimizer
-        self._measure = self._measure or Measure(muon)
+        if self._measure is None:
+            tied = [name for p, name in engine.param_names.items() if getattr(p, "ds_pipe_replicated", False)]
+            self._measure = Measure(muon, tied)
         self._measure.clear()
         muon.measure = self._measure
         try:

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .agreement import agree, world_of
+from ..agreement import agree, world_of
+from ..nodes import node_name
+from ..phases import OUTSIDE, current
 from .heartbeats import Heartbeats
-from .nodes import node_name
-from .phases import OUTSIDE, current
 from .verdict import FAILED, FINISHED, RUNNING, Standing, Verdict, cause_of, judge
 
 VARIABLE = "MUON_WATCHDOG"
