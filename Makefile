@@ -7,7 +7,7 @@ OLDER_DEEPSPEED ?= 0.18.9
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: train train-megatron test lint bench bench-megatron gpu clean
+.PHONY: train train-megatron test lint slurm bench bench-megatron gpu clean
 
 train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; about 8 minutes on 2 cores
 	$(BIN)/python examples/llama/compare.py
@@ -15,8 +15,11 @@ train: .venv/examples  ## a small Llama on the standard library's source: AdamW,
 train-megatron: .venv/megatron  ## a small GPT under Megatron-Core, TP 2 x DP 2 on the CPU: AdamW, then Muon
 	PYTHONPATH=.venv/megatron-core/0.19.2 $(BIN)/python examples/megatron/compare.py
 
-test: lint .venv/megatron .venv/older_deepspeed  ## everything that CI runs; about 25 minutes on 2 cores
+test: lint .venv/megatron .venv/older_deepspeed slurm  ## everything that CI runs; about 25 minutes on 2 cores
 	REQUIRE_RELEASES=1 $(BIN)/python -m pytest
+
+slurm:  ## for its tests, which are skipped without it: installed by apt, as root where there is apt
+	$(PYTHON) tests/slurm_cluster.py install
 
 lint: .venv/dev
 	$(BIN)/ruff check .

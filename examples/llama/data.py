@@ -1,5 +1,7 @@
 """Text in, token files out: collect text, train a byte-level BPE tokenizer on it, tokenize it once.
 
+    python examples/llama/data.py FOLDER [TEXT_FILE_OR_FOLDER]     # compare.py does this by itself
+
 Nothing is downloaded. The default text is the source code of the running Python's standard library: about 10 MB of
 real text that every reader of this example already has.
 """
@@ -7,6 +9,7 @@ real text that every reader of this example already has.
 from __future__ import annotations
 
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -142,3 +145,9 @@ def load_windows(folder: Path, name: str, batch_size: int) -> np.ndarray:
             f"{batch_size * SEQUENCE} tokens. Give --data more text."
         )
     return tokens[: count * SEQUENCE].reshape(count, SEQUENCE)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit(__doc__)
+    print(json.dumps(prepare(Path(sys.argv[2]) if len(sys.argv) == 3 else None, Path(sys.argv[1])), indent=2))

@@ -5,8 +5,9 @@
 compare.py prepares the data and runs this once with AdamW and once with Muon. Everything but the optimizer block of
 the DeepSpeed config is the same in both: the initial weights, the order of the data, the learning rate schedule.
 
-Written to --out: metrics.jsonl, train.log (all that is printed), config.json (the DeepSpeed config as used),
-checkpoint/ and tensorboard/.
+Written to --out: metrics.jsonl, train.log (all that is printed, on one node), config.json (the DeepSpeed config as
+used), checkpoint/ and tensorboard/. SIGUSR1 makes it save and stop after the step, on all ranks, with exit code 0:
+torchrun takes any other code for a crash. --resume auto goes on from there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import data
 import deepspeed
 import numpy as np
+import resume
 import torch
 import transformers
 from deepspeed import comm as dist
@@ -45,8 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps in all (default: %(default)s)")
     parser.add_argument("--eval-every", type=int, default=20, help="steps from one validation to the next")
-    parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    resume.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="initial weights and order of the data")
     parser.add_argument("--data", type=Path, default=Path("runs/llama/data"), help="folder that data.py prepared")
     parser.add_argument("--out", type=Path, default=Path("runs/llama/Muon"), help="folder for all that is written")
@@ -55,9 +56,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def send_output_to(log: Path) -> TextIO:
-    """Sends all that this process prints (from C++, too) to `log`; returns the terminal, for the progress bar."""
+    """Sends all that this process prints (from C++, too) to `log`; returns the terminal, for the progress bar.
+
+    On several nodes it stays where it is: the launcher keeps a log for each, and appending to one over NFS loses lines.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     terminal = os.fdopen(os.dup(2), "w")
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return terminal
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # append: all ranks write to the same file
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -126,13 +132,8 @@ class Metrics:
     def __init__(self, file: Path, start: int) -> None:
         self.seconds = 0.0  # spent in training steps, validation left out
         self.file = None
-        if dist.get_rank() != 0:
-            return
-        kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
-        if kept:
-            self.seconds = json.loads(kept[-1])["seconds"]
-        self.file = file.open("w")
-        self.file.writelines(line + "\n" for line in kept)
+        if dist.get_rank() == 0:
+            self.file, self.seconds = resume.open_metrics(file, start)
 
     def write(self, **values: float) -> None:
         """Writes and flushes, so that the file can be followed while the run goes on."""
@@ -156,9 +157,12 @@ def train(args: argparse.Namespace, terminal: TextIO) -> None:
     val_windows = val_windows[np.linspace(0, len(val_windows) - 1, count).astype(int)]  # spread over all files
     order = np.random.default_rng(args.seed).permutation(len(windows))
 
-    if args.resume and engine.load_checkpoint(args.out / "checkpoint")[0] is None:
-        raise ValueError(f"--resume: no checkpoint in {args.out / 'checkpoint'}. Leave --resume out to start anew.")
+    saved = args.out / "checkpoint"
+    checkpoint = resume.newest(saved, args.resume)
+    if checkpoint and engine.load_checkpoint(saved, tag=checkpoint.name)[0] is None:
+        raise RuntimeError(f"{checkpoint}: complete, but DeepSpeed cannot load it. Delete it to go further back.")
     start = engine.global_steps
+    stop = resume.StopSignal()
     is_main = dist.get_rank() == 0
     if is_main:
         (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -216,8 +220,15 @@ def train(args: argparse.Namespace, terminal: TextIO) -> None:
             refresh=False,
         )
         bar.update()
-        if step == args.steps or (args.save_every and step % args.save_every == 0):
-            engine.save_checkpoint(args.out / "checkpoint")
+        stopping = stop.on_any_rank(get_accelerator().current_device_name())
+        if step == args.steps or stopping or (args.save_every and step % args.save_every == 0):
+            checkpoint = resume.emptied(saved / f"global_step{step}")
+            engine.save_checkpoint(saved, tag=checkpoint.name)
+            resume.completed(checkpoint, args.keep)
+        if stopping and step < args.steps:
+            if is_main:
+                bar.write(f"stopped by SIGUSR1: saved after step {step} of {args.steps}", file=terminal)
+            break
     bar.close()
 
 

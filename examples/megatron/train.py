@@ -4,6 +4,9 @@
 
 compare.py prepares the data and runs this once with AdamW and once with Muon. Everything but the optimizer is the same
 in both. On GPUs leave `on_cpu` out; the rest is Megatron as everyone writes it.
+
+SIGUSR1 makes it save and stop after the step, on all ranks, with exit code 0, as pretrain_gpt.py does with
+--exit-signal-handler; --resume auto goes on from there.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ on_cpu.install()
 
 import data  # noqa: E402
 import numpy as np  # noqa: E402
+import resume  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
@@ -34,7 +38,7 @@ import muon_plugin  # noqa: E402
 
 muon_plugin.register("megatron")
 
-from megatron.core import parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -66,6 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--eval-every", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    resume.add_arguments(parser)
     parser.add_argument("--data", type=Path, default=Path("runs/megatron/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/megatron/muon"))
     return parser.parse_args()
@@ -158,6 +163,36 @@ def make_optimizer(args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
     return optimizer, scheduler
 
 
+def sharded(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
+    """What Megatron's training loop saves as torch_dist: each rank its part, named so that any layout can resume."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    found = {"model": model.module.sharded_state_dict(metadata=metadata)}
+    found["optimizer"] = optimizer.sharded_state_dict(dict(found), is_loading=loading, metadata=metadata)
+    return found
+
+
+def save(checkpoint: Path, keep: int, model: Any, optimizer: Any, scheduler: Any) -> None:
+    """Saves on every rank; the file `complete` comes last."""
+    state = sharded(model, optimizer, loading=False) | {"scheduler": scheduler.state_dict()}
+    dist_checkpointing.save(state, str(resume.emptied(checkpoint)))
+    resume.completed(checkpoint, keep)
+
+
+def load(checkpoint: Path, model: Any, optimizer: Any, scheduler: Any) -> int:
+    """Restores what `save` saved; the step after which that was."""
+    state = dist_checkpointing.load(sharded(model, optimizer, loading=True), str(checkpoint))
+    model.module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return resume.step_of(checkpoint)
+
+
 def loss_of(model: Any, windows: np.ndarray) -> torch.Tensor:
     """Mean loss per token of this rank's windows."""
     tokens = torch.from_numpy(windows.astype(np.int64))
@@ -189,9 +224,11 @@ def train(args: argparse.Namespace) -> None:
     order = np.random.default_rng(args.seed).permutation(len(windows))
     is_main = dist.get_rank() == 0
     args.out.mkdir(parents=True, exist_ok=True)
-    metrics = (args.out / "metrics.jsonl").open("w") if is_main else None
-    bar = tqdm(range(1, args.steps + 1), desc=args.optimizer, unit="step", disable=not is_main, mininterval=5)
-    spent = 0.0
+    checkpoint = resume.newest(args.out / "checkpoint", args.resume)
+    start = load(checkpoint, model, optimizer, scheduler) if checkpoint else 0
+    stop = resume.StopSignal()
+    metrics, spent = resume.open_metrics(args.out / "metrics.jsonl", start) if is_main else (None, 0.0)
+    bar = tqdm(range(start + 1, args.steps + 1), desc=args.optimizer, unit="step", disable=not is_main, mininterval=5)
     for step in bar:
         places = np.arange((step - 1) * BATCH_SIZE, step * BATCH_SIZE) % len(order)
         began = time.perf_counter()
@@ -222,6 +259,13 @@ def train(args: argparse.Namespace) -> None:
         if metrics:
             print(json.dumps(values), file=metrics, flush=True)
             bar.set_postfix(loss=f"{mean:.3f}", val=f"{values.get('val_loss', float('nan')):.3f}", refresh=False)
+        stopping = stop.on_any_rank("cpu")
+        if step == args.steps or stopping or (args.save_every and step % args.save_every == 0):
+            save(args.out / "checkpoint" / str(step), args.keep, model, optimizer, scheduler)
+        if stopping and step < args.steps:
+            if is_main:
+                tqdm.write(f"stopped by SIGUSR1: saved after step {step} of {args.steps}")
+            break
     dist.barrier()
     dist.destroy_process_group()
 
