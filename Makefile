@@ -15,8 +15,8 @@ train: .venv/examples  ## a small Llama on the standard library's source: AdamW,
 train-megatron: .venv/megatron  ## a small GPT under Megatron-Core, TP 2 x DP 2 on the CPU: AdamW, then Muon
 	PYTHONPATH=.venv/megatron-core/0.19.2 $(BIN)/python examples/megatron/compare.py
 
-test: lint .venv/megatron .venv/older_deepspeed slurm  ## everything that CI runs; about 25 minutes on 2 cores
-	REQUIRE_RELEASES=1 $(BIN)/python -m pytest
+test: lint .venv/megatron .venv/older_deepspeed slurm  ## everything that CI runs; three files at a time, since tests wait for processes to start
+	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadfile --durations=25
 
 slurm:  ## for its tests, which are skipped without it: installed by apt, as root where there is apt
 	$(PYTHON) tests/slurm_cluster.py install
