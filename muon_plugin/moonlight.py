@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Stages:
     steps of 4096 x 8192 tokens up to `cooldown_peak`, linearly to 0 at 5.7T.
 
     Attributes:
-        warmup, cosine_end, cooldown_warmup, end: tokens at which warm-up, cosine, the cooldown's warm-up and training end.
+        warmup, cosine_end, cooldown_warmup, end: tokens at which warm-up, cosine, cooldown's warm-up, training end.
         peak, low, cooldown_peak: learning rates at the first three of these; at the last it is 0.
         batches: (tokens from which it holds, sequences in a batch).
 
@@ -39,7 +40,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         ends = (0, self.warmup, self.cosine_end, self.cooldown_warmup, self.end)
-        if any(a >= b for a, b in zip(ends, ends[1:])):
+        if any(a >= b for a, b in pairwise(ends)):
             raise ValueError(
                 f"warmup={self.warmup}, cosine_end={self.cosine_end}, cooldown_warmup={self.cooldown_warmup}, "
                 f"end={self.end} do not follow one another; allowed: each above the one before, the first above 0"

@@ -1,6 +1,6 @@
 """The paper's experiments as lists of runs: what is trained at which scale, and what is compared with what.
 
-An experiment asks a `Lab` for the results of runs. `run.py` gives it one that trains, `report.py` one that looks them up.
+An experiment asks a `Lab` for the results of runs: that of `run.py` trains, that of `report.py` looks them up.
 """
 
 from __future__ import annotations

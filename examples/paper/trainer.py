@@ -1,6 +1,6 @@
 """The one trainer of all experiments: a `Run` says everything that decides its result, `train` gives that result.
 
-One process, or all ranks of torchrun (plain DDP): the global batch and the order of the data are the same for any number.
+One process, or all ranks of torchrun (plain DDP): batches and their order are the same for any number of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import muon_plugin
 from muon_plugin import metrics, moonlight
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "llama"))
-import data  # noqa: E402
+import data
 
 QUICK, FULL = 32, 256  # validation windows during a run and after it
 SAVE_SECONDS = 60  # between checkpoints of a run that goes on
@@ -219,10 +219,8 @@ class Trainer:
         self.run, self.folder, self.micro_batch = run, folder, micro_batch
         self.device = _device()
         transformers.set_seed(run.seed)
-        if run.start:
-            model = AutoModelForCausalLM.from_pretrained(folder / "models" / run.start)
-        else:
-            model = make_model(run)
+        start = folder / "models" / run.start
+        model = AutoModelForCausalLM.from_pretrained(start) if run.start else make_model(run)
         self.model = model.to(self.device).train()
         self.biases = RouterBiases(self.model)
         self.optimizer = make_optimizer(run, self.model)
