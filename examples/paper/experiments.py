@@ -15,6 +15,7 @@ from trainer import Run
 Result = dict[str, Any]
 OPTIMIZERS = ("AdamW", "Muon")
 UPDATE_RMS = (0.05, 0.1, 0.2, 0.4, 0.8)
+SHARES = (0.4, 0.52, 0.7, 1.0)
 SCALINGS = ("baseline", "update norm", "adjusted")
 
 
@@ -32,6 +33,7 @@ class Scale:
         seeds: how many.
         tuned: layers -> (learning rate, batch) that were searched elsewhere: no search.
         tokens: layers -> tokens, instead of `ratio`.
+        smallest_batch: where the search stops: below it steps are many and the hardware idles.
         limit: steps at most, for tests.
     """
 
@@ -48,12 +50,13 @@ class Scale:
     seeds: int = 3
     tuned: dict[int, tuple[float, int]] = field(default_factory=dict)
     tokens: dict[int, float] = field(default_factory=dict)
+    smallest_batch: int = 1
     limit: int = 10**9
 
 
 SCALES = {
     "test": Scale(8, (1, 2), 10, 512, 32, 4e-3, 2, 2, 1, seeds=1, limit=2),
-    "toy": Scale(16, (2, 3, 4), 8, 512, 128, 8e-3, 8, 3, 2),
+    "toy": Scale(16, (2, 3, 4), 8, 512, 128, 8e-3, 8, 3, 2, smallest_batch=4),
     "small": Scale(32, (2, 3, 4, 5), 20, 2048, 256, 4e-3, 16, 4, 3),
     "medium": Scale(64, (4, 6, 8, 10), 20, 32768, 1024, 2e-3, 32, 8, 6, micro_batch=8),
     "paper": Scale(
@@ -94,29 +97,31 @@ class Lab:
         count = self.scale.seeds
         return {label: found[i * count : (i + 1) * count] for i, label in enumerate(variants)}
 
-    def searched(self, layers: int, kind: str = "llama") -> Run:
+    def searched(self, layers: int) -> Run:
         """AdamW's run at the best learning rate and batch for a size; Muon takes both over.
 
         The search steps by factors of 2 from the best of the next smaller size until no neighbour is better; the
-        largest model keeps the batch of the one before, a mixture of experts that of the dense model.
+        largest model keeps the batch of the one before.
         """
         scale = self.scale
-        run = self.run(layers, kind)
+        run = self.run(layers)
         if layers in scale.tuned:
             return run
         place = scale.layers.index(layers)
-        if kind == "moe" or place:
-            before = self.searched(layers if kind == "moe" else scale.layers[place - 1])
-            run = self.run(layers, kind, lr=before.lr, batch=before.batch)
-        with_batch = kind == "llama" and layers != max(scale.layers)
-        return self.search(run, lambda lr, batch: self.run(layers, kind, lr=lr, batch=batch), with_batch)
+        if place:
+            before = self.searched(scale.layers[place - 1])
+            run = self.run(layers, lr=before.lr, batch=before.batch)
+        with_batch = layers != max(scale.layers)
+        return self.search(run, lambda lr, batch: self.run(layers, lr=lr, batch=batch), with_batch)
 
     def search(self, run: Run, make: Callable[[float, int], Run], with_batch: bool) -> Run:
         """Walks from `run` to a neighbour of lower loss, as long as there is one."""
         while True:
             around = [make(run.lr * factor, run.batch) for factor in (0.5, 2.0)]
             if with_batch:
-                around += [make(run.lr, size) for size in (run.batch // 2, run.batch * 2) if size]
+                around += [
+                    make(run.lr, size) for size in (run.batch // 2, run.batch * 2) if size >= self.scale.smallest_batch
+                ]
             losses = [loss_of(result) for result in self.execute([run, *around])]
             best = min(range(len(losses)), key=losses.__getitem__)
             if best == 0:
@@ -134,6 +139,16 @@ def scaling(lab: Lab) -> dict[str, Any]:
     best = {layers: lab.searched(layers) for layers in lab.scale.layers}
     variants = {f"{o} {layers}": replace(run, optimizer=o) for layers, run in best.items() for o in OPTIMIZERS}
     return lab.compare(variants)
+
+
+def shorter(lab: Lab) -> dict[str, Any]:
+    """Muon with a share of AdamW's tokens, the same model: at which share it has AdamW's loss."""
+    adamw = lab.searched(lab.scale.middle)
+    muon = {
+        f"Muon {share:.0%}": lab.run(adamw.layers, share=share, lr=adamw.lr, batch=adamw.batch, optimizer="Muon")
+        for share in SHARES
+    }
+    return lab.compare({"AdamW": adamw, **muon})
 
 
 def sweep(lab: Lab) -> dict[str, Any]:
@@ -165,8 +180,9 @@ def decay(lab: Lab) -> dict[str, Any]:
 
 
 def spectra(lab: Lab) -> dict[str, Any]:
-    """Fig. 4 and appendix F: singular values of a mixture of experts."""
-    best = lab.searched(lab.scale.middle, "moe")
+    """Fig. 4 and appendix F: singular values of a mixture of experts, with the dense model's learning rate."""
+    dense = lab.searched(lab.scale.middle)
+    best = lab.run(dense.layers, "moe", share=0.5, lr=dense.lr, batch=dense.batch)
     return lab.compare({o: replace(best, optimizer=o) for o in OPTIMIZERS})
 
 
@@ -198,4 +214,4 @@ def finetune(lab: Lab) -> dict[str, Any]:
     return {label: [next(found) for _ in several] for label, several in runs.items()}
 
 
-EXPERIMENTS = {f.__name__: f for f in (scaling, sweep, scalings, decay, spectra, attention, finetune)}
+EXPERIMENTS = {f.__name__: f for f in (scaling, shorter, sweep, scalings, decay, spectra, attention, finetune)}
