@@ -40,9 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scale", choices=list(SCALES), default="toy", help="(default: %(default)s)")
     parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--data", type=Path, help="text file or folder (default: the source of Python's own library)")
-    parser.add_argument(
-        "--shifted", type=Path, help="text to fine-tune on (default: C and C++ headers that come with torch and Python)"
-    )
+    parser.add_argument("--shifted", type=Path, help="text to fine-tune on (default: the C++ headers of torch)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, without torchrun and CUDA")
     parser.add_argument("--dry-run", action="store_true", help="list the runs (searches: the shortest) and stop")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="(default: %(default)s)")
@@ -58,15 +56,16 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.out / "data" / str(data.VOCAB_SIZE)
     info = {"main": data.prepare(args.data, folder / "main")}
     shifted = folder / "shifted"
-    sources = [args.shifted] if args.shifted else [Path(torch.__file__).parent / "include" / "c10"]
+    source = args.shifted or Path(torch.__file__).parent / "include" / "c10"
     if not (shifted / "info.json").exists():
         tokenizer = Tokenizer.from_file(str(folder / "main" / "tokenizer.json"))
-        texts = data.read_texts([file for source in sources for file in data.find_files(source)])
+        texts = data.read_texts(data.find_files(source))
         parts = [data.tokenize(tokenizer, part) for part in data.split(texts)]
         shifted.mkdir(parents=True, exist_ok=True)
-        for name, part in zip(("train", "val"), parts):
-            np.save(shifted / f"{name}.npy", part)
-        about = {"source": ", ".join(map(str, sources)), "train_tokens": len(parts[0]), "val_tokens": len(parts[1])}
+        for part, tokens in zip(("train", "val"), parts):
+            np.save(shifted / f"{part}.npy", tokens)
+        name = str(args.shifted or "the C++ headers that come with torch")
+        about = {"source": name, "train_tokens": len(parts[0]), "val_tokens": len(parts[1])}
         (shifted / "info.json").write_text(json.dumps(about))
     return info | {"shifted": json.loads((shifted / "info.json").read_text())}
 
@@ -177,8 +176,9 @@ def main() -> None:
     bar.close()
     if main_rank:
         gather(args, texts)
+        logged = args.out / f"{args.scale}.jsonl"
         print(
-            f"{args.out / args.scale}.jsonl is written; pictures: python examples/paper/report.py --logged {args.out}"
+            f"{logged} is written; pictures: python examples/paper/report.py --logged {logged} --out {args.out}/report"
         )
     if together:
         dist.destroy_process_group()
