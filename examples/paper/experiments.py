@@ -55,8 +55,13 @@ class Scale:
 
 
 SCALES = {
-    "test": Scale(8, (1, 2), 10, 512, 32, 4e-3, 2, 2, 1, seeds=1, limit=2),
-    "toy": Scale(16, (2, 3, 4), 8, 512, 128, 8e-3, 8, 3, 2, smallest_batch=4),
+    "test": Scale(
+        *(8, (1, 2), 10, 512, 32, 4e-3, 2, 2, 1),
+        seeds=1,
+        tuned={1: (4e-3, 2), 2: (4e-3, 2)},
+        limit=2,
+    ),
+    "toy": Scale(16, (2, 3), 8, 512, 128, 8e-3, 8, 3, 2, smallest_batch=4),
     "small": Scale(32, (2, 3, 4, 5), 20, 2048, 256, 4e-3, 16, 4, 3),
     "medium": Scale(64, (4, 6, 8, 10), 20, 32768, 1024, 2e-3, 32, 8, 6, micro_batch=8),
     "paper": Scale(
@@ -100,8 +105,7 @@ class Lab:
     def searched(self, layers: int) -> Run:
         """AdamW's run at the best learning rate and batch for a size; Muon takes both over.
 
-        The search steps by factors of 2 from the best of the next smaller size until no neighbour is better; the
-        largest model keeps the batch of the one before.
+        The search steps by factors of 2 from the best of the next smaller size until no neighbour is better.
         """
         scale = self.scale
         run = self.run(layers)
@@ -111,8 +115,7 @@ class Lab:
         if place:
             before = self.searched(scale.layers[place - 1])
             run = self.run(layers, lr=before.lr, batch=before.batch)
-        with_batch = layers != max(scale.layers)
-        return self.search(run, lambda lr, batch: self.run(layers, lr=lr, batch=batch), with_batch)
+        return self.search(run, lambda lr, batch: self.run(layers, lr=lr, batch=batch), with_batch=True)
 
     def search(self, run: Run, make: Callable[[float, int], Run], with_batch: bool) -> Run:
         """Walks from `run` to a neighbour of lower loss, as long as there is one."""
@@ -143,12 +146,13 @@ def scaling(lab: Lab) -> dict[str, Any]:
 
 def shorter(lab: Lab) -> dict[str, Any]:
     """Muon with a share of AdamW's tokens, the same model: at which share it has AdamW's loss."""
-    adamw = lab.searched(lab.scale.middle)
-    muon = {
-        f"Muon {share:.0%}": lab.run(adamw.layers, share=share, lr=adamw.lr, batch=adamw.batch, optimizer="Muon")
-        for share in SHARES
-    }
-    return lab.compare({"AdamW": adamw, **muon})
+    variants: dict[str, Run] = {}
+    for layers in (n for n in lab.scale.layers if n <= lab.scale.middle):
+        adamw = variants[f"AdamW {layers}"] = lab.searched(layers)
+        for share in SHARES:
+            muon = lab.run(layers, share=share, lr=adamw.lr, batch=adamw.batch, optimizer="Muon")
+            variants[f"Muon {layers} {share:.0%}"] = muon
+    return lab.compare(variants)
 
 
 def sweep(lab: Lab) -> dict[str, Any]:
@@ -159,9 +163,11 @@ def sweep(lab: Lab) -> dict[str, Any]:
 
 
 def scalings(lab: Lab) -> dict[str, Any]:
-    """Table 1: three ways to scale the update, with the MLP widened to [H, 4H]; half the compute-optimal tokens."""
+    """Table 1: three ways to scale the update, the MLP widened to [H, 4H]; a quarter of the compute-optimal tokens."""
     best = lab.searched(lab.scale.middle)
-    wide = lab.run(best.layers, share=0.5, intermediate=4 * best.hidden, lr=best.lr, batch=best.batch, optimizer="Muon")
+    wide = lab.run(
+        best.layers, share=0.25, intermediate=4 * best.hidden, lr=best.lr, batch=best.batch, optimizer="Muon"
+    )
     return lab.compare({scaling: replace(wide, scaling=scaling) for scaling in SCALINGS})
 
 

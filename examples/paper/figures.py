@@ -70,13 +70,14 @@ def scaling(points: dict[str, Any], laws: dict[str, tuple[float, float]], file: 
     _save(figure, file)
 
 
-def shorter(shares: Sequence[float], curves: Any, target: list[float], file: Path) -> None:
-    figure, (axis,) = _axes(1, width=7)
-    for seed in range(curves.shape[1]):
-        axis.plot(shares, curves[:, seed], color=COLORS["Muon"], marker="o", label="_" if seed else "Muon")
-        axis.axhline(target[seed], color=COLORS["AdamW"], label="_" if seed else "AdamW, all tokens")
-    axis.set(xlabel="share of AdamW's tokens and FLOPs", ylabel="validation loss")
-    axis.legend(frameon=False)
+def shorter(shares: Sequence[float], curves: dict[int, Any], file: Path) -> None:
+    figure, axes = _axes(len(curves))
+    for axis, (layers, (muon, target)) in zip(axes, curves.items()):
+        for seed in range(muon.shape[1]):
+            axis.plot(shares, muon[:, seed], color=COLORS["Muon"], marker="o", label="_" if seed else "Muon")
+            axis.axhline(target[seed], color=COLORS["AdamW"], label="_" if seed else "AdamW, all tokens")
+        axis.set(title=f"{layers} layers", xlabel="share of AdamW's tokens and FLOPs", ylabel="validation loss")
+        axis.legend(frameon=False)
     _save(figure, file)
 
 

@@ -99,7 +99,7 @@ Written by `examples/paper/report.py` out of {len(results)} logged runs
 
 | | here | the paper |
 |---|---|---|
-| parameters without embedding, head | {figures.short(sizes[0])} to {figures.short(sizes[-1])} | 399M to 1.5B (Table 2) |
+| parameters, no embedding | {figures.short(sizes[0])} to {figures.short(sizes[-1])} | 399M to 1.5B (Table 2) |
 | tokens a parameter | {scale.ratio:g} | 22 to 26 |
 | context, vocabulary | {scale.sequence}, {scale.vocab} | 8192, 163840 |
 | text | {texts["main"]["source"]}, {texts["main"]["train_tokens"]:,} tokens | the authors' |
@@ -107,9 +107,9 @@ Written by `examples/paper/report.py` out of {len(results)} logged runs
 | seeds | {scale.seeds} | not said |
 
 Models are Llama-like with heads = layers and hidden = {scale.unit} x layers (paper: 128 x layers). FLOPs are 6 N D as
-in the paper; Newton-Schulz is left out of them, as there. Both optimizers have the same learning rate, weight decay (0.1),
-batch, warm-up, cosine, initial weights and order of the data: what was searched was searched for AdamW. "±" is the
-standard deviation over the seeds. Losses are in nats a token of held-out text."""
+in the paper; Newton-Schulz is left out of them, as there. Both optimizers have the same learning rate, weight decay
+(0.1), batch, warm-up, cosine, initial weights and order of the data: what was searched was searched for AdamW. "±" is
+the standard deviation over the seeds. Losses are in nats a token of held-out text."""
 
 
 def mean_sd(values: Sequence[float], digits: int = 3) -> str:
@@ -227,27 +227,33 @@ keeps the batch. Batches below the scale's smallest one (`smallest_batch` in exp
 
 def shorter(found: Results, out: Path) -> str:
     """Muon with fewer tokens."""
-    target = losses(found["AdamW"])
-    curves = np.array([losses(found[f"Muon {share:.0%}"]) for share in SHARES])
-    crossings = [figures.crossing(np.log(SHARES), curves[:, seed], target[seed]) for seed in range(len(target))]
-    measured = [math.exp(x) for x in crossings if x is not None]
-    rows = [["AdamW", "100%", mean_sd(target)]]
-    rows += [["Muon", f"{share:.0%}", mean_sd(curves[i])] for i, share in enumerate(SHARES)]
-    if len(measured) == len(target):
-        verdict = f"**Muon has AdamW's final loss at {mean_sd(measured, 2)} of its FLOPs** (seed by seed)."
-    else:
-        verdict = (
-            f"Within {SHARES[0]:.0%} to {SHARES[-1]:.0%} the losses cross for {len(measured)} of {len(target)} seeds."
-        )
-    figures.shorter(SHARES, curves, target, out / "shorter.png")
+    sizes = sorted({int(label.split()[1]) for label in found})
+    rows, verdicts, curves = [], [], {}
+    for layers in sizes:
+        target = losses(found[f"AdamW {layers}"])
+        muon = np.array([losses(found[f"Muon {layers} {share:.0%}"]) for share in SHARES])
+        curves[layers] = muon, target
+        crossings = [figures.crossing(np.log(SHARES), muon[:, seed], target[seed]) for seed in range(len(target))]
+        measured = [math.exp(x) for x in crossings if x is not None]
+        n = figures.short(found[f"AdamW {layers}"][0]["parameters"])
+        if len(measured) == len(target):
+            verdicts.append(f"**N = {n}: Muon has AdamW's final loss at {mean_sd(measured, 2)} of its FLOPs.**")
+        else:
+            shares = f"{SHARES[0]:.0%} to {SHARES[-1]:.0%}"
+            verdicts.append(f"N = {n}: within {shares} losses are equal for {len(measured)} of {len(target)} seeds.")
+        means = [mean_sd(row) for row in muon]
+        rows.append([n, mean_sd(target), *means])
+    figures.shorter(SHARES, curves, out / "shorter.png")
+    text = "\n".join(verdicts)
     return f"""## The same model with fewer tokens
 
 A direct measure of the same claim, without a fit: Muon trains with a share of AdamW's tokens, its cosine ending there.
-{verdict} The paper has 0.519 by its fits.
+{text}
+The paper has 0.519 by its fits. Seed by seed, on straight lines over the logarithm of the share.
 
 ![loss over the share of tokens](shorter.png)
 
-{table(["optimizer", "tokens", "validation loss"], rows)}"""
+{table(["N", "AdamW", *[f"Muon, {share:.0%}" for share in SHARES]], rows)}"""
 
 
 def _weights_table(found: Results, paper: dict[str, tuple[float, ...]], names: Sequence[str]) -> str:
@@ -299,7 +305,8 @@ def scalings(found: Results, out: Path) -> str:
     """Table 1."""
     return f"""## Three ways to scale the update (Table 1)
 
-The MLP is widened to [H, 4H], so that one scale for all matrices is wrong for some. {_best(found, SCALINGS)} The paper:
+The MLP is widened to [H, 4H], so that one scale for all matrices is wrong for some; a quarter of
+the tokens. {_best(found, SCALINGS)} The paper:
 update norm and adjusted are equal and better than the baseline, whose MLP weights stay small.
 
 {_weights_table(found, TABLE_1, SCALINGS)}"""
@@ -320,7 +327,8 @@ def decay(found: Results, out: Path) -> str:
 
 N = {figures.short(run["parameters"])}, {figures.short(run["config"]["tokens"])} tokens:
 {run["config"]["tokens"] / run["parameters"]:.0f} a parameter (the paper: 800M, 100B, 125 a parameter).
-{_best(found, list(found))} The paper: without decay Muon is ahead at first, weights grow, and with decay it is ahead in the end. "Late" is the last
+{_best(found, list(found))}
+The paper: without decay Muon is ahead at first, weights grow, and with decay it is ahead in the end. "Late" is the last
 twentieth.
 
 ![validation loss, weight RMS, gamma and gradient norm over tokens](decay.png)

@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "llama"))
 import data
 
 QUICK, FULL = 32, 256  # validation windows during a run and after it
-SAVE_SECONDS = 60  # between checkpoints of a run that goes on
+SAVE_SECONDS, SAVE_STEPS = 60, 10  # between checkpoints of a run that goes on, and between looks at the clock
 
 
 @dataclass(frozen=True)
@@ -395,10 +395,11 @@ def train(run: Run, folder: Path, micro_batch: int = 64, position: int = 0) -> d
         bar.update()
         now = time.perf_counter()
         trainer.seconds = before + now - began
-        due = torch.tensor(float(now - saved > SAVE_SECONDS and rank == 0), device=trainer.device)
-        if trainer.done % 10 == 0 and float(_sum(due)):  # rank 0's clock, since saving is a matter of all ranks
-            trainer.save(checkpoint)
-            saved = now
+        if trainer.done % SAVE_STEPS == 0:
+            due = torch.tensor(float(now - saved > SAVE_SECONDS and rank == 0), device=trainer.device)
+            if float(_sum(due)):  # rank 0's clock, since saving is a matter of all ranks
+                trainer.save(checkpoint)
+                saved = now
     bar.close()
     found = {
         "name": run.name,
