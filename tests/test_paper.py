@@ -70,7 +70,7 @@ def test_every_experiment_runs_and_is_in_the_report(out):
     text = report.report(head, results, out, "A note by hand.")
     assert "Not all of its runs" not in text
     assert "A note by hand." in text
-    for picture in ("scaling", "shorter", "sweep", "decay", "entropy", "singular", "attention"):
+    for picture in ("scaling", "shorter", "batch", "sweep", "decay", "entropy", "singular", "attention"):
         assert (out / f"{picture}.png").stat().st_size > 5_000, picture
         assert f"({picture}.png)" in text
     assert set(report.SECTIONS) == set(experiments.EXPERIMENTS)
@@ -130,8 +130,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(out, tmp_path, kind, optimi
     whole = trainer.train(run, tmp_path)
     (tmp_path / "results" / f"{run.name}.json").rename(tmp_path / "whole.json")
     monkeypatch.setattr(trainer, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(trainer, "SAVE_STEPS", 2)
-    steps = iter(range(3))
+    monkeypatch.setattr(trainer, "SAVE_STEPS", 3)  # between two points, so that losses since the last one matter
+    steps = iter(range(4))
 
     def killed(self: Any) -> None:
         if next(steps, None) is None:
@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(out, tmp_path, kind, optimi
     monkeypatch.setattr(trainer.Trainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(run, tmp_path)
-    assert torch.load(tmp_path / "checkpoints" / f"{run.name}.pt", weights_only=True)["done"] == 2
+    assert torch.load(tmp_path / "checkpoints" / f"{run.name}.pt", weights_only=True)["done"] == 3
     monkeypatch.setattr(trainer.Trainer, "step", step)
     assert trainer.train(run, tmp_path)["points"] == whole["points"]
 

@@ -146,12 +146,26 @@ def scaling(lab: Lab) -> dict[str, Any]:
 
 def shorter(lab: Lab) -> dict[str, Any]:
     """Muon with a share of AdamW's tokens, the same model: at which share it has AdamW's loss."""
+    return _shares(lab, [lab.searched(layers) for layers in lab.scale.layers if layers <= lab.scale.middle])
+
+
+def batch(lab: Lab) -> dict[str, Any]:
+    """The same at four times the batch, AdamW's learning rate searched there again: whether the batch decides."""
+    best = lab.searched(lab.scale.overtrained)
+
+    def make(lr: float, batch: int) -> Run:
+        return lab.run(best.layers, lr=lr, batch=batch)
+
+    return _shares(lab, [lab.search(make(best.lr, 4 * best.batch), make, with_batch=False)])
+
+
+def _shares(lab: Lab, tuned: Sequence[Run]) -> dict[str, Any]:
     variants: dict[str, Run] = {}
-    for layers in (n for n in lab.scale.layers if n <= lab.scale.middle):
-        adamw = variants[f"AdamW {layers}"] = lab.searched(layers)
+    for adamw in tuned:
+        variants[f"AdamW {adamw.layers}"] = adamw
         for share in SHARES:
-            muon = lab.run(layers, share=share, lr=adamw.lr, batch=adamw.batch, optimizer="Muon")
-            variants[f"Muon {layers} {share:.0%}"] = muon
+            muon = lab.run(adamw.layers, share=share, lr=adamw.lr, batch=adamw.batch, optimizer="Muon")
+            variants[f"Muon {adamw.layers} {share:.0%}"] = muon
     return lab.compare(variants)
 
 
@@ -172,9 +186,9 @@ def scalings(lab: Lab) -> dict[str, Any]:
 
 
 def decay(lab: Lab) -> dict[str, Any]:
-    """Fig. 2: weight decay in the over-trained regime (six times the compute-optimal tokens); gamma's decay."""
+    """Fig. 2: weight decay in the over-trained regime (four times the compute-optimal tokens); gamma's decay."""
     best = lab.searched(lab.scale.overtrained)
-    long = lab.run(best.layers, share=6, lr=best.lr, batch=best.batch, evaluations=20)
+    long = lab.run(best.layers, share=4, lr=best.lr, batch=best.batch, evaluations=20)
     return lab.compare(
         {
             "AdamW": long,
@@ -188,7 +202,7 @@ def decay(lab: Lab) -> dict[str, Any]:
 def spectra(lab: Lab) -> dict[str, Any]:
     """Fig. 4 and appendix F: singular values of a mixture of experts, with the dense model's learning rate."""
     dense = lab.searched(lab.scale.middle)
-    best = lab.run(dense.layers, "moe", share=0.5, lr=dense.lr, batch=dense.batch)
+    best = lab.run(dense.layers, "moe", share=0.3, lr=dense.lr, batch=dense.batch)
     return lab.compare({o: replace(best, optimizer=o) for o in OPTIMIZERS})
 
 
@@ -220,4 +234,4 @@ def finetune(lab: Lab) -> dict[str, Any]:
     return {label: [next(found) for _ in several] for label, several in runs.items()}
 
 
-EXPERIMENTS = {f.__name__: f for f in (scaling, shorter, sweep, scalings, decay, spectra, attention, finetune)}
+EXPERIMENTS = {f.__name__: f for f in (scaling, shorter, batch, sweep, scalings, decay, spectra, attention, finetune)}

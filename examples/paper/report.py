@@ -227,6 +227,24 @@ keeps the batch. Batches below the scale's smallest one (`smallest_batch` in exp
 
 def shorter(found: Results, out: Path) -> str:
     """Muon with fewer tokens."""
+    return f"""## The same model with fewer tokens
+
+A direct measure of the same claim, without a fit: Muon trains with a share of AdamW's tokens, its cosine ending there.
+{_shares(found, out / "shorter.png")}"""
+
+
+def batch(found: Results, out: Path) -> str:
+    """The same at a larger batch."""
+    run = next(iter(found.values()))[0]["config"]
+    return f"""## The same at four times the batch
+
+{run["batch"]} sequences, {run["batch"] * run["sequence"]:,} tokens a step, and AdamW's learning rate searched again at this batch:
+{run["lr"]:g}. AdamW itself may be worse here than at its best batch; see the search.
+{_shares(found, out / "batch.png")}"""
+
+
+def _shares(found: Results, picture: Path) -> str:
+    """Verdict, picture and table of Muon with shares of AdamW's tokens."""
     sizes = sorted({int(label.split()[1]) for label in found})
     rows, verdicts, curves = [], [], {}
     for layers in sizes:
@@ -243,15 +261,12 @@ def shorter(found: Results, out: Path) -> str:
             verdicts.append(f"N = {n}: within {shares} losses are equal for {len(measured)} of {len(target)} seeds.")
         means = [mean_sd(row) for row in muon]
         rows.append([n, mean_sd(target), *means])
-    figures.shorter(SHARES, curves, out / "shorter.png")
+    figures.shorter(SHARES, curves, picture)
     text = "\n".join(verdicts)
-    return f"""## The same model with fewer tokens
-
-A direct measure of the same claim, without a fit: Muon trains with a share of AdamW's tokens, its cosine ending there.
-{text}
+    return f"""{text}
 The paper has 0.519 by its fits. Seed by seed, on straight lines over the logarithm of the share.
 
-![loss over the share of tokens](shorter.png)
+![loss over the share of tokens]({picture.name})
 
 {table(["N", "AdamW", *[f"Muon, {share:.0%}" for share in SHARES]], rows)}"""
 
@@ -356,7 +371,7 @@ def spectra(found: Results, out: Path) -> str:
     return f"""## Spectra of a mixture of experts (Fig. 4, appendix F)
 
 DeepSeek-V3's layers: latent attention, the first layer dense, 8 routed experts of which 2 see a token, one shared, a
-sigmoid router balanced by Moonlight's rule; half the dense model's ratio of tokens. Validation loss:
+sigmoid router balanced by Moonlight's rule; 0.3 of the dense model's ratio of tokens. Validation loss:
 {", ".join(finals)}.
 **At the end Muon's SVD entropy is above AdamW's in {np.mean(above):.0%} of the matrices** (over all seeds; the
 paper: over 90% at every checkpoint, the router most of all).
@@ -402,7 +417,7 @@ Validation loss on the second text. {_best(found, list(found))} The paper measur
 
 
 SECTIONS: dict[str, Callable[[Results, Path], str]] = {
-    f.__name__: f for f in (scaling, shorter, sweep, scalings, decay, spectra, attention, finetune)
+    f.__name__: f for f in (scaling, shorter, batch, sweep, scalings, decay, spectra, attention, finetune)
 }
 
 if __name__ == "__main__":
