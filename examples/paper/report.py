@@ -238,7 +238,7 @@ def batch(found: Results, out: Path) -> str:
     run = next(iter(found.values()))[0]["config"]
     return f"""## The same at four times the batch
 
-{run["batch"]} sequences, {run["batch"] * run["sequence"]:,} tokens a step, and AdamW's learning rate searched again at this batch:
+{run["batch"]} sequences, {run["batch"] * run["sequence"]:,} tokens a step; AdamW's learning rate searched again:
 {run["lr"]:g}. AdamW itself may be worse here than at its best batch; see the search.
 {_shares(found, out / "batch.png")}"""
 
