@@ -146,17 +146,24 @@ def scaling(lab: Lab) -> dict[str, Any]:
 
 def shorter(lab: Lab) -> dict[str, Any]:
     """Muon with a share of AdamW's tokens, the same model: at which share it has AdamW's loss."""
-    return _shares(lab, [lab.searched(layers) for layers in lab.scale.layers if layers <= lab.scale.middle])
+    return _shares(lab, [lab.searched(layers) for layers in _up_to_middle(lab)])
 
 
 def batch(lab: Lab) -> dict[str, Any]:
     """The same at four times the batch, AdamW's learning rate searched there again: whether the batch decides."""
-    best = lab.searched(lab.scale.overtrained)
+    tuned = []
+    for layers in _up_to_middle(lab):
+        best = lab.searched(layers)
 
-    def make(lr: float, batch: int) -> Run:
-        return lab.run(best.layers, lr=lr, batch=batch)
+        def make(lr: float, batch: int, layers: int = layers) -> Run:
+            return lab.run(layers, lr=lr, batch=batch)
 
-    return _shares(lab, [lab.search(make(best.lr, 4 * best.batch), make, with_batch=False)])
+        tuned.append(lab.search(make(best.lr, 4 * best.batch), make, with_batch=False))
+    return _shares(lab, tuned)
+
+
+def _up_to_middle(lab: Lab) -> list[int]:
+    return [layers for layers in lab.scale.layers if layers <= lab.scale.middle]
 
 
 def _shares(lab: Lab, tuned: Sequence[Run]) -> dict[str, Any]:

@@ -235,11 +235,12 @@ A direct measure of the same claim, without a fit: Muon trains with a share of A
 
 def batch(found: Results, out: Path) -> str:
     """The same at a larger batch."""
-    run = next(iter(found.values()))[0]["config"]
+    runs = [results[0]["config"] for label, results in found.items() if label.startswith("AdamW")]
+    rates = ", ".join(f"{run['lr']:g} with {run['layers']} layers" for run in runs)
     return f"""## The same at four times the batch
 
-{run["batch"]} sequences, {run["batch"] * run["sequence"]:,} tokens a step; AdamW's learning rate searched again:
-{run["lr"]:g}. AdamW itself may be worse here than at its best batch; see the search.
+{runs[0]["batch"]} sequences, {runs[0]["batch"] * runs[0]["sequence"]:,} tokens a step. AdamW's rate is searched
+again at this batch (with seed 0): {rates}. AdamW itself may be worse here than at its best batch; see the search.
 {_shares(found, out / "batch.png")}"""
 
 

@@ -128,6 +128,7 @@ def _train(run: Run, folder: Path, micro_batch: int) -> dict[str, Any]:
 def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and is left behind by those that end
 
 
 def gather(args: argparse.Namespace, texts: dict[str, Any]) -> None:
