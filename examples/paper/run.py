@@ -83,15 +83,28 @@ def planned(args: argparse.Namespace) -> dict[str, Run]:
     return runs
 
 
+class Progress:
+    """The bar over all runs, in FLOPs: each run counts once, and a search that goes on makes it longer."""
+
+    def __init__(self, total: float, disable: bool) -> None:
+        self.bar = tqdm(total=total, unit="TFLOP", disable=disable, mininterval=0.5, smoothing=0)
+        self.bar.bar_format = "all: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} TFLOP [{elapsed}<{remaining}]"
+        self.seen: set[str] = set()
+
+    def count(self, run: Run) -> None:
+        if run.name not in self.seen:
+            self.seen.add(run.name)
+            done = self.bar.n + run.flops / 1e12
+            self.bar.total = max(self.bar.total or 0.0, done)
+            self.bar.update(done - self.bar.n)
+
+
 class Pool:
     """Trains runs in processes that stay; a run that two experiments ask for is trained once."""
 
-    def __init__(self, args: argparse.Namespace, bar: tqdm) -> None:
-        self.args, self.bar, self.lock = (
-            args,
-            bar,
-            threading.RLock(),
-        )  # a run that is done already is counted at once, inside
+    def __init__(self, args: argparse.Namespace, progress: Progress) -> None:
+        self.progress = progress
+        self.lock = threading.RLock()  # a run that is done already is counted at once, inside
         context = multiprocessing.get_context("spawn")
         threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
         self.processes = ProcessPoolExecutor(args.jobs, context, _begin, (context.Value("i", 0), threads))
@@ -108,9 +121,7 @@ class Pool:
 
     def _count(self, run: Run) -> None:
         with self.lock:
-            done = self.bar.n + run.flops / 1e12
-            self.bar.total = max(self.bar.total, done)  # a search went further than planned
-            self.bar.update(done - self.bar.n)
+            self.progress.count(run)
 
 
 def _begin(counter: Any, threads: int) -> None:
@@ -159,22 +170,25 @@ def main() -> None:
     if together:
         dist.barrier()
     scale = SCALES[args.scale]
-    bar = tqdm(total=total, desc=args.scale, unit="TFLOP", disable=not main_rank, mininterval=0.5, smoothing=0)
-    bar.bar_format = "{l_bar}{bar}| {n:.2f}/{total:.2f} TFLOP [{elapsed}<{remaining}]"
+    progress = Progress(total, disable=not main_rank)
     if together or torch.cuda.is_available():
 
         def one_by_one(asked: Sequence[Run]) -> list[dict[str, Any]]:
-            return [train(run, args.out, scale.micro_batch, position=1) for run in asked]
+            found = []
+            for run in asked:
+                found.append(train(run, args.out, scale.micro_batch, position=1))
+                progress.count(run)
+            return found
 
         for name in args.experiments:
             EXPERIMENTS[name](Lab(scale, one_by_one))
     else:
-        pool = Pool(args, bar)
+        pool = Pool(args, progress)
         with ThreadPoolExecutor(len(args.experiments)) as threads:  # an experiment waits while the others' runs go on
             for done in [threads.submit(EXPERIMENTS[name], Lab(scale, pool)) for name in args.experiments]:
                 done.result()
         pool.processes.shutdown()
-    bar.close()
+    progress.bar.close()
     if main_rank:
         gather(args, texts)
         logged = args.out / f"{args.scale}.jsonl"
