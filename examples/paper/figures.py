@@ -11,6 +11,7 @@ import numpy as np
 
 matplotlib.use("Agg")  # draws to a file, also where there is no screen
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 from muon_plugin.metrics import GROUPS, group_of
 
@@ -53,6 +54,7 @@ def _curve(axis: Any, results: list[dict[str, Any]], value: Any, label: str, **s
     x = [point["tokens"] for point in results[0]["points"]]
     y = np.array([[value(point) for point in result["points"]] for result in results])
     axis.plot(x, y.mean(0), label=label, **style)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.fill_between(x, y.min(0), y.max(0), color=style.get("color"), alpha=0.15, linewidth=0)
 
 

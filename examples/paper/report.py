@@ -215,10 +215,10 @@ def searches(results: list[dict[str, Any]]) -> str:
         [layers, batch, lr, f"**{loss:.4f}**" if loss == best[layers] else f"{loss:.4f}"]
         for (layers, batch, lr), loss in sorted(rows.items())
     ]
-    return f"""<details><summary>The search for AdamW's learning rate and batch: {len(lines)} runs, seed 0</summary>
+    return f"""<details><summary>AdamW's learning rates and batches: {len(lines)} runs, seed 0</summary>
 
-It starts at the best of the next smaller size and steps by factors of 2 until no neighbour is better; the largest size
-keeps the batch. Batches below the scale's smallest one (`smallest_batch` in experiments.py) are not taken.
+It starts at the best of the next smaller size and steps by factors of 2 until no neighbour is better; the runs at four
+times the batch are searched by themselves. Batches below `smallest_batch` in experiments.py are not taken.
 
 {table(["layers", "batch", "learning rate", "validation loss"], lines)}
 
