@@ -7,13 +7,20 @@ OLDER_DEEPSPEED ?= 0.18.9
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: train train-megatron test lint slurm bench bench-megatron gpu clean
+.PHONY: train train-megatron paper paper-runs test lint slurm bench bench-megatron gpu clean
 
 train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; about 8 minutes on 2 cores
 	$(BIN)/python examples/llama/compare.py
 
 train-megatron: .venv/megatron  ## a small GPT under Megatron-Core, TP 2 x DP 2 on the CPU: AdamW, then Muon
 	PYTHONPATH=.venv/megatron-core/0.19.2 $(BIN)/python examples/megatron/compare.py
+
+paper: .venv/examples  ## docs/paper/report.md and its pictures again, out of the logged runs; under a minute
+	$(BIN)/python examples/paper/report.py
+
+paper-runs: .venv/examples  ## the paper's experiments from scratch at the smallest scale; half an hour on 2 cores
+	$(BIN)/python examples/paper/run.py --scale toy
+	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
 test: lint .venv/megatron .venv/older_deepspeed slurm  ## everything that CI runs; three files at a time, since tests wait for processes to start
 	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadfile --durations=25

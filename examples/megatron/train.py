@@ -52,7 +52,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from muon_plugin.megatron.moonlight import three_stages  # noqa: E402
 from muon_plugin.megatron.settings import PAPER  # noqa: E402
+from muon_plugin.moonlight import Stages, gate_scaling_factor  # noqa: E402
 
 BATCH_SIZE = 8  # sequences of all data parallel ranks together
 VAL_WINDOWS = 64
@@ -64,6 +66,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=["adam", "muon"], default="muon")
     parser.add_argument("--tp", type=int, default=2, help="tensor parallel size (default: %(default)s)")
     parser.add_argument("--moe", action="store_true", help="four experts a layer, two a token, over --ep ranks")
+    parser.add_argument("--moonlight", action="store_true", help="Moonlight, scaled down: its layers and its schedule")
     parser.add_argument("--ep", type=int, default=1, help="expert parallel size (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -86,6 +89,21 @@ def make_model(args: argparse.Namespace, vocab_size: int) -> Any:
         "moe_aux_loss_coeff": 0.01,
         "moe_router_load_balancing_type": "aux_loss",
     }
+    # Moonlight: the first layer dense, shared experts, a sigmoid router balanced by biases. Its latent attention wants
+    # Transformer Engine: Megatron's own attention for the CPU does not take keys and values of different sizes.
+    moonlight = {
+        "num_moe_experts": 8,
+        "moe_layer_freq": [0, 1, 1, 1],
+        "moe_ffn_hidden_size": 176,
+        "moe_shared_expert_intermediate_size": 352,
+        "moe_router_topk": 2,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": gate_scaling_factor(8, 2, generator=torch.Generator().manual_seed(0)),
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": 1e-3,
+    }
     config = TransformerConfig(
         num_layers=4,
         hidden_size=256,
@@ -104,7 +122,7 @@ def make_model(args: argparse.Namespace, vocab_size: int) -> Any:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        **(experts if args.moe else {}),
+        **(moonlight if args.moonlight else experts if args.moe else {}),
     )
     torch.manual_seed(args.seed)  # the same whole matrices on every rank, from which TP takes its parts
     gpt = GPTModel(
@@ -133,7 +151,7 @@ def make_model(args: argparse.Namespace, vocab_size: int) -> Any:
 
 
 def make_optimizer(args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
-    """Megatron's optimizer and its scheduler; the paper's settings where it is Muon."""
+    """Megatron's optimizer and its scheduler; the paper's settings where it is Muon, Moonlight's stages for it."""
     config = OptimizerConfig(
         optimizer=args.optimizer,
         lr=args.lr,
@@ -160,6 +178,9 @@ def make_optimizer(args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
         wd_incr_steps=args.steps,
         wd_incr_style="constant",
     )
+    if args.moonlight:
+        stages = Stages().scaled(args.steps, max(2, args.steps // 10), args.steps / 100)
+        three_stages(scheduler, stages, 1, [model.config])  # in steps instead of tokens
     return optimizer, scheduler
 
 
