@@ -101,7 +101,7 @@ Written by `examples/paper/report.py` out of {len(results)} logged runs
 |---|---|---|
 | parameters, no embedding | {figures.short(sizes[0])} to {figures.short(sizes[-1])} | 399M to 1.5B (Table 2) |
 | tokens a parameter | {scale.ratio:g} | 22 to 26 |
-| context, vocabulary | {scale.sequence}, {scale.vocab} | 8192, 163840 |
+| context, vocabulary | {scale.sequence}, {scale.vocab} | 8192, not said |
 | text | {texts["main"]["source"]}, {texts["main"]["train_tokens"]:,} tokens | the authors' |
 | precision | {"fp32" if versions["device"] == "cpu" else "bf16"} and bf16 in Newton-Schulz | bf16 |
 | seeds | {scale.seeds} | not said |
