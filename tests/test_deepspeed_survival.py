@@ -29,6 +29,12 @@ def start(folder: Path, stage: int, number: int) -> list[subprocess.Popen]:
         return [subprocess.Popen([*command, *a], env=environment, stdout=log, stderr=log) for a in arguments]
 
 
+def mark(folder: Path) -> int:
+    """The step of the last complete checkpoint."""
+    complete = folder / "complete"
+    return int(complete.read_text().removeprefix("global_step")) if complete.exists() else 0
+
+
 def finish(processes: list[subprocess.Popen], folder: Path) -> None:
     for process in processes:
         assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
@@ -43,12 +49,14 @@ def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(ranks, tmp_path, s
         while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
             assert all(process.poll() is None for process in processes), (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.01)
+        while number and not mark(tmp_path):  # the first may be killed before any checkpoint, however slow the machine
+            assert all(process.poll() is None for process in processes), (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.8))
         for process in draw.sample(processes, 2):
             process.kill()
             process.wait()
-        complete = tmp_path / "complete"
-        reached.append(int(complete.read_text().removeprefix("global_step")) if complete.exists() else 0)
+        reached.append(mark(tmp_path))
     assert max(reached) > 0, reached
     assert min(reached) < STEPS, reached
     finish(start(tmp_path, stage, KILLS), tmp_path)

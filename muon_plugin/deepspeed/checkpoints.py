@@ -91,7 +91,7 @@ def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bo
         wrapper.fp16_partitioned_groups_flat[number].data.copy_(wrapper.fp32_partitioned_groups_flat[number].data)
         wrapper._unflatten_partitioned_parameters(number)
     if fresh:
-        logger.info(
+        logger.warning(  # DeepSpeed 0.19 shows nothing below
             f"muon_plugin: {folder} was saved by another optimizer, or routed otherwise: weights were taken over, and "
             f"the optimizer's state starts from zero for {len(fresh)} parameters ({', '.join(sorted(fresh)[:3])}, ...)"
         )

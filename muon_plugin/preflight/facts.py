@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 import muon_plugin
+
+from .. import watchdog
 
 #: Name in the table -> module.
 ENGINES = {"deepspeed": "deepspeed", "megatron-core": "megatron.core", "transformers": "transformers"}
@@ -34,6 +37,7 @@ def versions(engines: bool) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "muon_plugin": f"{muon_plugin.__version__} ({digest})",
+        watchdog.VARIABLE: os.environ.get(watchdog.VARIABLE, "-"),
     }
     if torch.version.cuda:
         found["CUDA"] = torch.version.cuda

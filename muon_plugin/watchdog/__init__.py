@@ -194,7 +194,7 @@ class _Watchdog:
                 self.hearts.tell_cause(text)
 
     def _explain(self, others: list[Standing]) -> str:
-        cause = cause_of(self._me(), others, self.world)
+        cause = None if self.hearts.verdict else cause_of(self._me(), others, self.world)  # one word is enough
         if cause is not None:
             _print(f"why rank {self.rank} failed: {cause.text}")
         self._explained.set()
@@ -251,7 +251,9 @@ def _dump_flight_recorder(rank: int) -> None:
     """Where torch itself would put it, for its ``torchfrtrace``."""
     native: Any = torch._C._distributed_c10d
     variables = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-    prefix = next(filter(None, map(os.environ.get, variables)), f"{tempfile.gettempdir()}/nccl_trace_rank_")
+    prefix = next(
+        filter(None, map(os.environ.get, variables)), f"{tempfile.gettempdir()}/nccl_trace_{os.getpid()}_rank_"
+    )
     with contextlib.suppress(Exception):
         dump = getattr(native, "_dump_nccl_trace", None) or native._dump_fr_trace
         trace = dump()
