@@ -51,8 +51,8 @@ def test_loss_curves_at_tp_1_and_2_agree_to_the_forward_passs_rounding(tmp_path)
             curves[name, tp] = [json.loads(line)["loss"] for line in lines]
     worst = {name: max(abs(a - b) for a, b in zip(curves[name, 1], curves[name, 2])) for name in ("AdamW", "Muon")}
     print(worst)
-    # fp32 sums in another order differ by 1e-7 of the loss. AdamW divides by the size of each gradient, and makes whole
-    # steps of what should be zero (from 1.7e-5 to 9e-4 seen, on one machine: products depend on the alignment of
-    # memory); Newton-Schulz rounds its input to bf16, where such a difference can move an element by 4e-3 of itself.
-    assert max(worst.values()) < 2e-3
+    # fp32 sums in another order differ by 1e-7 of the loss; Newton-Schulz rounds its input to bf16, where such
+    # a difference can move an element by 4e-3 of itself: larger than AdamW's, and small beside the loss of 7.
+    assert worst["AdamW"] < 1e-4
+    assert worst["Muon"] < 2e-3
     assert curves["Muon", 2][-1] < curves["Muon", 2][0] - 0.3

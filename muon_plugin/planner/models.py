@@ -173,11 +173,10 @@ def deepspeed(
         parameters = [Parameter(name, p, 1, 1, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
         of_stage: list[tuple[tuple[int, ...], list[Parameter], Routing]] = [((0,), parameters, routing)]
     else:
-        assert shapes_file is not None
-        title = shapes_file
+        title = str(shapes_file)
         of_stage = [
             (numbers, found, route(whole, exclude=settings.exclude, split=settings.split))
-            for numbers, found, whole in shapes.stages(read_json(shapes_file, "--shapes"), tp, pp, ep)
+            for numbers, found, whole in shapes.stages(read_json(title, "--shapes"), tp, pp, ep)
         ]
 
     def stages(ranks: int) -> list[Stage]:
