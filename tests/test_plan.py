@@ -52,6 +52,17 @@ def test_the_busiest_rank_has_little_more_than_its_share(world, factor, method):
     assert max(plan.flops) <= factor * max(sum(costs) / world, max(costs))
 
 
+def test_sizes_that_fit_together_badly_are_searched_for():
+    """Costs 3, 3, 2, 2, 2 and two ranks: the least loaded rank for each, longest first, ends at 7 for one of them."""
+    threes = {f"layers.{i}.up.weight": (1030, 1030) for i in range(8)}
+    twos = {f"layers.{i}.down.weight": (900, 900) for i in range(12)}
+    matrices = route(threes | twos).matrices
+    flops = NewtonSchulz(coefficients_for(5, "simple")).flops
+    replicas = [[(i, (Strided(0, m.numel),)) for i, m in enumerate(matrices)]] * 8
+    plan = make_plan(matrices, replicas, flops)
+    assert max(plan.flops) <= 1.01 * sum(plan.flops) / 8
+
+
 @pytest.mark.parametrize("world", [2, 8, 64])
 def test_at_most_four_bytes_an_element_of_what_is_cut(world):
     matrices = gpt()

@@ -38,6 +38,35 @@ def test_all_is_well_on_two_ranks_with_tp_2(tmp_path):
     assert re.search(r"^TP +1 x 2 +(\d+\.\d\d \([01]\) +){4}", log, re.M), log
     assert re.search(r"2 ranks, 1 nodes?, \d+ s: all is well", log), log
     assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert f"{tmp_path / 'checkpoints'} was not there, and has been made" in log
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({1: {"MUON_WATCHDOG": "100"}}, "MUON_WATCHDOG"),
+        ({r: {"MUON_WATCHDOG": "soon"} for r in (0, 1)}, "MUON_WATCHDOG='soon': allowed: seconds"),
+    ],
+    ids=["differs", "bad"],
+)
+def test_a_watchdog_that_would_stop_the_start_is_found_before(tmp_path, own, told):
+    job = Job(
+        tmp_path, 4, PREFLIGHT, own={r: own.get(r % 2, {}) if len(own) > 1 else own.get(r - 1, {}) for r in range(4)}
+    )
+    job.ends()
+    assert set(job.codes) == {1}, job.all_logs()
+    assert any(told in problem for problem in problems(job)), job.log(0)
+
+
+def test_the_plan_must_be_of_this_job(tmp_path):
+    shapes = tmp_path / "shapes.json"
+    shapes.write_text('{"layers.*.up.weight": {"shape": [64, 32], "count": 2}}')
+    for size, code in (("2", 1), ("1", 0)):
+        job = Job(tmp_path, 2, [*PREFLIGHT, "--", "--shapes", str(shapes), f"--nodes={size}"])
+        job.ends()
+        assert job.codes == [code, code], job.all_logs()
+        assert any("this job has 1 nodes of 2 ranks" in problem for problem in problems(job)) is (code == 1)
+        assert ("2 ranks = 1 nodes x 2 GPUs" in job.log(0)) is (code == 0)
 
 
 def test_all_is_well_under_torchrun_on_four_ranks_with_tp_2(tmp_path):

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from .. import watchdog
 from ..nodes import node_name
 from . import disk, facts, links, table
 from .rounds import GRACE, Rounds, Stop, rendezvous
@@ -216,6 +217,7 @@ class Check:
     def _facts(self, first: bool) -> None:
         def work() -> dict[str, Any]:
             _, folder = facts.source()
+            watchdog.limits(os.environ.get(watchdog.VARIABLE, ""))
             return {
                 "versions": facts.versions(engines=first),
                 "folder": folder,
@@ -233,6 +235,8 @@ class Check:
         name = f".muon_plugin_preflight_{uuid.uuid4().hex[:8]}"
         left = self._ask("the checkpoints' folder", lambda: self.rank > 0 or disk.leave(folder, name))
         if self.rank == 0:
+            if left[0] == disk.MADE:
+                _say(f"{folder.absolute()} was not there, and has been made")
             self.rounds.tell("file", name if left[0] else "")
         name = self.rounds.told("file", seconds)
         if not name:
@@ -268,13 +272,30 @@ class Check:
                 return None
             from .. import planner
 
-            count = len(set(self.nodes))
-            layout = ["--nodes", str(count), "--gpus-per-node", str(self.world // count)]
-            return planner.report(self.planned if "--nodes" in self.planned else [*layout, *self.planned])
+            return planner.report(self._of_this_job(self.planned))
 
         plans = self._ask("the plan", work, max(120.0, self.own.timeout))
         if self.rank == 0:
             self.found.plan = plans[0] or ""
+
+    def _of_this_job(self, planned: list[str]) -> list[str]:
+        """The planner's arguments, with this job's nodes and GPUs where they name none.
+
+        Raises:
+            ValueError: where they name others.
+        """
+        count = len(set(self.nodes))
+        layout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        layout.add_argument("--nodes", default=str(count))
+        layout.add_argument("--gpus-per-node", default=str(self.world // count))
+        found, rest = layout.parse_known_args(planned)
+        sizes = ["--nodes", found.nodes, "--gpus-per-node", found.gpus_per_node]
+        if sizes[1::2] != [str(count), str(self.world // count)]:
+            raise ValueError(
+                f"the planner's {' '.join(sizes)}: this job has {count} nodes of {self.world // count} ranks; allowed: "
+                "these, or neither argument"
+            )
+        return [*sizes, *rest]
 
 
 def _slurm_nodes() -> list[str]:

@@ -9,16 +9,18 @@ from pathlib import Path
 
 #: Seconds in which a file that rank 0 wrote must be seen elsewhere: network file systems cache folders.
 SEEN_WITHIN = 10.0
+THERE, MADE = "there", "made"
 
 
-def leave(folder: Path, name: str) -> bool:
-    """Rank 0 makes the folder, if need be, and leaves a file in it."""
+def leave(folder: Path, name: str) -> str:
+    """Rank 0 makes the folder, if need be, and leaves a file in it; `THERE` or `MADE`."""
+    was = THERE if folder.is_dir() else MADE
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "w") as file:
         file.write(name)
         file.flush()
         os.fsync(file.fileno())
-    return True
+    return was
 
 
 def find(folder: Path, name: str, seconds: float) -> dict[str, int]:

@@ -50,11 +50,11 @@ def start(process_group: Any = None) -> None:
     global _running, _started
     value = os.environ.get(VARIABLE, "")
     agree(VARIABLE, [repr(value)], "Set it alike on all nodes", process_group)
-    limits = _limits(value)
-    if limits is None or world_of(None)[1] == 1 or (_running is not None and _running.watching):
+    patience = limits(value)
+    if patience is None or world_of(None)[1] == 1 or (_running is not None and _running.watching):
         return
     _started += 1
-    _running = _Watchdog(*limits, f"muon_plugin/watchdog/{_started}")
+    _running = _Watchdog(*patience, f"muon_plugin/watchdog/{_started}")
 
 
 def stop() -> None:
@@ -63,7 +63,12 @@ def stop() -> None:
         _running.finish()
 
 
-def _limits(value: str) -> tuple[float, float] | None:
+def limits(value: str) -> tuple[float, float] | None:
+    """Of a value of MUON_WATCHDOG: seconds without progress, and outside the optimizer; None for no watchdog.
+
+    Raises:
+        ValueError: for a value that is not allowed.
+    """
     if not value:
         return None
     try:
