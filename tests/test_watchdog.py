@@ -20,7 +20,9 @@ from muon_plugin import Muon
 from muon_plugin.watchdog.verdict import CUT_OFF, FAILED, FINISHED, GONE, Standing, cause_of, judge
 
 SCRIPT = str(ROOT / "tests" / "watched.py")
-SECONDS = 3.0
+SECONDS = 5.0
+#: Where a broken connection is to end the job: a slow machine must not reach the limit before it.
+PATIENT = {"MUON_WATCHDOG": "30"}
 ENDED_BY_WATCHDOG = 75
 
 
@@ -51,7 +53,7 @@ def test_a_rank_that_sleeps_while_the_others_exchange_is_named_with_its_stack(tm
 
 
 def test_a_rank_killed_within_a_step_is_named_by_those_whose_connection_breaks(tmp_path):
-    job = watched(tmp_path, 3, "alone", "killed", "1", "exchange")
+    job = watched(tmp_path, 3, "alone", "killed", "1", "exchange", **PATIENT)
     job.ends()
     assert job.codes == [1, -signal.SIGKILL, 1], job.all_logs()
     for rank in (0, 2):
@@ -61,9 +63,9 @@ def test_a_rank_killed_within_a_step_is_named_by_those_whose_connection_breaks(t
 
 
 def test_a_rank_that_raises_is_named_with_its_error(tmp_path):
-    job = watched(tmp_path, 2, "alone", "raises", "1", "outside")
+    job = watched(tmp_path, 2, "alone", "raises", "1", "outside", **PATIENT)
     job.ends()
-    assert job.codes == [1, 1]
+    assert job.codes == [1, 1], job.all_logs()
     assert said(job, 0)[0].startswith(
         'why rank 0 failed: rank 1 of 2 (node0) failed first, before step 3, phase "forward and backward": '
         "ValueError: no more data on this rank"
@@ -73,7 +75,9 @@ def test_a_rank_that_raises_is_named_with_its_error(tmp_path):
 
 @pytest.mark.parametrize("others", ["stay", "leave"])
 def test_a_rank_that_runs_one_step_more_is_told_that_the_others_do_not(tmp_path, others):
-    job = watched(tmp_path, 2, "alone", "one step more", "1", f"the others {others}")
+    job = watched(
+        tmp_path, 2, "alone", "one step more", "1", f"the others {others}", **(PATIENT if others == "leave" else {})
+    )
     job.ends()
     text = said(job, 1)[0]
     if others == "stay":
@@ -134,7 +138,7 @@ def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tm
 
 
 def test_under_zero_1_a_killed_rank_is_named(tmp_path):
-    job = watched(tmp_path, 2, "deepspeed", "killed", "1", "exchange")
+    job = watched(tmp_path, 2, "deepspeed", "killed", "1", "exchange", **PATIENT)
     job.ends()
     assert job.codes == [1, -signal.SIGKILL], job.all_logs()
     assert said(job, 0)[0].startswith("why rank 0 failed: rank 1 of 2 (node0) died: "), job.all_logs()
@@ -142,18 +146,17 @@ def test_under_zero_1_a_killed_rank_is_named(tmp_path):
 
 def test_under_zero_1_a_rank_outside_the_others_collective_is_named_after_the_longer_limit(tmp_path):
     """DeepSpeed's gradient norm comes before Muon: all are outside, where an evaluation could be as long."""
-    job = watched(tmp_path, 2, "deepspeed", "sleeps", "1", "outside", MUON_WATCHDOG="2,8")
+    job = watched(tmp_path, 2, "deepspeed", "sleeps", "1", "outside", MUON_WATCHDOG="4,12")
     job.ends()
     assert job.codes == [ENDED_BY_WATCHDOG] * 2, job.all_logs()
     text = said(job, 0)[0]
     assert text.startswith('rank 1 of 2 (node0) held up the others before step 3, phase "forward and backward", '), text
-    assert int(re.search(r"for (\d+) s", text)[1]) >= 8, text
+    assert int(re.search(r"for (\d+) s", text)[1]) >= 12, text
 
 
 def test_under_megatron_a_killed_rank_is_named(tmp_path):
-    job = watched(
-        tmp_path, 2, "megatron", "killed", "1", "exchange", PYTHONPATH=environment(release("0.19.2"))["PYTHONPATH"]
-    )
+    path = environment(release("0.19.2"))["PYTHONPATH"]
+    job = watched(tmp_path, 2, "megatron", "killed", "1", "exchange", PYTHONPATH=path, **PATIENT)
     job.ends()
     assert job.codes == [1, -signal.SIGKILL], job.all_logs()
     assert said(job, 0)[0].startswith("why rank 0 failed: rank 1 of 2 (node0) died: "), job.all_logs()

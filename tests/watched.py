@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from muon_plugin import Muon, phases
+from muon_plugin import Muon, phases, watchdog
 
 STEPS = 6
 
@@ -79,6 +79,9 @@ def main(engine: str, what: str, which: int, when: str) -> None:
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
     backward, step = globals()[engine](rank)
     mine = rank == which
+    while not (watchdog._running and watchdog._running.hearts.published):
+        time.sleep(0.05)  # else all is over before the others know of this rank
+    dist.barrier()
 
     def listener(_: str, entered: str) -> None:
         if mine and entered == when and phases.current.step == 3:

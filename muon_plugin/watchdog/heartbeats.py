@@ -31,6 +31,7 @@ class Heartbeats:
     Attributes:
         heard: time.monotonic of the store's last answer.
         verdict: what any rank made public to end the job; empty until then.
+        published: heartbeats that the store has.
         address: of the store.
         serves: the store lives in this process.
     """
@@ -39,13 +40,13 @@ class Heartbeats:
         self.rank, self.world, self.prefix, self.beat = rank, world, prefix, beat
         self.heard = time.monotonic()
         self.verdict: dict[str, Any] = {}
+        self.published = 0
         self.address: nodes.Address | None = None
         self.serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         # Held, since a store of rank 0's must outlive the process group.
         self._default = dist.distributed_c10d._get_default_store()
         self._listener: Any = None
         self._store: Any = None
-        self._signs = 0
         self._first: dict[str, Any] = {}
         #: rank -> its last sign, and when it was first read
         self._seen: dict[int, tuple[int, float]] = {}
@@ -79,10 +80,12 @@ class Heartbeats:
         return self._comes(self._store, "ready", done)
 
     def _comes(self, store: Any, key: str, done: threading.Event) -> bool:
+        pause = 0.05  # grows: a rank that dies in its first seconds must be known to the others
         while not store.check([key]):
             self.heard = time.monotonic()
-            if done.wait(self.beat):
+            if done.wait(pause):
                 return False
+            pause = min(2 * pause, self.beat)
         return True
 
     def answer(self) -> None:
@@ -96,9 +99,9 @@ class Heartbeats:
         Raises:
             RuntimeError: if the store is gone.
         """
-        self._signs += 1
-        more = {"signs": self._signs, "time": time.time(), "listens": self._listener.getsockname()[:2]}
+        more = {"signs": self.published + 1, "time": time.time(), "listens": self._listener.getsockname()[:2]}
         self._store.set(str(self.rank), json.dumps(asdict(me) | more))
+        self.published += 1
         first, verdict = map(json.loads, self._store.multi_get(["0", "verdict"]))
         self._first, self.verdict = first or self._first, verdict or self.verdict
         self.heard = time.monotonic()
