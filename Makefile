@@ -15,10 +15,11 @@ train: .venv/examples  ## a small Llama on the standard library's source: AdamW,
 train-megatron: .venv/megatron  ## a small GPT under Megatron-Core, TP 2 x DP 2 on the CPU: AdamW, then Muon
 	PYTHONPATH=.venv/megatron-core/0.19.2 $(BIN)/python examples/megatron/compare.py
 
-paper: .venv/examples  ## docs/paper/report.md and its pictures again, out of the logged runs; under a minute
+paper: .venv/examples  ## the reports in docs/paper and their pictures again, out of the logged runs; under a minute
 	$(BIN)/python examples/paper/report.py
+	$(BIN)/python examples/paper/report.py --logged docs/paper/small/small.jsonl --notes docs/paper/small/notes.md --out docs/paper/small
 
-paper-runs: .venv/examples  ## the paper's experiments from scratch at the smallest scale; half an hour on 2 cores
+paper-runs: .venv/examples  ## the paper's experiments from scratch at the smallest scale; 22 minutes on 2 cores
 	$(BIN)/python examples/paper/run.py --scale toy
 	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
@@ -37,16 +38,15 @@ bench: .venv/dev  ## DeepSpeed's built-in Muon, ours and AdamW in one run; then 
 	$(BIN)/python benchmarks/deepspeed_muon.py
 	$(BIN)/python benchmarks/into_readme.py
 
-bench-megatron: .venv/megatron  ## Megatron 0.19.2's own Muon, ours and AdamW in one run
-	$(BIN)/python -m pip install -q absl-py
-	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade \
-	  --target .venv/megatron-core/emerging-optimizers-0.3.0 emerging-optimizers==0.3.0
+bench-megatron: .venv/emerging_optimizers  ## Megatron 0.19.2's own Muon, ours and AdamW in one run
 	$(BIN)/python benchmarks/megatron_muon.py
 	$(BIN)/python benchmarks/into_readme.py
 
-gpu: .venv/gpu  ## the checks and the Newton-Schulz benchmark on a CUDA device
-	env -u DS_ACCELERATOR $(BIN)/python -m pytest tests/test_gpu.py
+gpu: .venv/gpu  ## the checks and the benchmarks on CUDA devices
+	env -u DS_ACCELERATOR $(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_engines.py
 	env -u DS_ACCELERATOR $(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.md
+	env -u DS_ACCELERATOR $(BIN)/python benchmarks/deepspeed_muon.py --device cuda
+	env -u DS_ACCELERATOR $(BIN)/python benchmarks/megatron_muon.py --device cuda
 
 clean:
 	rm -rf .venv runs build *.egg-info
@@ -83,6 +83,13 @@ clean:
 	done
 	touch $@
 
-.venv/gpu: .venv/dev
+# What Megatron 0.19's own Muon is made of.
+.venv/emerging_optimizers: .venv/megatron
+	$(BIN)/python -m pip install -q absl-py
+	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade \
+	  --target .venv/megatron-core/emerging-optimizers-0.3.0 emerging-optimizers==0.3.0
+	touch $@
+
+.venv/gpu: .venv/emerging_optimizers
 	-$(BIN)/python -m pip install -q -e '.[gpu]'
 	touch $@

@@ -1,10 +1,11 @@
 """DeepSpeed's built-in Muon, ours, and AdamW, side by side in one run: time, bytes, state, memory, FLOPs.
 
-    python benchmarks/deepspeed_muon.py            # 2 and 4 ranks on CPU over gloo, one thread a rank
+    python benchmarks/deepspeed_muon.py                    # 2 and 4 ranks on CPU over gloo, one thread a rank
+    python benchmarks/deepspeed_muon.py --device cuda      # a GPU a rank over NCCL, all of them; a larger model
 
 Every rank holds one engine of each kind (bf16, ZeRO-1, DeepSpeed's defaults) on the same model and steps them in turn,
 round after round, so that whatever else the machine does hits all of them alike. Bytes and FLOPs are counted at the
-operators that really run; peak memory comes from separate runs, one kind each.
+operators that really run; peak memory on the CPU comes from separate runs, one kind each.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-HIDDEN, LAYERS, VOCABULARY, TOKENS = 512, 8, 8192, 128
+DEVICE = os.environ.get("BENCHMARK_DEVICE", "cpu")  # for the ranks' processes
+HIDDEN, LAYERS, VOCABULARY, TOKENS = (512, 8, 8192, 128) if DEVICE == "cpu" else (2048, 8, 32768, 2048)
 KINDS = {
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "built-in Muon": {"type": "Muon", "params": {"lr": 1e-3}},
@@ -52,7 +54,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """29.4M parameters; the embedding is the output head too."""
+    """29.4M parameters, on a GPU 470M; the embedding is the output head too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,10 +130,17 @@ def step(engine: Any, tokens: Tensor) -> float:
     """One forward, backward and step; seconds of backward and step."""
     loss = engine(tokens)
     dist.barrier()
+    _finished()
     start = time.perf_counter()
     engine.backward(loss)
     engine.step()
+    _finished()
     return time.perf_counter() - start
+
+
+def _finished() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def state_bytes(engine: Any) -> int:
@@ -156,20 +165,24 @@ def worker(kinds: list[str], rounds: int, out: Path) -> None:
     torch.set_num_threads(1)
     import deepspeed
 
-    deepspeed.init_distributed("gloo")
-    engines = {kind: build(kind) for kind in kinds}
-    torch.manual_seed(dist.get_rank())
-    tokens = torch.randint(VOCABULARY, (1, TOKENS))
-    for engine in engines.values():
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if DEVICE == "cuda" else "gloo")
+    tokens = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(dist.get_rank()))
+    tokens = tokens.to(DEVICE)
+    engines, peaks = {}, {}
+    for kind in kinds:
+        before = _allocated(torch.cuda.memory_allocated)
+        engines[kind] = build(kind)
         for _ in range(2):  # compile, allocate
-            step(engine, tokens)
+            step(engines[kind], tokens)
+        peaks[kind] = _allocated(torch.cuda.max_memory_allocated) - before
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, engine in engines.items():
             times[kind].append(step(engine, tokens))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     mine = {
-        kind: {"times": times[kind], "state": state_bytes(engine), "peak": peak, **counts(engine, tokens)}
+        kind: {"times": times[kind], "state": state_bytes(engine), "peak": peaks[kind], **counts(engine, tokens)}
         for kind, engine in engines.items()
     }
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -179,12 +192,25 @@ def worker(kinds: list[str], rounds: int, out: Path) -> None:
     dist.barrier()
 
 
+def _allocated(on_gpu: Any) -> int:
+    """Bytes, with `on_gpu` of torch.cuda's functions; on the CPU the process's largest, which has one engine."""
+    if DEVICE == "cpu":
+        return 0 if on_gpu is torch.cuda.memory_allocated else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = on_gpu()
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
 def launch(ranks: int, kinds: list[str], rounds: int, out: Path) -> list[dict[str, Any]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": DEVICE}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__]
     command += ["--worker", *kinds, "--rounds", str(rounds), "--out", str(out)]
     subprocess.run(command, env=environment, check=True)
     return json.loads(out.read_text())
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:.3f} s" if DEVICE == "cpu" else f"{seconds * 1e3:.1f} ms"
 
 
 def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int]) -> list[str]:
@@ -202,11 +228,11 @@ def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int]) -> lis
     for kind in KINDS:
         flops = [rank[kind]["flops"] - forward_backward for rank in found]
         sent = max(sum(rank[kind]["sent"].values()) for rank in found)
-        extra = [f"{added[kind]:.3f} s", f"{added[kind] / added['built-in Muon']:.2f}"] if kind != "AdamW" else ["", ""]
+        extra = [_shown(added[kind]), f"{added[kind] / added['built-in Muon']:.2f}"] if kind != "AdamW" else ["", ""]
         newton_schulz = f"{sum(flops) / 1e9:.1f} ({max(flops) / 1e9:.1f}) GFLOP" if kind != "AdamW" else ""
         state = max(rank[kind]["state"] for rank in found)
         rows.append(
-            f"| {kind} | {seconds[kind]:.3f} s | {extra[0]} | {extra[1]} | {sent / 1e6:.2f} MB | "
+            f"| {kind} | {_shown(seconds[kind])} | {extra[0]} | {extra[1]} | {sent / 1e6:.2f} MB | "
             f"{state / 1e6:.1f} MB | {peaks[kind] / 2**20:.0f} MiB | {newton_schulz} |"
         )
     operations = sorted({name for kind in KINDS for name in found[0][kind]["sent"] if found[0][kind]["sent"][name]})
@@ -218,27 +244,36 @@ def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int]) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
+    parser.add_argument("--ranks", type=int, nargs="+", help="(default: 2 and 4; on CUDA as many as there are GPUs)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "deepspeed_muon.md")
+    parser.add_argument("--out", type=Path, help="(default: deepspeed_muon.md or deepspeed_muon_gpu.md in results)")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.worker, options.rounds, options.out)
         return
+    if options.device != DEVICE:  # the model's size is a matter of the module
+        os.environ["BENCHMARK_DEVICE"] = options.device
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     import deepspeed
 
+    name = "deepspeed_muon.md" if DEVICE == "cpu" else "deepspeed_muon_gpu.md"
+    options.out = options.out or Path(__file__).parent / "results" / name
+    options.ranks = options.ranks or ([2, 4] if DEVICE == "cpu" else [torch.cuda.device_count()])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = options.out.with_suffix(".json")
-    machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__}, DeepSpeed {deepspeed.__version__}"
+    machine = f"{os.cpu_count()} CPU cores" if DEVICE == "cpu" else torch.cuda.get_device_name()
+    machine += f", torch {torch.__version__}, DeepSpeed {deepspeed.__version__}"
     rows = [
         f"{time.strftime('%Y-%m-%d')}, {machine}, bf16, ZeRO-1, one thread a rank, median of {options.rounds} rounds.",
         "",
     ]
     raw = {}
     for ranks in options.ranks:
-        peaks = {kind: max(r[kind]["peak"] for r in launch(ranks, [kind], 2, scratch)) for kind in KINDS}
         found = raw[str(ranks)] = launch(ranks, list(KINDS), options.rounds, scratch)
+        alone = {kind: found if DEVICE == "cuda" else launch(ranks, [kind], 2, scratch) for kind in KINDS}
+        peaks = {kind: max(rank[kind]["peak"] for rank in alone[kind]) for kind in KINDS}
         rows += table(ranks, found, peaks)
     scratch.write_text(json.dumps(raw))
     options.out.write_text("\n".join(rows))

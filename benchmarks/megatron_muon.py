@@ -1,6 +1,7 @@
-"""Megatron 0.19.2's own Muon, ours and AdamW, stepped in turn in one run on the CPU: `make bench-megatron`.
+"""Megatron 0.19.2's own Muon, ours and AdamW, stepped in turn in one run: `make bench-megatron`; on GPUs `make gpu`.
 
-The optimizer's step alone (what follows the reduction of gradients, with the gather of parameters), at DP 2 and TP 2.
+The optimizer's step alone (what follows the reduction of gradients, with the gather of parameters), at DP 2 and TP 2
+on the CPU, at DP and at TP over all GPUs with `--device cuda`, there with a larger model.
 Counted: Newton-Schulz FLOPs at the operators that run, bytes at the collectives that run, state bytes in the tensors.
 Megatron's own is emerging-optimizers 0.3.0 under the layer-wise optimizer, as its training loop builds it.
 """
@@ -30,7 +31,8 @@ from ranks import Ranks  # noqa: E402
 RELEASE, ADAMW, OURS = "0.19.2", "AdamW", "muon_plugin"
 NATIVE = ("Megatron's own Muon (blockwise, its default)", "Megatron's own Muon (duplicated)")
 NAMES = (ADAMW, *NATIVE, OURS, "muon_plugin, standard iteration")
-HIDDEN, LAYERS, FFN, VOCAB = 512, 8, 1408, 8192
+DEVICE = os.environ.get("BENCHMARK_DEVICE", "cpu")  # for the ranks' processes
+HIDDEN, LAYERS, FFN, VOCAB = (512, 8, 1408, 8192) if DEVICE == "cpu" else (2048, 8, 5632, 32768)
 
 
 def model(tp: int) -> Any:
@@ -59,7 +61,8 @@ def model(tp: int) -> Any:
         gradient_accumulation_fusion=False,
     )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-    return Float16Module(config, GPTModel(config, spec, VOCAB, 64, position_embedding_type="rope")), config
+    gpt = Float16Module(config, GPTModel(config, spec, VOCAB, 64, position_embedding_type="rope"))
+    return gpt.to(DEVICE), config
 
 
 def build(name: str, tp: int) -> tuple[Any, Any]:
@@ -138,15 +141,18 @@ def measure(rank: int, tp: int, rounds: int) -> dict[str, Any]:
     built = {name: build(name, tp) for name in NAMES}
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     found: dict[str, Any] = {}
-    for number in range(rounds + 1):
+    for number in range(rounds + 2):
         for name, (chunk, optimizer) in built.items():
             torch.manual_seed(number)
             chunk.zero_grad_buffer()
             for p in chunk.parameters():
                 p.main_grad.normal_()
             chunk.finish_grad_sync()
-            dist.barrier()
-            if number == 0:  # warm-up, and what is counted
+            _together()
+            if number == 0:  # on CUDA the first step tries each shape in a batch
+                optimizer.step()
+                continue
+            if number == 1:  # what is counted
                 with FlopCounterMode(display=False) as flops, bytes_sent() as sent:
                     optimizer.step()
                 found[name] = {
@@ -158,11 +164,17 @@ def measure(rank: int, tp: int, rounds: int) -> dict[str, Any]:
                 continue
             began = time.perf_counter()
             optimizer.step()
-            dist.barrier()
+            _together()
             seconds[name].append(time.perf_counter() - began)
     for name, times in seconds.items():
         found[name]["seconds"] = times
     return found
+
+
+def _together() -> None:
+    dist.barrier()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -176,12 +188,16 @@ def state_bytes(optimizer: Any) -> int:
     return total
 
 
+def _shown(seconds: float) -> str:
+    return f"{seconds:.3f} s" if DEVICE == "cpu" else f"{seconds * 1e3:.1f} ms"
+
+
 def row(name: str, ranks: list[dict[str, Any]], base: dict[str, float], seconds: dict[str, float]) -> str:
     added = seconds[name] - seconds[ADAMW]
     cells = [
         name,
-        f"{seconds[name]:.3f} s",
-        "" if name == ADAMW else f"{added:.3f} s",
+        _shown(seconds[name]),
+        "" if name == ADAMW else _shown(added),
         "" if name == ADAMW else " / ".join(f"{added / value:.2f}" for value in base.values()),
         f"{sum(r[name]['flops'] for r in ranks) / 1e9:.1f} GFLOP",
         f"{sum(r[name]['bytes'] for r in ranks) / 1e6:.1f} MB",
@@ -192,21 +208,29 @@ def row(name: str, ranks: list[dict[str, Any]], base: dict[str, float], seconds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "megatron_muon.md")
+    parser.add_argument("--out", type=Path, help="(default: megatron_muon.md or megatron_muon_gpu.md in results)")
     args = parser.parse_args()
+    if args.device != DEVICE:  # the model's size is a matter of the module
+        os.environ["BENCHMARK_DEVICE"] = args.device
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    name = "megatron_muon.md" if DEVICE == "cpu" else "megatron_muon_gpu.md"
+    args.out = args.out or ROOT / "benchmarks" / "results" / name
     folder = Path(os.environ.get("MEGATRON_CORE", ROOT / ".venv" / "megatron-core"))
     if not (folder / "emerging-optimizers-0.3.0").is_dir():
         raise SystemExit(f"{folder}/emerging-optimizers-0.3.0 is missing: make bench-megatron installs it")
     sys.path.append(str(folder / "emerging-optimizers-0.3.0"))  # the ranks' processes take this path over
+    machine = f"{os.cpu_count()} CPU cores" if DEVICE == "cpu" else torch.cuda.get_device_name()
     lines = [
-        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, torch {torch.__version__}, Megatron-Core {RELEASE}, "
+        f"{datetime.date.today()}, {machine}, torch {torch.__version__}, Megatron-Core {RELEASE}, "
         f"emerging-optimizers 0.3.0, bf16, quintic coefficients, one thread a rank, median of {args.rounds} rounds; "
         f"hidden {HIDDEN}, {LAYERS} layers, SwiGLU {FFN}, vocabulary {VOCAB}.",
     ]
     results = {}
-    for label, tp in (("DP 2", 1), ("TP 2", 2)):
-        pool = Ranks(2, RELEASE)
+    world = 2 if DEVICE == "cpu" else torch.cuda.device_count()
+    for label, tp in ((f"DP {world}", 1), (f"TP {world}", world))[: 1 if world == 1 else 2]:
+        pool = Ranks(world, RELEASE, device=DEVICE)
         ranks = pool.run(measure, tp, args.rounds)
         pool.close()
         results[label] = ranks

@@ -120,21 +120,23 @@ def weights(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     with gathered(engine.module):
-        found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+        found = {name: _kept(p) for name, p in engine.module.named_parameters()}
     wrapper = engine.optimizer
     names = engine.param_names
     if hasattr(wrapper, "fp32_groups"):
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups)
-        found |= {names[p] + " (fp32)": m.detach().clone() for low, master in pairs for p, m in zip(low, master)}
+        found |= {names[p] + " (fp32)": _kept(m) for low, master in pairs for p, m in zip(low, master)}
     elif wrapper is not engine.basic_optimizer and not getattr(wrapper, "round_robin_gradients", False):
         for name, p in engine.module.named_parameters():
             if p.requires_grad:
-                found[name + " (fp32)"] = safe_get_full_fp32_param(p).detach().clone().view(found[name].shape)
+                found[name + " (fp32)"] = _kept(safe_get_full_fp32_param(p)).view(found[name].shape)
     elif wrapper is engine.basic_optimizer:
-        found |= {
-            name + " (fp32)": p.detach().clone() for name, p in engine.module.named_parameters() if p.requires_grad
-        }
+        found |= {name + " (fp32)": _kept(p) for name, p in engine.module.named_parameters() if p.requires_grad}
     return found
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def trained(rank: int, settings: dict[str, Any], steps: int = 10) -> dict[str, Tensor]:

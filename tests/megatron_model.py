@@ -1,4 +1,6 @@
-"""Megatron's real GPTModel on the CPU with the gradients of integers.py: no forward is run, only what follows backward.
+"""Megatron's real GPTModel with the gradients of integers.py: no forward is run, only what follows backward.
+
+On the CPU under `on_cpu`, else on a GPU.
 
 Weights and gradients are drawn for whole parameters, by name, and cut as the layout asks: so all layouts train the
 same model, and what they end in must not differ by a bit.
@@ -135,6 +137,7 @@ def build(layout: Layout, freeze: bool = False) -> list[Any]:
             position_embedding_type="learned_absolute" if layout.model == "gelu" else "rope",
             vp_stage=vp,
         )
+        model.cuda()
         fill(model, layout)
         model.requires_grad_(not freeze)
         if layout.dtype != "fp32":
@@ -312,7 +315,7 @@ def full_weights(chunks: list[Any], layout: Layout) -> dict[str, Tensor]:
     mine = {}
     for name, p, module in named(chunks):
         dim, stride, rank, size = _cut(name, p, module)
-        mine[name] = (rank, size, dim, stride, p.detach().float().clone())
+        mine[name] = (rank, size, dim, stride, p.detach().to("cpu", torch.float32, copy=True))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     found: dict[str, dict[int, Any]] = {}

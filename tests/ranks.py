@@ -43,8 +43,13 @@ def release(version: str, engine: str = "megatron-core") -> Path:
 class Ranks:
     """`size` processes with torch.distributed initialized; `run` calls a module-level function on each."""
 
-    def __init__(self, size: int, megatron: str | None = None, deepspeed: str | None = None) -> None:
-        """With `megatron`, the processes see that release of Megatron-Core, on the CPU; `deepspeed` likewise."""
+    def __init__(
+        self, size: int, megatron: str | None = None, deepspeed: str | None = None, device: str = "cpu"
+    ) -> None:
+        """With `megatron`, the processes see that release of Megatron-Core; `deepspeed` likewise.
+
+        On the `device` "cuda" each has a GPU of its own over NCCL, where there are enough; else they share, over gloo.
+        """
         folders = [release(megatron)] if megatron is not None else []
         folders += [release(deepspeed, "deepspeed")] if deepspeed is not None else []
         context = multiprocessing.get_context("spawn")
@@ -53,7 +58,7 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            arguments = (there, rank, size, store, folders, megatron is not None)
+            arguments = (there, rank, size, store, folders, megatron is not None, device)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self._pipes.append(here)
@@ -88,7 +93,7 @@ class Ranks:
             process.join()
 
 
-def _serve(pipe: Any, rank: int, size: int, store: str, folders: list[Path], megatron: bool) -> None:
+def _serve(pipe: Any, rank: int, size: int, store: str, folders: list[Path], megatron: bool, device: str) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -96,7 +101,7 @@ def _serve(pipe: Any, rank: int, size: int, store: str, folders: list[Path], meg
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
         "LOCAL_WORLD_SIZE": str(size),
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": "1",
     }
     sys.path[:0] = [str(folder) for folder in folders]
@@ -116,10 +121,15 @@ def _serve(pipe: Any, rank: int, size: int, store: str, folders: list[Path], meg
         warnings.simplefilter("ignore")
         # Megatron writes checkpoints from processes of its own, which daemons may not have.
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-        on_cpu.install()
+        if device == "cpu":
+            on_cpu.install()
         logging.getLogger("megatron").setLevel("ERROR")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    backend = "gloo"
+    if device == "cuda":
+        backend = "nccl" if torch.cuda.device_count() >= size else backend
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
         try:
             function, args, kwargs = pipe.recv()
