@@ -73,17 +73,19 @@ def report(head: dict[str, Any], results: list[dict[str, Any]], out: Path, notes
             raise NotRunError
         return [logged[run.name] for run in runs]
 
-    parts = [introduction(head, results), notes]
+    parts, missing = [introduction(head, results), notes], []
     for name, section in SECTIONS.items():
         try:
             found = EXPERIMENTS[name](Lab(SCALES[head["scale"]], look_up))
         except NotRunError:
-            command = f"python examples/paper/run.py --scale {head['scale']} --experiments {name}"
-            parts.append(f"## {name}\n\nNot all of its runs are there: `{command}`")
+            missing.append(name)
             continue
         parts.append(section(found, out))
         if name == "scaling":
             parts.append(searches(results))
+    if missing:
+        command = f"python examples/paper/run.py --scale {head['scale']} --experiments {' '.join(missing)}"
+        parts.append(f"## Not run at this scale, or not wholly\n\n    {command}")
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 8 examples/paper/run.py --scale paper --experiments scaling
 
 Every run's config, seed, versions and metrics lie in OUT/results, its model in OUT/models; report.py has the pictures.
-On one process several small runs go at the same time (--jobs), under torchrun all ranks share each run.
+On one process several small runs go at the same time (--jobs), on GPUs too, of which NVIDIA's MPS lets them share one
+without waiting for each other; under torchrun all ranks share each run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--data", type=Path, help="text file or folder (default: the source of Python's own library)")
     parser.add_argument("--shifted", type=Path, help="text to fine-tune on (default: the C++ headers of torch)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, without torchrun and CUDA")
+    jobs = torch.cuda.device_count() or os.cpu_count()
+    parser.add_argument(
+        "--jobs", type=int, default=jobs, help="runs at a time, without torchrun (default: %(default)s)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs (searches: the shortest) and stop")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="(default: %(default)s)")
     args = parser.parse_args()
@@ -128,6 +132,7 @@ def _begin(counter: Any, threads: int) -> None:
     with counter.get_lock():
         counter.value += 1
         _worker["position"] = counter.value
+        os.environ["LOCAL_RANK"] = str((counter.value - 1) % max(1, torch.cuda.device_count()))
     torch.set_num_threads(threads)
     quiet()
 
@@ -164,6 +169,8 @@ def main() -> None:
         return
     together = "WORLD_SIZE" in os.environ
     if together:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     main_rank = not together or dist.get_rank() == 0
     texts = prepare(args) if main_rank else {}
@@ -171,7 +178,7 @@ def main() -> None:
         dist.barrier()
     scale = SCALES[args.scale]
     progress = Progress(total, disable=not main_rank)
-    if together or torch.cuda.is_available():
+    if together:
 
         def one_by_one(asked: Sequence[Run]) -> list[dict[str, Any]]:
             found = []
