@@ -66,7 +66,7 @@ def test_the_plan_must_be_of_this_job(tmp_path):
         job.ends()
         assert job.codes == [code, code], job.all_logs()
         assert any("this job has 1 nodes of 2 ranks" in problem for problem in problems(job)) is (code == 1)
-        assert ("2 ranks = 1 nodes x 2 GPUs" in job.log(0)) is (code == 0)
+        assert ("2 ranks = 1 node x 2 GPUs" in job.log(0)) is (code == 0)
 
 
 def test_all_is_well_under_torchrun_on_four_ranks_with_tp_2(tmp_path):

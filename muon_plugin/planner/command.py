@@ -135,9 +135,8 @@ def _model(own: argparse.Namespace, rest: Sequence[str], ranks: int) -> Model:
     given = {"--megatron": own.megatron, "--hf": own.hf, "--shapes": own.shapes, "--": rest or None}
     named = [flag for flag, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ValueError(
-            f"the model is given by {' and '.join(named) or 'nothing'}; allowed: one of {', '.join(given)}"
-        )
+        how = f"the model is given by {' and '.join(named)}" if named else "no model is given"
+        raise ValueError(f"{how}; allowed: one of {', '.join(given)}")
     parallel = Parallel(own.tp, own.pp, own.ep, own.cp)
     if own.hf is None and own.shapes is None:
         for flag in ("deepspeed", "zero_stage"):

@@ -81,7 +81,9 @@ def read_json(path: str, flag: str) -> dict[str, Any]:
     try:
         found = json.loads(read(path, flag))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} {path} is not JSON: {error}; allowed: a JSON object") from None
+        plain = Path(path).with_suffix(".json")
+        other = f" without comments, such as {plain}" if plain.is_file() and Path(path).suffix == ".jsonc" else ""
+        raise ValueError(f"{flag} {path} is not JSON: {error}; allowed: a JSON object{other}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{flag} {path} holds a {type(found).__name__}; allowed: a JSON object")
     return found
@@ -89,8 +91,9 @@ def read_json(path: str, flag: str) -> dict[str, Any]:
 
 def megatron_arguments(path: str) -> list[str]:
     """Megatron's arguments from a file: as on a command line, over any number of lines, # begins a comment."""
+    text = read(path, "--megatron")
     try:
-        return shlex.split(read(path, "--megatron"), comments=True)
+        return shlex.split(text, comments=True)
     except ValueError as error:
         raise ValueError(f"--megatron {path}: {error}; allowed: Megatron's arguments, quoted as in a shell") from None
 
@@ -237,11 +240,18 @@ def _hf_model(path: str) -> tuple[Any, str]:
         ValueError: where there is none, or transformers does not know its type.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise ValueError(
+            f"--hf {path}: there is no {file}; allowed: a config.json or its folder; a model's on the hub must be "
+            "downloaded first"
+        )
     values = read_json(str(file), "--hf")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise ValueError("--hf needs transformers: pip install transformers; or use --shapes") from None
+    if "model_type" not in values:
+        raise ValueError(f"--hf {path} has no model_type; allowed: the config.json of a causal language model")
     try:
         kind = values.pop("model_type")
         with torch.device("meta"):

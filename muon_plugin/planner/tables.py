@@ -110,7 +110,8 @@ def text(planned: Planned) -> str:
     busiest = max((sum(max(load.flops) for load in s.loads), s.balance) for s in planned.stages)
     above = [
         model.title,
-        f"{planned.ranks:,} ranks = {planned.nodes:,} nodes x {planned.gpus} GPUs: {_layout(planned)}",
+        f"{_several(planned.ranks, 'rank')} = {_several(planned.nodes, 'node')} x {_several(planned.gpus, 'GPU')}: "
+        f"{_layout(planned)}",
         model.settings,
         *(f"note: {note}" for note in model.notes),
     ]
@@ -134,6 +135,10 @@ def _wrapped(lines: Sequence[str]) -> Iterator[str]:
     for line in lines:
         own = "  " + " " * (len(line) - len(line.lstrip()))
         yield from textwrap.wrap(line.lstrip(), WIDTH, initial_indent=own, subsequent_indent=own + "  ")
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number > 1)}"
 
 
 def _layout(planned: Planned) -> str:

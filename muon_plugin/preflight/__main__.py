@@ -56,8 +56,13 @@ def main() -> None:
         _leave(check.conclude(began) if check is not None else 1)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"preflight: {message} (--help tells what is allowed)\n")  # once a rank: one line
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "python -m muon_plugin.preflight",
         allow_abbrev=False,
         description=__doc__,
