@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from integers import build, config, differing, trained
 from ranks import RankError
+from test_deepspeed_monitor import check_sizes, watched, written
 from test_promises import interrupted, overflow
 
 OLD = "0.18.9"
@@ -73,6 +74,12 @@ def test_zero_options_change_no_bit(ranks, reference, option):
     stage, sections = OPTIONS[option]
     found = ranks(2, deepspeed=OLD).run(mended, trained, config(stage, "bf16", gas=2, **sections))[0]
     assert differing(found, {name: reference["bf16"][name] for name in found}) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_monitor_shows_the_same_sizes(ranks, tmp_path, stage):
+    ranks(2, deepspeed=OLD).run(mended, watched, config(stage, "fp32"), tmp_path)
+    check_sizes(written(tmp_path))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -13,6 +13,7 @@ import torch
 from integers import build as build_deepspeed
 from integers import config, train, weights
 from megatron_model import Layout
+from safetensors.torch import save_file
 from test_deepspeed_checkpoints import convert
 from test_megatron_checkpoints import first_half
 
@@ -203,7 +204,23 @@ def test_deepspeed_checkpoints_are_read_whole(ranks, tmp_path, stage):
         tensors, _ = read(folder, trust=True)
         assert set(tensors) >= set(expected)
         for name, whole in expected.items():
-            assert torch.equal(tensors[name].float().reshape(-1), whole.float().reshape(-1)), (folder, name)
+            assert torch.equal(tensors[name].float(), whole.float()), (folder, name)
+
+
+@pytest.mark.parametrize("other", ["layer_0_expert_1_mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"])
+def test_a_checkpoint_of_which_one_file_is_a_part_is_refused(tmp_path, other):
+    for name in ("mp_rank_00_model_states.pt", other):
+        torch.save({"module": {"w": torch.ones(2, 2)}}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{other} and others hold .*; allowed: "):
+        read(tmp_path)
+
+
+def test_of_two_forms_of_one_model_one_is_read(tmp_path):
+    for name in ("model-00001-of-00001", "consolidated"):
+        save_file({name: torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {"model-00001-of-00001": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert list(read(tmp_path)[0]) == ["model-00001-of-00001"]
 
 
 def of_megatron(name: str, whole: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import ROOT
+from ranks import ROOT, RankError
 
 pytest.importorskip("transformers")
 FOLDER = ROOT / "examples" / "paper"
@@ -77,7 +78,6 @@ def test_every_experiment_runs_and_is_in_the_report(out):
     for result in results:
         assert len(result["points"]) == 2
         assert {"torch", "transformers", "muon_plugin", "processes"} <= set(result["versions"])
-        assert not list((out / "checkpoints").glob("*")), "a run that is done needs no checkpoint"
     missing = report.report(head, [r for r in results if r["config"]["kind"] != "moe"], out, "")
     assert missing.endswith("--scale test --experiments spectra\n")
 
@@ -145,6 +145,47 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(out, tmp_path, kind, optimi
     assert torch.load(tmp_path / "checkpoints" / f"{run.name}.pt", weights_only=True)["done"] == 3
     monkeypatch.setattr(trainer.Trainer, "step", step)
     assert trainer.train(run, tmp_path)["points"] == whole["points"]
+    assert not list((tmp_path / "checkpoints").iterdir()), "a run that is done needs no checkpoint"
+
+
+def test_another_text_needs_another_folder(out, tmp_path, monkeypatch):
+    run = run_of("llama", "AdamW")
+    texts = tmp_path / "data" / str(run.vocab) / "main"
+    shutil.copytree(out / "data" / str(run.vocab) / "main", texts)
+    before = trainer.train(run, tmp_path)
+    assert trainer.train(run, tmp_path) == before
+    np.save(texts / "train.npy", np.load(texts / "train.npy")[::-1])
+    trainer.digest_of.cache_clear()  # as in a new process
+    with pytest.raises(ValueError, match=f"{run.name}.json was trained on another text.*allowed: another --out"):
+        trainer.train(run, tmp_path)
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused(ranks, out, tmp_path):
+    (tmp_path / "data").symlink_to(out / "data")
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(train_on_ranks, run_of("llama", "AdamW", batch=1), tmp_path, 1)
+    assert all("a batch of 1 sequences on 2 ranks; allowed: at least one each" in e[1] for e in caught.value.errors)
+
+
+class Gate(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("e_score_correction_bias", torch.zeros(3))
+
+
+def balanced(rank: int, tokens: list[list[float]]) -> torch.Tensor:
+    gate = Gate()
+    biases = trainer.RouterBiases(gate)
+    gate.tokens += torch.tensor(tokens[rank])
+    biases.step(0.1)
+    assert not gate.tokens.any(), "the next step counts from zero"
+    return gate.e_score_correction_bias
+
+
+def test_router_biases_count_the_tokens_of_all_ranks(ranks):
+    """3, 5 and 4 tokens of both ranks together: rank 0 alone would lower the first expert."""
+    for bias in ranks(2).run(balanced, [[3.0, 0.0, 1.0], [0.0, 5.0, 3.0]]):
+        assert bias.tolist() == pytest.approx([0.1, -0.1, 0.0])
 
 
 def train_on_ranks(rank: int, run: trainer.Run, folder: Path, micro_batch: int) -> dict[str, Any]:
@@ -192,6 +233,7 @@ def test_the_search_keeps_off_what_diverges_and_small_batches():
     best, asked = search_on(lambda run: -run.lr + run.batch, smallest=2)
     assert (best.lr, best.batch) == (1.0, 2)
     assert min(run.batch for run in asked) == 2
+    assert experiments.loss_of({"diverged": False, "points": [{"val_loss": math.nan}]}) == math.inf
 
 
 def test_laws_ratio_and_interval_by_hand():

@@ -75,10 +75,11 @@ SCALES = {
 
 @dataclass
 class Lab:
-    """A scale, and a way to the results of runs (`execute`: in the order of the runs)."""
+    """A scale, and a way to the results of runs (`execute`: in the order of the runs) on a number of ranks together."""
 
     scale: Scale
     execute: Callable[[Sequence[Run]], list[Result]]
+    ranks: int = 1
 
     def run(self, layers: int, kind: str = "llama", share: float = 1.0, **changes: Any) -> Run:
         """The run of a size, AdamW with seed 0 unless changed; `share` of its compute-optimal tokens."""
@@ -122,9 +123,8 @@ class Lab:
         while True:
             around = [make(run.lr * factor, run.batch) for factor in (0.5, 2.0)]
             if with_batch:
-                around += [
-                    make(run.lr, size) for size in (run.batch // 2, run.batch * 2) if size >= self.scale.smallest_batch
-                ]
+                floor = max(self.scale.smallest_batch, self.ranks)
+                around += [make(run.lr, size) for size in (run.batch // 2, run.batch * 2) if size >= floor]
             losses = [loss_of(result) for result in self.execute([run, *around])]
             best = min(range(len(losses)), key=losses.__getitem__)
             if best == 0:
@@ -134,7 +134,8 @@ class Lab:
 
 def loss_of(result: Result) -> float:
     """Validation loss at the end; infinite where the run diverged."""
-    return math.inf if result["diverged"] else result["points"][-1]["val_loss"]
+    found = math.inf if result["diverged"] else result["points"][-1]["val_loss"]
+    return found if math.isfinite(found) else math.inf
 
 
 def scaling(lab: Lab) -> dict[str, Any]:
@@ -147,6 +148,14 @@ def scaling(lab: Lab) -> dict[str, Any]:
 def shorter(lab: Lab) -> dict[str, Any]:
     """Muon with a share of AdamW's tokens, the same model: at which share it has AdamW's loss."""
     return _shares(lab, [lab.searched(layers) for layers in _up_to_middle(lab)])
+
+
+def control(lab: Lab) -> dict[str, Any]:
+    """AdamW with the same shares: what fewer tokens alone cost."""
+    tuned = [lab.searched(layers) for layers in _up_to_middle(lab)]
+    return lab.compare(
+        {f"AdamW {t.layers} {s:.0%}": lab.run(t.layers, share=s, lr=t.lr, batch=t.batch) for t in tuned for s in SHARES}
+    )
 
 
 def batch(lab: Lab) -> dict[str, Any]:
@@ -241,4 +250,6 @@ def finetune(lab: Lab) -> dict[str, Any]:
     return {label: [next(found) for _ in several] for label, several in runs.items()}
 
 
-EXPERIMENTS = {f.__name__: f for f in (scaling, shorter, batch, sweep, scalings, decay, spectra, attention, finetune)}
+EXPERIMENTS = {
+    f.__name__: f for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, finetune)
+}

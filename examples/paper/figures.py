@@ -98,7 +98,7 @@ def sweep(values: Sequence[float], muon: list[list[float]], adamw: list[float], 
 def decay(found: Results, file: Path) -> None:
     figure, axes = _axes(2, 2)
     shown = {
-        "validation loss": lambda p: p["val_loss"],
+        "validation loss": lambda p: p.get("quick_loss", p["val_loss"]),  # of the same text at all points
         "RMS of the MLP's weights": lambda p: p["weight_rms"]["mlp"],
         "RMS of RMSNorm's gamma": lambda p: p["weight_rms"]["gamma"],
         "gradient norm": lambda p: p["grad_norm"],
@@ -107,7 +107,12 @@ def decay(found: Results, file: Path) -> None:
         for label, results in found.items():
             _curve(axis, results, value, label, color=COLORS[label])
         axis.set(xlabel="tokens", ylabel=name)
-    ends = [p["val_loss"] for results in found.values() for r in results for p in r["points"][len(r["points"]) // 4 :]]
+    ends = [
+        shown["validation loss"](p)
+        for results in found.values()
+        for r in results
+        for p in r["points"][len(r["points"]) // 4 :]
+    ]
     axes[0].set_ylim(min(ends) - 0.02, max(ends) + 0.02)
     axes[0].legend(frameon=False, fontsize=8)
     _save(figure, file)

@@ -12,6 +12,7 @@ without waiting for each other; under torchrun all ranks share each run.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -61,16 +62,18 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     info = {"main": data.prepare(args.data, folder / "main")}
     shifted = folder / "shifted"
     source = args.shifted or Path(torch.__file__).parent / "include" / "c10"
-    if not (shifted / "info.json").exists():
-        tokenizer = Tokenizer.from_file(str(folder / "main" / "tokenizer.json"))
-        texts = data.read_texts(data.find_files(source))
-        parts = [data.tokenize(tokenizer, part) for part in data.split(texts)]
+    tokenizer = (folder / "main" / "tokenizer.json").read_text()
+    texts = data.read_texts(data.find_files(source))
+    stamp = hashlib.sha256("\0".join([tokenizer, *texts]).encode()).hexdigest()
+    if not (shifted / "stamp").exists() or (shifted / "stamp").read_text() != stamp:
+        parts = [data.tokenize(Tokenizer.from_str(tokenizer), part) for part in data.split(texts)]
         shifted.mkdir(parents=True, exist_ok=True)
         for part, tokens in zip(("train", "val"), parts):
             np.save(shifted / f"{part}.npy", tokens)
         name = str(args.shifted or "the C++ headers that come with torch")
         about = {"source": name, "train_tokens": len(parts[0]), "val_tokens": len(parts[1])}
         (shifted / "info.json").write_text(json.dumps(about))
+        (shifted / "stamp").write_text(stamp)  # last: an interrupted preparation is not taken for a finished one
     return info | {"shifted": json.loads((shifted / "info.json").read_text())}
 
 
@@ -188,7 +191,7 @@ def main() -> None:
             return found
 
         for name in args.experiments:
-            EXPERIMENTS[name](Lab(scale, one_by_one))
+            EXPERIMENTS[name](Lab(scale, one_by_one, dist.get_world_size()))
     else:
         pool = Pool(args, progress)
         with ThreadPoolExecutor(len(args.experiments)) as threads:  # an experiment waits while the others' runs go on

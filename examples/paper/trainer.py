@@ -5,6 +5,7 @@ One process, or all ranks of torchrun (plain DDP): batches and their order are t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -213,6 +214,11 @@ class Trainer:
     """A run in progress: `step` and `evaluate` on this rank's share of each batch."""
 
     def __init__(self, run: Run, folder: Path, micro_batch: int) -> None:
+        if run.batch < _world()[1]:
+            raise ValueError(
+                f"a batch of {run.batch} sequences on {_world()[1]} ranks; allowed: at least one each, so fewer ranks, "
+                "or a larger --scale"
+            )
         self.run, self.folder, self.micro_batch = run, folder, micro_batch
         self.device = _device()
         transformers.set_seed(run.seed)
@@ -224,8 +230,9 @@ class Trainer:
         self.scheduler = schedule(self.optimizer, run.steps)
         self.wrapped = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         data.SEQUENCE = run.sequence
-        texts = folder / "data" / str(run.vocab) / run.text
+        texts = text_folder(run, folder)
         self.windows = data.load_windows(texts, "train", run.batch)
+        self.text = digest_of(texts)
         held_out = data.load_windows(texts, "val", 1)
         spread = [np.linspace(0, len(held_out) - 1, min(n, len(held_out))).astype(int) for n in (QUICK, FULL)]
         self.quick, self.full = (held_out[places] for places in spread)
@@ -310,6 +317,7 @@ class Trainer:
             "tokens": self.done * self.run.batch * self.run.sequence,
             "loss": float(np.mean(losses)),
             "val_loss": self.validate(self.full if last else self.quick),
+            **({"quick_loss": self.validate(self.quick)} if last else {}),  # to be drawn with the earlier ones
             "grad_norm": float(np.mean(norms)),
             "grad_norm_max": max(norms),
             "weight_rms": {role: float(np.mean(values)) for role, values in weights.items()},
@@ -327,7 +335,7 @@ class Trainer:
 
     def save(self, file: Path) -> None:
         """What a resumed run needs; the old file stays until the new one is whole."""
-        kept = ("points", "since", "done", "seconds")
+        kept = ("points", "since", "done", "seconds", "text")
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
         if _world()[0] == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -336,11 +344,31 @@ class Trainer:
 
     def restore(self, file: Path) -> None:
         state = torch.load(file, map_location=self.device, weights_only=True)
+        _same_text(state["text"], self.text, file)
         for name, value in state.items():
             if name in ("model", "optimizer", "scheduler"):
                 getattr(self, name).load_state_dict(value)
             else:
                 setattr(self, name, value)
+
+
+def text_folder(run: Run, folder: Path) -> Path:
+    return folder / "data" / str(run.vocab) / run.text
+
+
+@functools.cache
+def digest_of(texts: Path) -> str:
+    """Of the tokens of a text."""
+    tokens = [(texts / f"{part}.npy").read_bytes() for part in ("train", "val")]
+    return hashlib.sha256(b"".join(tokens)).hexdigest()[:10]
+
+
+def _same_text(before: str, now: str, file: Path) -> None:
+    if before != now:
+        raise ValueError(
+            f"{file} was trained on another text, or one tokenized otherwise, than --data and --shifted say now; "
+            "allowed: another --out for another text"
+        )
 
 
 def _role(name: str) -> str:
@@ -367,10 +395,15 @@ def train(run: Run, folder: Path, micro_batch: int = 64, position: int = 0) -> d
             checkpoints/NAME.pt while the run goes on.
         micro_batch: sequences in one pass of one process.
         position: line of the progress bar.
+
+    Raises:
+        ValueError: if what is there was trained on another text, or a batch has fewer sequences than there are ranks.
     """
     result = folder / "results" / f"{run.name}.json"
     if result.exists():
-        return json.loads(result.read_text())
+        before = json.loads(result.read_text())
+        _same_text(before["text"], digest_of(text_folder(run, folder)), result)
+        return before
     trainer = Trainer(run, folder, micro_batch)
     checkpoint = folder / "checkpoints" / f"{run.name}.pt"
     if checkpoint.exists():
@@ -401,6 +434,7 @@ def train(run: Run, folder: Path, micro_batch: int = 64, position: int = 0) -> d
     found = {
         "name": run.name,
         "config": asdict(run),
+        "text": trainer.text,
         "parameters": run.parameters,
         "flops": run.flops,
         "seconds": round(trainer.seconds, 1),

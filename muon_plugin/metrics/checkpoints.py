@@ -80,7 +80,11 @@ def _file(path: Path, trust: bool) -> Found:
 
 
 def _hugging_face(path: Path, trust: bool) -> Found:
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    index = path / "model.safetensors.index.json"  # beside the same weights in another form, perhaps
+    named = {path / name for name in json.loads(index.read_text())["weight_map"].values()} if index.exists() else ()
+    one = path / "model.safetensors"
+    files = sorted(named) or [one] * one.exists() or sorted(path.glob("*.safetensors"))
+    files = files or sorted(path.glob("pytorch_model*.bin"))
     if not files:
         return None
     tensors: dict[str, Tensor] = {}
@@ -110,7 +114,13 @@ def _zero(path: Path, trust: bool) -> Found:
     root = path if (path / "latest").exists() else path.parent
     if not list((root / tag).glob("*model_states.pt")):
         return None
-    if not list((root / tag).glob("*zero_pp_rank*_optim_states.pt")):  # stage 0: one file has all
+    if not list((root / tag).glob("*zero_pp_rank*_optim_states.pt")):  # stage 0: one file has all, but for
+        for pattern, what in (("*_expert_*_model_states.pt", "experts"), ("mp_rank_01_*", "halves of matrices")):
+            if found := sorted((root / tag).glob(pattern)):
+                raise ValueError(
+                    f"{found[0]} and others hold {what} by themselves; allowed: a checkpoint without expert or tensor "
+                    "parallelism, or one of ZeRO 1 to 3 made universal"
+                )
         return _file(root / tag / "mp_rank_00_model_states.pt", trust)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
