@@ -124,12 +124,14 @@ def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tm
         with open(tmp_path / f"node{node}", "w") as log:
             nodes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log))
     other = 1 - dead
-    nodes[dead].wait(timeout=60)
+    nodes[dead].wait(timeout=180)
     since = time.monotonic()
-    code = nodes[other].wait(timeout=60)
+    code = nodes[other].wait(timeout=180)
     log = (tmp_path / f"node{other}").read_text()
     assert code != 0
-    assert time.monotonic() - since < 3 * SECONDS + 10, log  # torchrun itself takes some seconds
+    assert time.monotonic() - since < 3 * SECONDS + 60, (
+        log
+    )  # torchrun itself takes some seconds, more on a busy machine
     assert re.search(
         rf"muon_plugin watchdog: .*rank {dead} of 2 \(node{dead}\) died: there is no process any more", log
     ), log

@@ -207,7 +207,7 @@ Muon's FLOPs over AdamW's at equal loss, by the fits; the interval is the bootst
 def searches(results: list[dict[str, Any]]) -> str:
     """Every AdamW run of the search: by size, learning rate and batch."""
     rows = {}
-    for result in results:
+    for result in sorted(results, key=lambda r: r["config"]["tokens"]):  # those with all tokens come last
         c = result["config"]
         searched = (c["optimizer"], c["kind"], c["seed"], c["text"], c["weight_decay"], c["start"], c["evaluations"])
         if searched == ("AdamW", "llama", 0, "main", 0.1, "", 8):
@@ -321,8 +321,8 @@ def _best(found: Results, names: Sequence[str]) -> str:
     behind = {name: np.subtract(losses(found[name]), losses(found[best])) for name in names if name != best}
     tied = [name for name, gaps in behind.items() if len(gaps) < 2 or np.mean(gaps) <= np.std(gaps, ddof=1)]
     by = ", ".join(f"{name} by {mean_sd(gaps)}" for name, gaps in behind.items())
-    told = f"not told apart from it by the seeds: {', '.join(tied)}" if tied else "worse with every other"
-    return f"Best is {best}; {told} (behind it, seed by seed: {by})."
+    told = f"; the seeds do not tell it apart from {' and '.join(tied)}" if tied else ""
+    return f"Best is {best}{told} (behind it, seed by seed: {by})."
 
 
 def sweep(found: Results, out: Path) -> str:
