@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -89,11 +91,14 @@ class Ranks:
 
     def close(self) -> None:
         for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started: Megatron writes from further processes
             process.kill()
             process.join()
 
 
 def _serve(pipe: Any, rank: int, size: int, store: str, folders: list[Path], megatron: bool, device: str) -> None:
+    os.setsid()  # a process group of its own, for `Ranks.close`
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
