@@ -19,7 +19,7 @@ paper: .venv/examples  ## the reports in docs/paper and their pictures again, ou
 	$(BIN)/python examples/paper/report.py
 	$(BIN)/python examples/paper/report.py --logged docs/paper/small/small.jsonl --notes docs/paper/small/notes.md --out docs/paper/small
 
-paper-runs: .venv/examples  ## the paper's experiments from scratch at the smallest scale; 22 minutes on 2 cores
+paper-runs: .venv/examples  ## the paper's experiments from scratch at the smallest scale; under half an hour on 2 cores
 	$(BIN)/python examples/paper/run.py --scale toy
 	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
@@ -43,10 +43,11 @@ bench-megatron: .venv/emerging_optimizers  ## Megatron 0.19.2's own Muon, ours a
 	$(BIN)/python benchmarks/into_readme.py
 
 gpu: .venv/gpu  ## the checks and the benchmarks on CUDA devices
-	env -u DS_ACCELERATOR $(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_engines.py
+	env -u DS_ACCELERATOR REQUIRE_RELEASES=1 $(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_engines.py
 	env -u DS_ACCELERATOR $(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.md
 	env -u DS_ACCELERATOR $(BIN)/python benchmarks/deepspeed_muon.py --device cuda
 	env -u DS_ACCELERATOR $(BIN)/python benchmarks/megatron_muon.py --device cuda
+	$(BIN)/python benchmarks/into_readme.py
 
 clean:
 	rm -rf .venv runs build *.egg-info

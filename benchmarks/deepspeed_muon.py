@@ -22,14 +22,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import device
 import torch
 import torch.distributed as dist
+from device import DEVICE, shown
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-DEVICE = os.environ.get("BENCHMARK_DEVICE", "cpu")  # for the ranks' processes
 HIDDEN, LAYERS, VOCABULARY, TOKENS = (512, 8, 8192, 128) if DEVICE == "cpu" else (2048, 8, 32768, 2048)
 KINDS = {
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
@@ -130,17 +131,12 @@ def step(engine: Any, tokens: Tensor) -> float:
     """One forward, backward and step; seconds of backward and step."""
     loss = engine(tokens)
     dist.barrier()
-    _finished()
+    device.finish()
     start = time.perf_counter()
     engine.backward(loss)
     engine.step()
-    _finished()
+    device.finish()
     return time.perf_counter() - start
-
-
-def _finished() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def state_bytes(engine: Any) -> int:
@@ -172,11 +168,11 @@ def worker(kinds: list[str], rounds: int, out: Path) -> None:
     tokens = tokens.to(DEVICE)
     engines, peaks = {}, {}
     for kind in kinds:
-        before = _allocated(torch.cuda.memory_allocated)
+        before = _allocated()
         engines[kind] = build(kind)
         for _ in range(2):  # compile, allocate
             step(engines[kind], tokens)
-        peaks[kind] = _allocated(torch.cuda.max_memory_allocated) - before
+        peaks[kind] = _peak() - before
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, engine in engines.items():
@@ -192,13 +188,18 @@ def worker(kinds: list[str], rounds: int, out: Path) -> None:
     dist.barrier()
 
 
-def _allocated(on_gpu: Any) -> int:
-    """Bytes, with `on_gpu` of torch.cuda's functions; on the CPU the process's largest, which has one engine."""
+def _allocated() -> int:
+    """Bytes on the GPU that are not the next engine's, whose peak counts from here."""
     if DEVICE == "cpu":
-        return 0 if on_gpu is torch.cuda.memory_allocated else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = on_gpu()
+        return 0
     torch.cuda.reset_peak_memory_stats()
-    return found
+    return torch.cuda.memory_allocated()
+
+
+def _peak() -> int:
+    """Bytes at most: on the GPU since `_allocated`, on the CPU of the process."""
+    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else on_cpu
 
 
 def launch(ranks: int, kinds: list[str], rounds: int, out: Path) -> list[dict[str, Any]]:
@@ -207,10 +208,6 @@ def launch(ranks: int, kinds: list[str], rounds: int, out: Path) -> list[dict[st
     command += ["--worker", *kinds, "--rounds", str(rounds), "--out", str(out)]
     subprocess.run(command, env=environment, check=True)
     return json.loads(out.read_text())
-
-
-def _shown(seconds: float) -> str:
-    return f"{seconds:.3f} s" if DEVICE == "cpu" else f"{seconds * 1e3:.1f} ms"
 
 
 def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int]) -> list[str]:
@@ -228,11 +225,11 @@ def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int]) -> lis
     for kind in KINDS:
         flops = [rank[kind]["flops"] - forward_backward for rank in found]
         sent = max(sum(rank[kind]["sent"].values()) for rank in found)
-        extra = [_shown(added[kind]), f"{added[kind] / added['built-in Muon']:.2f}"] if kind != "AdamW" else ["", ""]
+        extra = [shown(added[kind]), f"{added[kind] / added['built-in Muon']:.2f}"] if kind != "AdamW" else ["", ""]
         newton_schulz = f"{sum(flops) / 1e9:.1f} ({max(flops) / 1e9:.1f}) GFLOP" if kind != "AdamW" else ""
         state = max(rank[kind]["state"] for rank in found)
         rows.append(
-            f"| {kind} | {_shown(seconds[kind])} | {extra[0]} | {extra[1]} | {sent / 1e6:.2f} MB | "
+            f"| {kind} | {shown(seconds[kind])} | {extra[0]} | {extra[1]} | {sent / 1e6:.2f} MB | "
             f"{state / 1e6:.1f} MB | {peaks[kind] / 2**20:.0f} MiB | {newton_schulz} |"
         )
     operations = sorted({name for kind in KINDS for name in found[0][kind]["sent"] if found[0][kind]["sent"][name]})
@@ -253,18 +250,14 @@ def main() -> None:
     if options.worker:
         worker(options.worker, options.rounds, options.out)
         return
-    if options.device != DEVICE:  # the model's size is a matter of the module
-        os.environ["BENCHMARK_DEVICE"] = options.device
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    device.on(options.device)
     import deepspeed
 
-    name = "deepspeed_muon.md" if DEVICE == "cpu" else "deepspeed_muon_gpu.md"
-    options.out = options.out or Path(__file__).parent / "results" / name
+    options.out = options.out or device.result("deepspeed_muon")
     options.ranks = options.ranks or ([2, 4] if DEVICE == "cpu" else [torch.cuda.device_count()])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = options.out.with_suffix(".json")
-    machine = f"{os.cpu_count()} CPU cores" if DEVICE == "cpu" else torch.cuda.get_device_name()
-    machine += f", torch {torch.__version__}, DeepSpeed {deepspeed.__version__}"
+    machine = f"{device.machine()}, torch {torch.__version__}, DeepSpeed {deepspeed.__version__}"
     rows = [
         f"{time.strftime('%Y-%m-%d')}, {machine}, bf16, ZeRO-1, one thread a rank, median of {options.rounds} rounds.",
         "",

@@ -20,8 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import device
 import torch
 import torch.distributed as dist
+from device import DEVICE, shown
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,6 @@ from ranks import Ranks  # noqa: E402
 RELEASE, ADAMW, OURS = "0.19.2", "AdamW", "muon_plugin"
 NATIVE = ("Megatron's own Muon (blockwise, its default)", "Megatron's own Muon (duplicated)")
 NAMES = (ADAMW, *NATIVE, OURS, "muon_plugin, standard iteration")
-DEVICE = os.environ.get("BENCHMARK_DEVICE", "cpu")  # for the ranks' processes
 HIDDEN, LAYERS, FFN, VOCAB = (512, 8, 1408, 8192) if DEVICE == "cpu" else (2048, 8, 5632, 32768)
 
 
@@ -173,8 +174,7 @@ def measure(rank: int, tp: int, rounds: int) -> dict[str, Any]:
 
 def _together() -> None:
     dist.barrier()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    device.finish()
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -188,16 +188,12 @@ def state_bytes(optimizer: Any) -> int:
     return total
 
 
-def _shown(seconds: float) -> str:
-    return f"{seconds:.3f} s" if DEVICE == "cpu" else f"{seconds * 1e3:.1f} ms"
-
-
 def row(name: str, ranks: list[dict[str, Any]], base: dict[str, float], seconds: dict[str, float]) -> str:
     added = seconds[name] - seconds[ADAMW]
     cells = [
         name,
-        _shown(seconds[name]),
-        "" if name == ADAMW else _shown(added),
+        shown(seconds[name]),
+        "" if name == ADAMW else shown(added),
         "" if name == ADAMW else " / ".join(f"{added / value:.2f}" for value in base.values()),
         f"{sum(r[name]['flops'] for r in ranks) / 1e9:.1f} GFLOP",
         f"{sum(r[name]['bytes'] for r in ranks) / 1e6:.1f} MB",
@@ -212,18 +208,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="(default: megatron_muon.md or megatron_muon_gpu.md in results)")
     args = parser.parse_args()
-    if args.device != DEVICE:  # the model's size is a matter of the module
-        os.environ["BENCHMARK_DEVICE"] = args.device
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    name = "megatron_muon.md" if DEVICE == "cpu" else "megatron_muon_gpu.md"
-    args.out = args.out or ROOT / "benchmarks" / "results" / name
+    device.on(args.device)
+    args.out = args.out or device.result("megatron_muon")
     folder = Path(os.environ.get("MEGATRON_CORE", ROOT / ".venv" / "megatron-core"))
     if not (folder / "emerging-optimizers-0.3.0").is_dir():
         raise SystemExit(f"{folder}/emerging-optimizers-0.3.0 is missing: make bench-megatron installs it")
     sys.path.append(str(folder / "emerging-optimizers-0.3.0"))  # the ranks' processes take this path over
-    machine = f"{os.cpu_count()} CPU cores" if DEVICE == "cpu" else torch.cuda.get_device_name()
     lines = [
-        f"{datetime.date.today()}, {machine}, torch {torch.__version__}, Megatron-Core {RELEASE}, "
+        f"{datetime.date.today()}, {device.machine()}, torch {torch.__version__}, Megatron-Core {RELEASE}, "
         f"emerging-optimizers 0.3.0, bf16, quintic coefficients, one thread a rank, median of {args.rounds} rounds; "
         f"hidden {HIDDEN}, {LAYERS} layers, SwiGLU {FFN}, vocabulary {VOCAB}.",
     ]

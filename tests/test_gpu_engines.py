@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +9,11 @@ import torch
 from integers import IntegerModel, build, config, differing, train, trained, weights
 from megatron_model import Layout
 from megatron_model import trained as megatron_trained
-from ranks import ROOT, Ranks
+from ranks import Ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
-#: A folder with megatron-core, or none where it is installed.
-MEGATRON = Path(os.environ.get("MEGATRON_CORE", ROOT / ".venv" / "megatron-core")) / "0.19.2"
+RELEASE = "0.19.2"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +97,6 @@ MEGATRONS = [
 
 @pytest.mark.parametrize(("world", "layout"), MEGATRONS)
 def test_megatron_ends_in_the_same_bits(gpus, world, layout):
-    release = str(MEGATRON) if MEGATRON.is_dir() else pytest.skip(f"{MEGATRON} is not there")
-    alone = gpus(1, release).run(megatron_trained, Layout(layout.model))[0]
-    for rank, found in enumerate(gpus(world, release).run(megatron_trained, layout)):
+    alone = gpus(1, RELEASE).run(megatron_trained, Layout(layout.model))[0]
+    for rank, found in enumerate(gpus(world, RELEASE).run(megatron_trained, layout)):
         assert differing(found, alone) == [], f"rank {rank}"

@@ -334,6 +334,8 @@ def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
         (["--shapes", "SHAPES", "--zero-stage", "4"], "zero_optimization.stage=4; allowed: 0, 1, 2, 3"),
         (["--shapes", "SHAPES", "--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: allowed"),
         (["--hf", "SHAPES"], "has no model_type; allowed: the config.json of a causal language model"),
+        (["--hf", "PICTURES"], "allowed: a causal language model"),
+        (["--shapes", "COMMENTED.jsonc"], "allowed: a JSON object without comments, such as "),
         (["--hf", "SHAPES", "--tp", "2"], "--tp 2 --pp 1 --ep 1 with --hf; allowed: 1"),
         (["--shapes", "LIST"], "holds a list; allowed: a JSON object"),
         (["--shapes", "TEXT"], "is not JSON"),
@@ -352,6 +354,8 @@ def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
 def test_a_bad_argument_is_one_clear_line(tmp_path, arguments, told):
     files = {
         "SHAPES": SHAPES,
+        "PICTURES": {"model_type": "vit"},
+        "COMMENTED.json": {},
         "LIST": [1],
         "STARS": {"l.*.w": [4, 4]},
         "KEY": {"w": {"shape": [4], "shard": 1}},
@@ -363,8 +367,10 @@ def test_a_bad_argument_is_one_clear_line(tmp_path, arguments, told):
     }
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    (tmp_path / "TEXT").write_text("{")
-    given = [str(tmp_path / a) if a in {*files, "TEXT"} else a for a in arguments]
+    broken = ("TEXT", "COMMENTED.jsonc")
+    for name in broken:
+        (tmp_path / name).write_text("{")
+    given = [str(tmp_path / a) if a in {*files, *broken} else a for a in arguments]
     if arguments and "--nodes" not in arguments:
         given = ["--nodes", "1", "--gpus-per-node", "2", *given]
     with pytest.raises(ValueError, match=r".") as error:

@@ -44,15 +44,13 @@ def test_all_is_well_on_two_ranks_with_tp_2(tmp_path):
 @pytest.mark.parametrize(
     ("own", "told"),
     [
-        ({1: {"MUON_WATCHDOG": "100"}}, "MUON_WATCHDOG"),
-        ({r: {"MUON_WATCHDOG": "soon"} for r in (0, 1)}, "MUON_WATCHDOG='soon': allowed: seconds"),
+        ({2: {"MUON_WATCHDOG": "100"}}, "MUON_WATCHDOG"),
+        ({rank: {"MUON_WATCHDOG": "soon"} for rank in range(4)}, "MUON_WATCHDOG='soon': allowed: seconds"),
     ],
     ids=["differs", "bad"],
 )
 def test_a_watchdog_that_would_stop_the_start_is_found_before(tmp_path, own, told):
-    job = Job(
-        tmp_path, 4, PREFLIGHT, own={r: own.get(r % 2, {}) if len(own) > 1 else own.get(r - 1, {}) for r in range(4)}
-    )
+    job = Job(tmp_path, 4, PREFLIGHT, own=own)
     job.ends()
     assert set(job.codes) == {1}, job.all_logs()
     assert any(told in problem for problem in problems(job)), job.log(0)
@@ -67,6 +65,13 @@ def test_the_plan_must_be_of_this_job(tmp_path):
         assert job.codes == [code, code], job.all_logs()
         assert any("this job has 1 nodes of 2 ranks" in problem for problem in problems(job)) is (code == 1)
         assert ("2 ranks = 1 node x 2 GPUs" in job.log(0)) is (code == 0)
+
+
+def test_an_argument_of_the_plan_without_its_number_is_a_problem(tmp_path):
+    job = Job(tmp_path, 2, [*PREFLIGHT, "--", "--shapes", "shapes.json", "--nodes"])
+    job.ends()
+    assert job.codes == [1, 1], job.all_logs()
+    assert any("argument --nodes: expected one argument" in problem for problem in problems(job)), job.log(0)
 
 
 def test_all_is_well_under_torchrun_on_four_ranks_with_tp_2(tmp_path):

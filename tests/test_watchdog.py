@@ -17,6 +17,7 @@ from jobs import Job, environment, free_port
 from ranks import ROOT, RankError, release
 
 from muon_plugin import Muon
+from muon_plugin.watchdog.heartbeats import Heartbeats
 from muon_plugin.watchdog.verdict import CUT_OFF, FAILED, FINISHED, GONE, Standing, cause_of, judge
 
 SCRIPT = str(ROOT / "tests" / "watched.py")
@@ -124,14 +125,16 @@ def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tm
         with open(tmp_path / f"node{node}", "w") as log:
             nodes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log))
     other = 1 - dead
-    nodes[dead].wait(timeout=180)
+    started = time.monotonic()  # how long two launchers take to start is the machine's matter
+    while "dies now" not in (tmp_path / f"node{dead}").read_text():
+        assert time.monotonic() - started < 180, (tmp_path / f"node{dead}").read_text()
+        time.sleep(0.1)
+    nodes[dead].wait(timeout=60)
     since = time.monotonic()
-    code = nodes[other].wait(timeout=180)
+    code = nodes[other].wait(timeout=60)
     log = (tmp_path / f"node{other}").read_text()
     assert code != 0
-    assert time.monotonic() - since < 3 * SECONDS + 60, (
-        log
-    )  # torchrun itself takes some seconds, more on a busy machine
+    assert time.monotonic() - since < 3 * SECONDS + 10, log  # torchrun itself takes some seconds
     assert re.search(
         rf"muon_plugin watchdog: .*rank {dead} of 2 \(node{dead}\) died: there is no process any more", log
     ), log
@@ -207,6 +210,28 @@ def test_a_reason_to_end_the_job_and_who_is_to_blame(me, others, blamed):
     assert verdict is not None
     assert verdict.blamed == blamed
     assert all(f"rank {rank} of 4 (node{rank // 2}) " in verdict.text for rank in blamed), verdict.text
+
+
+class Late:
+    """A store in which a key comes after some looks; and an event that notes how long it was waited for."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks, self.pauses = looks, []
+
+    def check(self, keys: list[str]) -> bool:
+        return len(self.pauses) == self.looks
+
+    def wait(self, seconds: float) -> bool:
+        self.pauses.append(seconds)
+        return False
+
+
+def test_the_first_heartbeat_does_not_wait_a_whole_beat():
+    """A rank that died before it was the only one that nobody could name."""
+    late, hearts = Late(7), Heartbeats.__new__(Heartbeats)
+    hearts.beat = 2.0
+    assert hearts._comes(late, "ready", late)
+    assert late.pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
 
 
 def test_one_error_on_all_ranks_is_nobodys_fault():

@@ -95,24 +95,26 @@ def sweep(values: Sequence[float], muon: list[list[float]], adamw: list[float], 
     _save(figure, file)
 
 
+def _on_the_same_windows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the end of an old log, which has the validation loss on more windows than the other points only."""
+    return [r if "quick_loss" in r["points"][-1] else {**r, "points": r["points"][:-1]} for r in results]
+
+
 def decay(found: Results, file: Path) -> None:
     figure, axes = _axes(2, 2)
     shown = {
-        "validation loss": lambda p: p.get("quick_loss", p["val_loss"]),  # of the same text at all points
+        "validation loss": lambda p: p.get("quick_loss", p["val_loss"]),
         "RMS of the MLP's weights": lambda p: p["weight_rms"]["mlp"],
         "RMS of RMSNorm's gamma": lambda p: p["weight_rms"]["gamma"],
         "gradient norm": lambda p: p["grad_norm"],
     }
+    same = {label: _on_the_same_windows(results) for label, results in found.items()}
     for axis, (name, value) in zip(axes, shown.items()):
-        for label, results in found.items():
+        for label, results in (same if name == "validation loss" else found).items():
             _curve(axis, results, value, label, color=COLORS[label])
         axis.set(xlabel="tokens", ylabel=name)
-    ends = [
-        shown["validation loss"](p)
-        for results in found.values()
-        for r in results
-        for p in r["points"][len(r["points"]) // 4 :]
-    ]
+    late = [r["points"][len(r["points"]) // 4 :] for results in same.values() for r in results]
+    ends = [shown["validation loss"](p) for points in late for p in points]
     axes[0].set_ylim(min(ends) - 0.02, max(ends) + 0.02)
     axes[0].legend(frameon=False, fontsize=8)
     _save(figure, file)

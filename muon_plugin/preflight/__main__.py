@@ -288,9 +288,10 @@ class Check:
 
         Raises:
             ValueError: where they name others.
+            argparse.ArgumentError: for one without its number.
         """
         count = len(set(self.nodes))
-        layout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        layout = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         layout.add_argument("--nodes", default=str(count))
         layout.add_argument("--gpus-per-node", default=str(self.world // count))
         found, rest = layout.parse_known_args(planned)
