@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muon_plugin.settings import Settings
+from muon_plugin.core.settings import Settings
 
 #: ROWSxCOLS or ROWSxCOLSxBATCH
 SHAPES = {"cuda": "1024x1024,2048x1408x64,2048x8192,4096x4096,4096x16384", "cpu": "64x64,48x40x4,64x256,256x64"}

@@ -14,7 +14,7 @@ from ranks import RankError
 from torch import Tensor, nn
 
 from muon_plugin import Muon
-from muon_plugin.orthogonalize import COEFFICIENT_SETS
+from muon_plugin.core.orthogonalize import COEFFICIENT_SETS
 
 
 def layers() -> nn.ModuleDict:
@@ -265,7 +265,7 @@ def test_named_coefficients(name):
 def test_pypis_apex_gets_a_warning_and_the_next_choice(monkeypatch):
     import types
 
-    from muon_plugin import adamw
+    from muon_plugin.core import adamw
 
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     groups = [{"params": [nn.Parameter(torch.zeros(3))], "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}]

@@ -63,7 +63,7 @@ def test_our_muon_runs(runs):
         assert printed.count("muon_plugin ---") == len(CASES)
         assert printed.count("Muon   14 parameters, 14 matrices, 18,432 elements") == len(CASES)
     for stage, found in runs["left"].items():
-        assert [run["optimizer"] for run in found] == ["muon_plugin.optimizer.Muon"] * 2
+        assert [run["optimizer"] for run in found] == ["muon_plugin.core.muon.Muon"] * 2
         assert [run["stage"] for run in found] == [stage] * 2
 
 

@@ -312,7 +312,7 @@ def test_a_launcher_needs_no_change_of_code(tmp_path, launch):
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     output = found.stdout + found.stderr
     assert found.returncode == 0, output
-    assert output.count("ended muon_plugin.optimizer") == 2
+    assert output.count("ended muon_plugin.core.muon") == 2
     assert output.count("muon_plugin ---") == 1
 
 

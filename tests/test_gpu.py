@@ -18,10 +18,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from muon_plugin import Muon, adamw
-from muon_plugin.layout import Shard
-from muon_plugin.optimizer import Holding
-from muon_plugin.settings import Settings
+from muon_plugin import Muon
+from muon_plugin.core import adamw
+from muon_plugin.core.layout import Shard
+from muon_plugin.core.muon import Holding
+from muon_plugin.core.settings import Settings
 
 #: Odd ones, a pair that shares a shape, tall and wide ones, one large enough for the GPU's usual kernels.
 SHAPES = {

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from muon_plugin.layout import Matrix, Shard, Strided, common, pieces
+from muon_plugin.core.layout import Matrix, Shard, Strided, common, pieces
 
 
 def positions(s: Strided) -> list[int]:

@@ -29,11 +29,10 @@ def test_a_dry_run_checks_every_argument_and_prints_the_plan(script):
     done = dry_run(script)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "as in the paper" in done.stdout
-    assert "the arguments are good" in done.stdout
-    for balance in re.findall(r"dense: .*busiest rank ([\d.]+) of the mean", done.stdout):
-        assert 1.0 <= float(balance) < 1.5
-    assert re.search(r"B sent a step, .*state at most .*B a rank \(AdamW", done.stdout)
-    assert ("experts:" in done.stdout) == (script in ("mixtral_8x7b", "moonlight_16b_a3b"))
+    balance = float(re.search(r"FLOP, ([\d.]+) of the bound", done.stdout)[1])
+    assert 1.0 <= balance < 1.1
+    assert re.search(r"state: at most .*B a rank \(AdamW", done.stdout)
+    assert ("experts  " in done.stdout) == (script in ("mixtral_8x7b", "moonlight_16b_a3b"))
 
 
 @pytest.mark.parametrize("stage", ["2a", "2b", "3"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muon_plugin.layout import pieces
+from muon_plugin.core.layout import pieces
 
 
 def stand_in(shapes: dict[str, tuple[int, ...]], config: Any, **attributes: Any) -> nn.Module:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muon_plugin.layout import Matrix, Shard, Strided, pieces
-from muon_plugin.orthogonalize import NewtonSchulz, coefficients_for
-from muon_plugin.plan import make_plan, travels
-from muon_plugin.routing import route
+from muon_plugin.core.layout import Matrix, Shard, Strided, pieces
+from muon_plugin.core.orthogonalize import NewtonSchulz, coefficients_for
+from muon_plugin.core.plan import make_plan, travels
+from muon_plugin.core.routing import route
 
 HIDDEN, LAYERS = 1024, 24
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from muon_plugin import planner
+from muon_plugin.core.orthogonalize import NewtonSchulz, coefficients_for
+from muon_plugin.core.plan import make_plan
+from muon_plugin.core.routing import route
 from muon_plugin.megatron.routing import Parameter
-from muon_plugin.orthogonalize import NewtonSchulz, coefficients_for
-from muon_plugin.plan import make_plan
 from muon_plugin.planner import cost, spread
 from muon_plugin.planner.command import run
 from muon_plugin.planner.layouts import Zero, zero_calls
 from muon_plugin.planner.tables import as_json
-from muon_plugin.routing import route
 
 LLAMA = {
     "model_type": "llama",

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from muon_plugin.layout import Shard, Strided, pieces
-from muon_plugin.routing import route
+from muon_plugin.core.layout import Shard, Strided, pieces
+from muon_plugin.core.routing import route
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from muon_plugin import Muon, phases, watchdog
+from muon_plugin import Muon, watchdog
+from muon_plugin.core import phases
 
 STEPS = 6
 
@@ -80,7 +81,7 @@ def main(engine: str, what: str, which: int, when: str) -> None:
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
     backward, step = globals()[engine](rank)
     mine = rank == which
-    while not (watchdog._running and watchdog._running.hearts.published):
+    while not (watchdog.watchdog._running and watchdog.watchdog._running.hearts.published):
         time.sleep(0.05)  # else all is over before the others know of this rank
     dist.barrier()
 

@@ -20,9 +20,9 @@ from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from ..agreement import gather, together
-from ..layout import Shard
-from ..optimizer import Muon
+from ..core.agreement import gather, together
+from ..core.layout import Shard
+from ..core.muon import Muon
 from .shards import Call
 
 #: In the place of the second moment of what has none; Adam's is never negative.

@@ -12,13 +12,17 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from ..agreement import agree, together, world_of
-from ..optimizer import Muon
-from ..settings import Settings
+from .. import watchdog
+from ..core import phases
+from ..core.agreement import agree, together, world_of
+from ..core.muon import Muon
+from ..core.settings import Settings
 from . import tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
 from .monitor import watch
 from .shards import calls, holdings
+
+phases.at_start(watchdog.start)
 
 
 def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: Any) -> None:

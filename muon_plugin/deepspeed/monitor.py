@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 
-from .. import phases
-from ..measure import Measure
+from ..core import phases
+from ..core.measure import Measure
 
 EVERY = 10
 TIMERS = {name: f"muon_{name}" for name in phases.PHASES}

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..agreement import together
-from ..layout import Strided, cut_shards
-from ..optimizer import Holding
-from ..process_groups import joint_groups
+from ..core.agreement import together
+from ..core.layout import Strided, cut_shards
+from ..core.muon import Holding
+from ..core.process_groups import joint_groups
 from . import cuts as zero_cuts
 from . import tensor_parallel
 

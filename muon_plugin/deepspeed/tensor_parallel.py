@@ -12,8 +12,8 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor
 
-from ..agreement import agree
-from ..layout import Strided
+from ..core.agreement import agree
+from ..core.layout import Strided
 
 
 @dataclass(frozen=True)

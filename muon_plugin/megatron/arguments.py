@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ..orthogonalize import METHODS
+from ..core.orthogonalize import METHODS
 from .settings import PAPER
 
 

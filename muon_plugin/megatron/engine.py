@@ -14,17 +14,21 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ..agreement import agree, together, world_of
-from ..plan import Plan
-from ..process_groups import joint_groups
-from ..report import table
-from ..routing import Routing
-from ..update import Update
+from .. import watchdog
+from ..core import phases
+from ..core.agreement import agree, together, world_of
+from ..core.plan import Plan
+from ..core.process_groups import joint_groups
+from ..core.report import table
+from ..core.routing import Routing
+from ..core.update import Update
 from .arguments import asks_for_muon
 from .optimizer import MuonDistributedOptimizer
 from .routing import Parameter, parameters, route
 from .settings import Settings
 from .shards import names, shards
+
+phases.at_start(watchdog.start)
 
 
 def build(

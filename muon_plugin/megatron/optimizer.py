@@ -11,9 +11,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import adamw
-from ..phases import phase
-from ..update import Update
+from ..core import adamw
+from ..core.phases import phase
+from ..core.update import Update
 from .settings import Settings
 
 logger = logging.getLogger(__name__)

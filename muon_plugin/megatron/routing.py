@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layout import Matrix, Strided
-from ..routing import Routing, Rule, cut
+from ..core.layout import Matrix, Strided
+from ..core.routing import Routing, Rule, cut
 
 #: Layers whose outputs are gate, then up, in models with gated units.
 GATED = ("linear_fc1", "experts.weight1")

@@ -10,8 +10,8 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
-from ..layout import Matrix
-from ..orthogonalize import COEFFICIENT_SETS, METHODS, NewtonSchulz, Triple
+from ..core.layout import Matrix
+from ..core.orthogonalize import COEFFICIENT_SETS, METHODS, NewtonSchulz, Triple
 
 #: The paper's settings in Megatron's terms (Eqs. 1, 2 and 4): what ``--muon-paper`` sets.
 PAPER: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Shard, cut_shards
+from ..core.layout import Shard, cut_shards
 from .routing import Parameter, is_expert
 
 

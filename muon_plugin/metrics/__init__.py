@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..routing import Routing, route
+from ..core.routing import Routing, route
 
 #: The six groups over which the paper averages the SVD entropy.
 GROUPS = ("attention Q and O", "attention K and V", "experts", "shared experts", "router", "dense")

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Matrix
-from ..routing import Routing, Rule, cut, route
+from ..core.layout import Matrix
+from ..core.routing import Routing, Rule, cut, route
 
 KNOWN = (
     "a Hugging Face folder; a DeepSpeed checkpoint of any ZeRO stage (the folder with `latest`, or a tag's) or a "

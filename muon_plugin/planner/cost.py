@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..layout import Index, by_parameter, cut_shards, pieces
-from ..plan import BYTES, make_plan
+from ..core.layout import Index, by_parameter, cut_shards, pieces
+from ..core.plan import BYTES, make_plan
 from . import spread
 from .layouts import Call, Stage, numel
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ..core.layout import Matrix
 from ..deepspeed import cuts
-from ..layout import Matrix
 from ..megatron.routing import Parameter
 
 #: (number of the parameter, start, end): elements of the TP rank's flattened part of it.

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ..layout import Matrix
+from ..core.layout import Matrix
+from ..core.muon import _halves
+from ..core.orthogonalize import NewtonSchulz
+from ..core.routing import Routing, route
+from ..core.settings import Settings
 from ..megatron.routing import Parameter
-from ..optimizer import _halves
-from ..orthogonalize import NewtonSchulz
-from ..routing import Routing, route
-from ..settings import Settings
 from . import shapes
 from .cost import Traffic
 from .layouts import Call, Stage, Zero, zero_calls
@@ -100,7 +100,7 @@ def megatron_arguments(path: str) -> list[str]:
 
 def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
     """GPTModel under Megatron's distributed optimizer."""
-    from ..megatron import on_meta
+    from . import on_meta
 
     flags = {"tensor-model-parallel-size": parallel.tp, "pipeline-model-parallel-size": parallel.pp}
     flags |= {"expert-model-parallel-size": parallel.ep, "context-parallel-size": parallel.cp}

@@ -16,8 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..layout import Strided
-from ..plan import BYTES, SLACKS, TOLERANCE
+from ..core.layout import Strided
+from ..core.plan import BYTES, SLACKS, TOLERANCE
 from .layouts import Call
 
 #: From so many ranks on, a matrix is looked at with vectors.

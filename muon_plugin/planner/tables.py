@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..report import si
+from ..core.report import si
 from .cost import Load, StageLoad
 
 if TYPE_CHECKING:

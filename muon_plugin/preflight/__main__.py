@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import watchdog
-from ..nodes import node_name
+from ..watchdog.nodes import node_name
 from . import disk, facts, links, table
 from .rounds import GRACE, Rounds, Stop, rendezvous
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..nodes import named
-from ..report import si
+from ..core.report import si
+from ..watchdog.nodes import named
 from .links import KINDS
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .. import nodes
+from . import nodes
 from .verdict import CUT_OFF, GONE, RUNNING, Standing
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..nodes import named
+from .nodes import named
 
 RUNNING, FINISHED = "running", "finished"
 #: What ends a job: its process is not there; its node does not answer; it raised an error.

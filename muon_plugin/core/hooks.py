@@ -5,9 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+
+def release_of(version: str) -> str:
+    """The release without its local part, the commit or the build: ``0.19.2`` of ``0.19.2+4e11d24`` (PEP 440)."""
+    return version.partition("+")[0]
 
 
 @dataclass(frozen=True)
@@ -32,25 +38,35 @@ class Hooks:
     """The wrapped functions of one engine.
 
     Attributes:
-        engine: its name and release, for messages.
+        engine: its name.
+        tested: its releases that the project's tests run with.
     """
 
     engine: str
+    tested: Sequence[str]
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
-    def install(self, hooks: Sequence[Hook], tested: Sequence[str]) -> None:
-        """Wraps all of them, or none.
+    @property
+    def installed(self) -> bool:
+        return bool(self._undo)
+
+    def install(self, version: str, hooks: Sequence[Hook]) -> None:
+        """Wraps all of them, or none, and warns if this release was not tested.
+
+        Args:
+            version: of the engine, as it gives it: ``0.19.2``, or ``0.19.2+4e11d24`` for a build from source.
+            hooks: functions to wrap.
 
         Raises:
-            RuntimeError: if any is not as it is known, with what was found.
+            RuntimeError: if any has another signature than expected, with what was found.
         """
         for hook in hooks:
             function = getattr(hook.holder, hook.name, None)
             found = list(inspect.signature(function).parameters) if function else "nothing of that name"
             if found != list(hook.parameters):
                 raise RuntimeError(
-                    f"{self.engine} is not as muon_plugin knows it: {hook.holder.__name__}.{hook.name} has {found}, "
-                    f"not {list(hook.parameters)}. Use a release that was tested ({', '.join(tested)}), or a newer "
+                    f"unsupported {self.engine} {version}: {hook.holder.__name__}.{hook.name} has {found}, expected "
+                    f"{list(hook.parameters)}. Use a release that was tested ({', '.join(self.tested)}), or a newer "
                     "muon_plugin"
                 )
         for hook in hooks:
@@ -61,6 +77,12 @@ class Hooks:
             for holder in {id(h): h for h in (hook.holder, *others)}.values():
                 setattr(holder, hook.name, wrapper)
                 self._undo.append(functools.partial(setattr, holder, hook.name, original))
+        if release_of(version) not in self.tested:
+            warnings.warn(
+                f"muon_plugin was not tested with {self.engine} {version} (tested: {', '.join(self.tested)}). Where "
+                "its shards lie is checked at start all the same",
+                stacklevel=3,
+            )
 
     def remove(self) -> None:
         """Gives every holder the original back."""

@@ -19,7 +19,7 @@ from .layout import Shard
 from .report import label
 
 if TYPE_CHECKING:
-    from .optimizer import Muon
+    from .muon import Muon
 
 WHAT = ("update", "weight", "momentum", "gradient")
 #: Elements at a time: bounds the working memory.

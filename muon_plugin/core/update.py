@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import watchdog
 from .agreement import agree, gather, together
 from .exchange import Exchange
 from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
-from .phases import current, phase
+from .phases import current, phase, start
 from .plan import make_plan
 
 
@@ -54,7 +53,7 @@ class Update:
         scale: Callable[[Matrix], float],
         normalize: bool = False,
     ) -> None:
-        watchdog.start(process_group)
+        start(process_group)
         held = set().union(*gather(sorted({shard.parameter for shard in shards}), process_group))
         self.matrices = [matrix for matrix in matrices if matrix.parameter in held]
         self.tensors: list[Tensor] = list({id(shard.tensor): shard.tensor for shard in shards}.values())

@@ -35,6 +35,19 @@ class Current:
 
 current = Current()
 _listeners: list[Listener] = []
+_starters: list[Callable[[Any], None]] = []
+
+
+def at_start(starter: Callable[[Any], None]) -> None:
+    """`starter` is called, with its process group, by every optimizer that is about to plan. Registered once."""
+    if starter not in _starters:
+        _starters.append(starter)
+
+
+def start(process_group: Any) -> None:
+    """Before an optimizer plans. Collective over the process group, as every starter may be."""
+    for starter in _starters:
+        starter(process_group)
 
 
 class phase:

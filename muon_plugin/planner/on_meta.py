@@ -26,11 +26,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..routing import Routing
-from . import on_cpu, register
-from .arguments import asks_for_muon
-from .routing import Parameter, parameters, route
-from .settings import Settings
+from ..core.routing import Routing
+from ..megatron import on_cpu, register
+from ..megatron.arguments import asks_for_muon
+from ..megatron.routing import Parameter, parameters, route
+from ..megatron.settings import Settings
 
 GPT2_VOCABULARY = 50257
 
@@ -88,7 +88,7 @@ def load(arguments: Sequence[str], world_size: int) -> tuple[Any, Settings]:
         logging.getLogger("megatron").setLevel("ERROR")
         try:
             args = _checked(arguments)
-            from .engine import check_supported  # imports Megatron
+            from ..megatron.engine import check_supported  # imports Megatron
 
             check_supported(args, args)
             return args, Settings.from_config(args, args)

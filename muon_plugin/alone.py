@@ -1,0 +1,11 @@
+"""`Muon` without an engine: the core's optimizer, watched by the watchdog where MUON_WATCHDOG is set."""
+
+from __future__ import annotations
+
+from . import watchdog
+from .core import phases
+from .core.muon import Muon
+
+__all__ = ["Muon"]
+
+phases.at_start(watchdog.start)

@@ -1,0 +1,94 @@
+"""Muon under DeepSpeed: `register` makes ``"optimizer": {"type": "Muon"}`` mean this Muon.
+
+These functions are wrapped, here and nowhere else, and only act when the config asks for Muon:
+
+- ``deepspeed.set_optimizer_flags``: tags parameters for DeepSpeed's own Muon, whose code in the gradient path starts
+  from these tags. Instead, checks that all ranks have good settings and the same model, before anything is built (the
+  engine's broadcast of the model hangs or crashes if they differ);
+- ``DeepSpeedEngine._configure_basic_optimizer``: builds our optimizer in place of DeepSpeed's own Muon;
+- ``_load_universal_checkpoint`` of ZeRO's optimizers: reads this Muon's shards and state (`checkpoints`);
+- ``DeepSpeedZeroOptimizer_Stage3.offload_states``: refuses any optimizer but FusedAdam;
+- ``DeepSpeedEngine._get_all_ckpt_names``: finds a universal checkpoint's files whatever the stage that saved it;
+- ``DeepSpeedEngine._configure_optimizer``: once the wrapper (ZeRO, bf16, fp16 or none) has cut the parameters, reads
+  where the shards lie (`shards`) and attaches the optimizer to them.
+"""
+
+from __future__ import annotations
+
+from ..core.hooks import Hook, Hooks
+
+TESTED = ("0.18.9", "0.19.8")
+_hooks = Hooks("DeepSpeed", TESTED)
+
+
+def register() -> None:
+    """Wraps the engine. Twice is the same as once.
+
+    Raises:
+        ImportError: if DeepSpeed is not installed.
+        RuntimeError: if what is wrapped has changed.
+    """
+    if _hooks.installed:
+        return
+    import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    from ..core.muon import Muon
+    from . import checkpoints, engine
+
+    if hasattr(DeepSpeedEngine, "_configure_stock_optimizer"):
+        return  # patches/deepspeed-*.patch: the source calls `engine` itself
+    hooks = [
+        Hook(deepspeed, "set_optimizer_flags", ["config_class", "model"], engine.set_optimizer_flags),
+        Hook(
+            DeepSpeedEngine,
+            "_configure_basic_optimizer",
+            ["self", "model_parameters"],
+            engine._configure_basic_optimizer,
+        ),
+        Hook(
+            DeepSpeedEngine,
+            "_configure_optimizer",
+            ["self", "client_optimizer", "model_parameters"],
+            engine._configure_optimizer,
+        ),
+        Hook(
+            DeepSpeedEngine,
+            "_get_all_ckpt_names",
+            ["self", "checkpoints_path", "tag"],
+            checkpoints.get_all_ckpt_names,
+        ),
+        Hook(
+            DeepSpeedZeroOptimizer_Stage3,
+            "offload_states",
+            ["self", "include", "device", "pin_memory", "non_blocking"],
+            checkpoints.offload_states,
+        ),
+        *(
+            Hook(
+                wrapper,
+                "_load_universal_checkpoint",
+                ["self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"],
+                checkpoints.load_universal_checkpoint,
+            )
+            for wrapper in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer)
+        ),
+    ]
+    _hooks.install(deepspeed.__version__, hooks)
+    ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
+
+
+def unregister() -> None:
+    """Gives DeepSpeed its own code back."""
+    if not _hooks.installed:
+        return
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    from ..core.muon import Muon
+
+    _hooks.remove()
+    ZERO_SUPPORTED_OPTIMIZERS.remove(Muon)

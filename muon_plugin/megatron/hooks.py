@@ -1,0 +1,79 @@
+"""Muon under Megatron-Core: `register` makes ``--optimizer muon --use-distributed-optimizer`` mean this Muon.
+
+These functions are wrapped, here and nowhere else, and only act on that pair:
+
+- ``megatron.core.optimizer.get_megatron_optimizer`` (and 0.16.1's ``get_megatron_muon_optimizer``): Megatron refuses
+  the pair (0.16.1) or shards whole layers instead (0.19.2). Instead, its stock optimizer is built with AdamW and gets
+  Muon put inside (`engine.build`);
+- ``megatron.training.arguments.validate_args``: the same refusals among the arguments;
+- ``megatron.training.arguments.add_megatron_arguments``: adds ``--muon-paper``, ``--muon-ns-method``,
+  ``--muon-offload``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import warnings
+from typing import Any
+
+from ..core.hooks import Hook, Hooks
+
+TESTED = ("0.16.1", "0.19.2")
+FACTORY = ["config", "model_chunks", "config_overrides", "use_gloo_process_groups", "pg_collection"]
+_hooks = Hooks("Megatron-Core", TESTED)
+
+
+def register() -> None:
+    """Wraps the engine. Twice is the same as once.
+
+    Raises:
+        ImportError: if Megatron-Core is not installed.
+        RuntimeError: if what is wrapped has changed.
+    """
+    if _hooks.installed:
+        return
+    from megatron.core import optimizer
+    from megatron.core.package_info import __version__
+
+    from . import arguments as ours
+    from . import engine
+
+    hooks = [
+        Hook(
+            optimizer,
+            "get_megatron_optimizer",
+            [*FACTORY, "dump_param_to_param_group_map"],
+            engine.get_megatron_optimizer,
+        )
+    ]
+    muon = importlib.import_module("megatron.core.optimizer.muon")
+    if inspect.isfunction(getattr(muon, "get_megatron_muon_optimizer", None)) and __version__ < "0.17":
+        parameters = [*FACTORY[:4], "layer_wise_distributed_optimizer", "pg_collection"]
+        hooks.append(Hook(muon, "get_megatron_muon_optimizer", parameters, engine.get_megatron_muon_optimizer))
+    arguments = _training_arguments()
+    if arguments is not None:
+        hooks.append(Hook(arguments, "validate_args", ["args", "defaults"], ours.validate_args))
+        hooks.append(Hook(arguments, "add_megatron_arguments", ["parser"], ours.add_megatron_arguments))
+    _hooks.install(__version__, hooks)
+
+
+def _training_arguments() -> Any:
+    """Megatron's command line, where it is there and can be imported."""
+    if importlib.util.find_spec("megatron.training") is None:
+        return None
+    try:
+        return importlib.import_module("megatron.training.arguments")
+    except ImportError as error:  # 0.19's on Python 3.11, for example, which its megatron.core does not need
+        warnings.warn(
+            f"megatron.training cannot be imported ({error}), so its command line does not know Muon; "
+            "get_megatron_optimizer does. Megatron-Core 0.19 wants Python 3.12",
+            stacklevel=3,
+        )
+        return None
+
+
+def unregister() -> None:
+    """Gives Megatron its own code back. Optimizers that were built before keep Muon."""
+    _hooks.remove()
