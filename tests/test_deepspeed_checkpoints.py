@@ -185,8 +185,8 @@ def taken_over(rank: int, settings: dict[str, Any], folder: Path, steps: int) ->
     found = weights(engine)
     state = engine.basic_optimizer.state
     moments = {}
-    for holding in engine.basic_optimizer.holdings:
-        for shard in holding.shards:
+    for call in engine.basic_optimizer.calls:
+        for shard in call.shards:
             part = shard.local.view(state[shard.tensor]["exp_avg"].view(-1))
             moments[shard.parameter] = moments.get(shard.parameter, 0.0) + float(part.abs().sum())
     everyone: list[Any] = [None] * torch.distributed.get_world_size()

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from muon_plugin import Muon
 from muon_plugin.core import adamw
+from muon_plugin.core.halves import Call
 from muon_plugin.core.layout import Shard
-from muon_plugin.core.muon import Holding
 from muon_plugin.core.settings import Settings
 
 #: Odd ones, a pair that shares a shape, tall and wide ones, one large enough for the GPU's usual kernels.
@@ -192,17 +192,17 @@ def _halves(rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
     whole = _parameters(device)
     muon = Muon(whole.items(), engine="test", **SETTINGS)
     names = {p: name for name, p in whole.items()}
-    parts, holdings, all_shards = [], [], []
+    parts, calls, all_shards = [], [], []
     for group in muon.param_groups:
         flat = torch.cat([p.detach().view(-1) for p in group["params"]])
         length = -(-flat.numel() // size)
         part = flat[rank * length : (rank + 1) * length].clone()
         shards = _shards([(names[p], p.numel()) for p in group["params"]], rank * length, part)
-        holdings.append(Holding(len(holdings), (part,), tuple(shards)))
+        calls.append(Call(len(calls), (part,), tuple(shards)))
         all_shards += shards
         parts.append(part)
         group["params"] = [part]
-    muon.attach(holdings)
+    muon.attach(calls)
     assert size == 1 or all(muon.plans[0].bytes_sent), "a rank has nothing to send"
     for step in range(STEPS):
         _set_gradients(whole, step)

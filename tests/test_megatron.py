@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def updates(optimizer: Any) -> list[Any]:
-    return [part.optimizer.update for part in optimizer.chained_optimizers]
+    return [part.optimizer.halves.muon.updates[0] for part in optimizer.chained_optimizers]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

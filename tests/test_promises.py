@@ -162,7 +162,7 @@ def counted_bytes(rank: int, settings: dict[str, Any]) -> tuple[int, tuple[int, 
     muon = engine.basic_optimizer
     engine.backward(engine(0, 0, rank, dist.get_world_size(), 1))
     with bytes_sent() as sent:
-        for exchange in (update._exchange for update in muon._updates.values()):
+        for exchange in (update._exchange for update in muon.halves.muon.updates):
             exchange.run(lambda *_: None, lambda *_: None)
     (plan,) = muon.plans
     matrices = muon.routing.matrices

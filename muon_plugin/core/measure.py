@@ -6,9 +6,11 @@ Costs nothing but in the steps that ask for it; there, a pass over this rank's s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,38 +18,58 @@ from torch import Tensor
 
 from .agreement import gather, world_of
 from .layout import Shard
-from .report import label
+from .phases import PHASES, heard
 
-if TYPE_CHECKING:
-    from .muon import Muon
-
+T = TypeVar("T")
 WHAT = ("update", "weight", "momentum", "gradient")
 #: Elements at a time: bounds the working memory.
 CHUNK = 2**24
 
 
+@dataclass(frozen=True)
+class Part:
+    """Shards of this rank whose sizes are added up under one label.
+
+    Attributes:
+        label: in the names of what is reported: ``update_rms/LABEL``.
+        shards: of this rank; there may be none.
+        process_group: its ranks together hold every element of these parameters.
+        copies: as many such groups hold replicas of them.
+    """
+
+    label: str
+    shards: Sequence[Shard]
+    process_group: Any
+    copies: int = 1
+
+
 class Measure:
     """Sums of squares of one step, each element of the model counted once.
 
-    Building one is collective over the world, and so is `result`. Between them the optimizer makes its step with
-    ``optimizer.measure`` set to it.
+    Building one is collective over the world, and so is `result`. Between them the optimizer makes its step with the
+    ``measure`` of its `Halves` set to it.
 
     Args:
-        muon: attached to its tensors.
+        parts: all shards of this rank.
+        shapes: the whole shape of each parameter, by name.
         elsewhere: parameters of this rank that other ranks count: tied weights that several pipeline stages hold.
     """
 
-    def __init__(self, muon: Muon, elsewhere: Iterable[str] = ()) -> None:
-        self._muon = muon
-        self._shards: dict[Tensor, tuple[str, Sequence[Shard]]] = {}
+    def __init__(
+        self, parts: Sequence[Part], shapes: Mapping[str, Sequence[int]], elsewhere: Iterable[str] = ()
+    ) -> None:
+        self._shards: dict[Tensor, list[Shard]] = {}
+        #: by parameter: its label, and what one element counts for on this rank
+        self._label: dict[str, str] = {}
         self._once: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for holding in muon.holdings:
-            name = label(muon.param_groups[holding.group], muon.param_groups)
-            self._shards[holding.tensors[0]] = name, holding.shards
-            self._once |= _shares(holding.shards, muon.routing.shapes, holding.process_group)
-            self._once |= dict.fromkeys(elsewhere, 0.0)
-            counts[name] = counts.get(name, 0.0) + sum(s.where.numel * self._once[s.parameter] for s in holding.shards)
+        for part in parts:
+            shares = {name: share / part.copies for name, share in _shares(part, shapes).items()}
+            self._once |= shares | {name: 0.0 for name in elsewhere if name in shares}
+            for shard in part.shards:
+                self._shards.setdefault(shard.tensor, []).append(shard)
+                self._label[shard.parameter] = part.label
+                counts[part.label] = counts.get(part.label, 0.0) + shard.where.numel * self._once[shard.parameter]
         self.groups = sorted(set().union(*gather(sorted(counts), None)))
         self._counts = [sum(each) for each in zip(*gather([counts.get(name, 0.0) for name in self.groups], None))]
         self.clear()
@@ -59,29 +81,31 @@ class Measure:
         self.stepped = False
 
     @contextmanager
-    def step(self, called: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-        """Around the optimizer's step for these parameter groups."""
+    def step(
+        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]], momentum: str
+    ) -> Iterator[None]:
+        """Around the optimizer's step for these parameter groups; `momentum` is its name in the state of matrices."""
         self.stepped = True
-        for shard, name in self._of(called):
+        for shard, _ in self._of(groups):
             if shard.tensor.grad is not None:
-                self._add(name, "gradient", shard, shard.tensor.grad)
+                self._add("gradient", shard, shard.tensor.grad)
         yield
-        for group in called:
-            for shard, name in self._of([group]):
-                state = self._muon.state[shard.tensor]
-                self._add(name, "weight", shard, shard.tensor)
-                self._add(name, "momentum", shard, state[self._muon.momentum_name if group["use_muon"] else "exp_avg"])
-                for values in _adamw_update(shard, state, group) if "exp_avg_sq" in state else ():
-                    self._sum(name, "update", values, self._once[shard.parameter])
+        for shard, group in self._of(groups):
+            own = state[shard.tensor]
+            self._add("weight", shard, shard.tensor)
+            of_adamw = "exp_avg_sq" in own
+            self._add("momentum", shard, own["exp_avg" if of_adamw else momentum])
+            for values in _adamw_update(shard, own, group) if of_adamw else ():
+                self._sum("update", shard.parameter, values)
 
-    def _of(self, called: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Shard, str]]:
-        for group in called:
-            name, shards = self._shards[group["params"][0]]
-            yield from ((shard, name) for shard in shards)
+    def _of(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Shard, Mapping[str, Any]]]:
+        for group in groups:
+            for p in group["params"]:
+                yield from ((shard, group) for shard in self._shards.get(p, ()))
 
-    def update(self, first: Tensor, parameter: str, update: Tensor) -> None:
+    def update(self, parameter: str, update: Tensor) -> None:
         """A part of a scaled update, fp32, as it is applied but for the learning rate."""
-        self._sum(self._shards[first][0], "update", update, self._once[parameter])
+        self._sum("update", parameter, update)
 
     def result(self, device: torch.device) -> dict[str, float]:
         """``update_rms/GROUP``, ``weight_rms/GROUP``, ``momentum_norm/GROUP`` and ``gradient_norm`` (of all groups).
@@ -105,22 +129,103 @@ class Measure:
             gradient += square["gradient"]
         return found | {"gradient_norm": math.sqrt(gradient)}
 
-    def _add(self, name: str, what: str, shard: Shard, tensor: Tensor) -> None:
+    def _add(self, what: str, shard: Shard, tensor: Tensor) -> None:
         for values in _parts(shard, tensor):
-            self._sum(name, what, values, self._once[shard.parameter])
+            self._sum(what, shard.parameter, values)
 
-    def _sum(self, name: str, what: str, values: Tensor, share: float) -> None:
-        square = torch.linalg.vector_norm(values, dtype=torch.float32).double().square() * share
-        known = self._sums.get((name, what))
-        self._sums[name, what] = square if known is None else known + square.to(known.device)
+    def _sum(self, what: str, parameter: str, values: Tensor) -> None:
+        square = torch.linalg.vector_norm(values, dtype=torch.float32).double().square() * self._once[parameter]
+        key = self._label[parameter], what
+        known = self._sums.get(key)
+        self._sums[key] = square if known is None else known + square.to(known.device)
 
 
-def _shares(shards: Iterable[Shard], shapes: Mapping[str, Sequence[int]], process_group: Any) -> dict[str, float]:
-    """Parameter -> what one element counts for on this rank: one over the ranks that hold it."""
+class Clock:
+    """How much of a step the optimizer takes. Synchronizes the device, so it is for the steps that are measured.
+
+    Args:
+        device: whose work is waited for when a phase changes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began: float | None = None
+        self._at = 0.0
+        self._seconds: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """At the end of the step before the one that is measured."""
+        self._began, self._seconds = self._now(), {}
+
+    def changed(self, left: str, entered: str) -> None:
+        """A `phases.Listener`."""
+        now = self._now()
+        if left in PHASES:
+            self._seconds[left] = self._seconds.get(left, 0.0) + now - self._at
+        self._at = now
+
+    def shares(self) -> dict[str, float]:
+        """``optimizer_share`` and ``exchange_share`` of the time since `begin`; empty without it."""
+        if self._began is None:
+            return {}
+        whole, self._began = self._now() - self._began, None
+        return {
+            "optimizer_share": sum(self._seconds.values()) / whole,
+            "exchange_share": self._seconds.get("exchange", 0.0) / whole,
+        }
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+class Measured(Protocol):
+    """What can be told to measure its next step: a `Halves`."""
+
+    measure: Measure | None
+
+
+class Monitor:
+    """Measures the single steps of an engine that its own monitors ask for. Every method is collective over the world.
+
+    Args:
+        halves: of all inner optimizers that the engine steps at once.
+        make: the `Measure` of their parts; called at the first measured step.
+        device: that computes.
+        wire: where the backend of the default process group wants its tensors.
+    """
+
+    def __init__(
+        self, halves: Sequence[Measured], make: Callable[[], Measure], device: torch.device, wire: torch.device
+    ) -> None:
+        self._halves, self._make, self._wire = halves, make, wire
+        self._measure: Measure | None = None
+        #: `Clock.begin` is for the engine to call, at the end of the step before the one that is measured
+        self.clock = Clock(device)
+
+    def step(self, take: Callable[[], T]) -> tuple[T, dict[str, float]]:
+        """Makes a step with `take`; its result, and what was measured: nothing, if an overflow left the step out."""
+        self._measure = self._measure or self._make()
+        self._measure.clear()
+        for halves in self._halves:
+            halves.measure = self._measure
+        try:
+            with heard(self.clock.changed):
+                made = take()
+        finally:
+            for halves in self._halves:
+                halves.measure = None
+        shares = self.clock.shares()
+        return made, self._measure.result(self._wire) | shares if self._measure.stepped else {}
+
+
+def _shares(part: Part, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Parameter -> what one element counts for on this rank: one over the ranks that hold it. Collective."""
     held: dict[str, int] = {}
-    for shard in shards:
+    for shard in part.shards:
         held[shard.parameter] = held.get(shard.parameter, 0) + shard.where.numel
-    everyone = gather(held, process_group)
+    everyone = gather(held, part.process_group)
     return {name: math.prod(shapes[name]) / sum(of_rank.get(name, 0) for of_rank in everyone) for name in held}
 
 

@@ -1,15 +1,14 @@
-"""Muon for the matrices of a model, AdamW for the rest: one ``torch.optim.Optimizer`` for whole or cut tensors.
+"""Muon for the matrices of a model, AdamW for the rest: one ``torch.optim.Optimizer`` for whole or sharded tensors.
 
-Here are the parameter groups, the state and its checkpoints; `update` has the formulas and the step.
+Here are the parameter groups, their checks and their checkpoints. `halves` has what happens to each tensor, and
+`update` the step of the matrices.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,35 +17,48 @@ from torch.optim import Optimizer
 
 from . import adamw, report
 from .agreement import agree, together, world_of
+from .halves import AdamWHalf, Call, Halves, MuonHalf
 from .layout import Shard
-from .measure import Measure
-from .phases import phase
 from .plan import Plan
 from .routing import Routing, route
 from .settings import Settings, scale_for
 from .update import Update
 
 
+def _no_name(group: Mapping[str, Any]) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
-class Holding:
-    """One call of the step, as the engine will make it: the tensors it hands over and the shards in them.
+class Host:
+    """What an engine around the optimizer needs otherwise. The defaults are for no engine.
 
     Attributes:
-        group: the number of the parameter group.
-        tensors: the group's "params" in that call. ZeRO-3 makes one call for each of a group's sub-groups, with one
-            flat tensor each; elsewhere a group has one call with all its tensors.
-        shards: this rank's part of each parameter.
-        process_group: its ranks together hold every element of every matrix; None is the default group.
+        momentum: the momentum's name in the state.
+        advice: what to do about a checkpoint of other parameter groups.
+        group_keys: further keys that a parameter group may have.
+        experts: the name under which the engine shares a group of experts apart from all others; it is kept.
     """
 
-    group: int
-    tensors: tuple[Tensor, ...]
-    shards: tuple[Shard, ...]
-    process_group: Any = None
+    momentum: str = "momentum_buffer"
+    advice: str = "load the weights alone"
+    group_keys: tuple[str, ...] = ()
+    experts: Callable[[Mapping[str, Any]], str | None] = _no_name
 
 
 class Muon(Optimizer):
-    """Muon as in "Muon is Scalable for LLM Training" (arXiv 2502.16982); see the module for the formulas.
+    r"""Muon as in "Muon is Scalable for LLM Training" (arXiv 2502.16982), with AdamW for what is not a matrix.
+
+    For every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda and momentum mu::
+
+        M <- M + (1 - mu) (G - M)                         momentum, fp32 (Eq. 1, as an exponential average)
+        D  = G + mu (M - G)                               Nesterov; without it D = M
+        O  = NewtonSchulz(D)                              bf16, about U V^T of D's SVD (Eq. 2)
+        W <- W (1 - eta lambda) - eta s(A, B) O           s = 0.2 sqrt(max(A, B)) (Eqs. 3 and 4)
+
+    Newton-Schulz normalizes its input, so the exponential average gives what Eq. 1's sum would. With s(A, B), the
+    learning rate and weight decay tuned for AdamW carry over. Embeddings, the LM head, norms and biases are trained by
+    AdamW with the same learning rate and weight decay.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups whose ``"params"`` are (name, parameter) pairs. Names
@@ -55,16 +67,21 @@ class Muon(Optimizer):
             projections.
         process_group: ranks that hold replicas of the parameters (plain DDP), or an engine's ranks of one pipeline
             stage; the default group where there is one. Each matrix is orthogonalized once among them.
-        engine: used by the engine hooks: the optimizer waits for `attach`, and its step does nothing until then.
-        shapes: used by the engine hooks: the whole shape of each parameter that the engine has cut, by name.
-        **settings: see `muon_plugin.settings.Settings`: lr, weight_decay, momentum, ...
+        host: for engines, whose hooks pass it: the optimizer waits for `attach`, and its step does nothing until then.
+        shapes: for engines: the whole shape of each parameter that the engine has sharded, by name.
+        **settings: see `muon_plugin.core.settings.Settings`: lr, weight_decay, momentum, ...
 
-    State, created on every rank before the first step: ``momentum_buffer`` (its name under DeepSpeed is Adam's,
-    ``exp_avg``; fp32 in the engines, like the parameter
-    alone) for tensors with matrices; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest.
+    State, created on every rank before the first step: ``momentum_buffer`` for tensors with matrices, fp32 and of the
+    tensor's shape (its name is the host's under an engine); ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest.
 
     Raises:
         ValueError: for a bad setting or parameter, with what is allowed; on every rank, if any rank has one.
+
+    Example::
+
+        optimizer = muon_plugin.Muon(model.named_parameters(), lr=4.2e-4, weight_decay=0.1)
+        loss.backward()
+        optimizer.step()
     """
 
     def __init__(
@@ -73,37 +90,32 @@ class Muon(Optimizer):
         *,
         model: nn.Module | None = None,
         process_group: Any = None,
-        engine: str | None = None,
+        host: Host | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         **settings: Any,
     ) -> None:
-        #: the engine that it belongs to, or None
-        self.engine = engine
-        self._complete = self._ready = False
-        #: the first tensor of a group with matrices -> its update
-        self._updates: dict[Tensor, Update] = {}
+        self.host = host or Host()
+        self._complete = False
+        #: None until the optimizer is attached to its tensors
+        self.halves: Halves | None = None
         #: what `attach` was given
-        self.holdings: tuple[Holding, ...] = ()
-        self._adamw: Optimizer | None = None
-        self._adamw_name = "none"
-        #: (group of ranks that should be replicas, checked at the first step), without an engine
-        self._replicas: tuple[Any] | None = None
-        #: set for a step that is to be measured
-        self.measure: Measure | None = None
+        self.calls: tuple[Call, ...] = ()
+        #: whether the ranks of `_process_group` should be replicas, to be checked at the first step
+        self._check_replicas, self._process_group = False, process_group
 
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
             checked = Settings.from_dict(settings)
             groups = _named_groups(params)
             whole = {name: _shape(name, p) for group in groups for name, p in group["params"]} | dict(shapes or {})
             routing = route(whole, model=model, exclude=checked.exclude, split=checked.split)
-            one_of_many = engine is not None and process_group is not None  # a stage of a pipeline
+            one_of_many = host is not None and process_group is not None  # a stage of a pipeline
             if not routing.matrices and not checked.exclude and not one_of_many:
                 raise ValueError(
-                    f"none of the {len(whole)} parameters is a matrix of a hidden layer, nothing is left for Muon: "
+                    f"found no hidden-layer matrices among the {len(whole)} parameters, so nothing is left for Muon: "
                     f"{dict(list(routing.adamw.items())[:5])}. Give whole, unflattened parameters, or use AdamW"
                 )
             names = {p: name for group in groups for name, p in group["params"]}
-            return checked, _halves(groups, routing, checked), routing, names
+            return checked, parameter_groups(groups, routing, checked, self.host), routing, names
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
         self.settings, groups, self.routing, names = together(prepare, process_group)
@@ -117,64 +129,55 @@ class Muon(Optimizer):
         self._complete = True
         for group, members in zip(self.param_groups, groups):
             group["layout"] = _layout_digest([names[p] for p in members["params"]], self.routing.shapes)
-        if engine is None:
+        if host is None:
             self.attach([_whole(i, group["params"], names, process_group) for i, group in enumerate(self.param_groups)])
-            self._replicas = (process_group,)
+            self._check_replicas = True
 
-    def attach(self, holdings: Sequence[Holding], device: torch.device | None = None) -> None:
+    def attach(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
         """Takes the tensors of every call to come, creates the state, and plans. Collective.
 
         Args:
-            holdings: one for each call, in the order of the calls.
+            calls: in the order in which the engine will make them.
             device: where matrices are orthogonalized: where their tensors are, if not given.
         """
         self.detach()
-        self.holdings = tuple(holdings)
-        rest: list[Holding] = []
-        for holding in holdings:
-            if not self.param_groups[holding.group]["use_muon"]:
-                rest.append(holding)
-            else:
-                self._updates[holding.tensors[0]] = Update(
+        self.calls = tuple(calls)
+        muon = MuonHalf(self.host.momentum)
+        for call in self.calls:
+            if self.param_groups[call.group]["use_muon"]:
+                update = Update(
                     self.routing.matrices,
-                    holding.shards,
-                    holding.process_group,
-                    device or holding.tensors[0].device,
+                    call.shards,
+                    call.process_group,
+                    device or call.tensors[0].device,
                     self.settings.newton_schulz,
                     lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
                     normalize=self.settings.adjust_lr_fn == "update_norm",
                 )
-                for p in holding.tensors:
-                    if p.numel():  # elsewhere it lies on NVMe, and its state is made when it first comes from there
-                        self.state[p] = self._new_momentum(p)
-        if rest:
-            self._attach_adamw(rest, holdings[0].process_group)
-        self._ready = True
+                muon.add(update, call.tensors)
+        self.halves = Halves(muon, self._new_adamw([c for c in calls if not self.param_groups[c.group]["use_muon"]]))
+        self.halves.new_states(self.state)
 
-    def _attach_adamw(self, holdings: Sequence[Holding], process_group: Any) -> None:
-        calls = [{**self.param_groups[holding.group], "params": list(holding.tensors)} for holding in holdings]
-        self._adamw, self._adamw_name = together(lambda: adamw.build(calls, self.settings.adamw), process_group)
-        advice = "Install the same packages on every rank, or set adamw"
-        agree("the AdamW to use", [self._adamw_name], advice, process_group)
-        for holding in holdings:
-            self.param_groups[holding.group].update(adamw.own_options(self._adamw))
-            for p in holding.tensors:
-                if p.numel():
-                    self.state[p] = adamw.new_state(self._adamw, p)
-
-    @property
-    def momentum_name(self) -> str:
-        """Its name in the state: DeepSpeed moves, reshards and converts what has Adam's names."""
-        return "momentum_buffer" if self.engine is None else "exp_avg"
-
-    def _new_momentum(self, p: Tensor) -> dict[str, Tensor]:
-        return {self.momentum_name: torch.zeros_like(p, dtype=torch.float32)}
+    def _new_adamw(self, calls: Sequence[Call]) -> AdamWHalf:
+        if not calls:
+            return AdamWHalf(None, "none", ())
+        groups = [{**self.param_groups[call.group], "params": list(call.tensors)} for call in calls]
+        process_group = self.calls[0].process_group
+        optimizer, label = together(lambda: adamw.build(groups, self.settings.adamw), process_group)
+        agree("the AdamW to use", [label], "Install the same packages on every rank, or set adamw", process_group)
+        for call in calls:
+            self.param_groups[call.group].update(adamw.own_options(optimizer))
+        return AdamWHalf(optimizer, label, (p for call in calls for p in call.tensors))
 
     def detach(self) -> None:
-        """Lets go of the tensors: until `attach`, a step does nothing. For an engine that takes over the optimizer."""
+        """Lets go of the tensors: until `attach`, a step does nothing."""
         self.state.clear()
-        self.holdings = ()
-        self._updates, self._ready, self._replicas = {}, False, None
+        self.calls, self.halves, self._check_replicas = (), None, False
+
+    def hand_over(self, host: Host) -> None:
+        """Gives an optimizer that was built without an engine to one, which then attaches it."""
+        self.detach()
+        self.host = host
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -183,41 +186,17 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._ready:
-            return loss  # DeepSpeed steps once on zeros while it builds its wrapper: that must change nothing
-        called = [group for group in self.param_groups if group["params"]]
-        if any(group["use_muon"] and group["params"][0] not in self._updates for group in called):
-            raise RuntimeError(
-                "the tensors of Muon's parameter groups are not those that it planned for: an engine replaced them. "
-                "Call muon_plugin.register() before the engine is built"
-            )
-        if self._replicas is not None:
-            self._check_replicas()
-        with nullcontext() if self.measure is None else self.measure.step(called):
-            self._step(called)
+        if self.halves is None:
+            return loss  # an engine may step once on zeros while it builds its wrapper: that must change nothing
+        if self._check_replicas:
+            self._compare_replicas()
+        self.halves.step([group for group in self.param_groups if group["params"]], self.state)
         return loss
 
-    def _step(self, called: Sequence[dict[str, Any]]) -> None:
-        for group in called:
-            if group["use_muon"]:
-                first = group["params"][0]
-                update = self._updates[first]
-                for p in update.tensors:
-                    if not self.state[p]:
-                        self.state[p] = self._new_momentum(p)
-                momenta = [self.state[p][self.momentum_name] for p in update.tensors]
-                measured = None if self.measure is None else partial(self.measure.update, first)
-                update.step([group] * len(update.tensors), momenta, measured=measured)
-        rest = [group for group in called if not group["use_muon"]]
-        if rest and self._adamw is not None:
-            self._adamw.state, self._adamw.param_groups = self.state, rest
-            with phase("adamw"):
-                self._adamw.step()
-
-    def _check_replicas(self) -> None:
+    def _compare_replicas(self) -> None:
         """Once, at the first step (DDP may make the replicas later): ranks with models of their own mix updates."""
-        (group,), self._replicas = self._replicas or (None,), None
-        if world_of(group)[1] > 1:
+        self._check_replicas = False
+        if world_of(self._process_group)[1] > 1:
             tensors = [p for g in self.param_groups for p in g["params"]]
             sums = [[t.double().sum().item() for t in (p, p.grad) if t is not None] for p in tensors]
             agree(
@@ -225,7 +204,7 @@ class Muon(Optimizer):
                 [f"sums of weights and gradients {values}" for values in sums],
                 "Without an engine, all ranks must hold replicas (DistributedDataParallel). For a model of its own on "
                 "each rank, pass process_group=torch.distributed.new_group([rank]) made for each rank",
-                group,
+                self._process_group,
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -244,20 +223,11 @@ class Muon(Optimizer):
         Raises:
             ValueError: if the saved groups were routed otherwise (another `exclude`, another optimizer).
         """
-        saved, current = state_dict["param_groups"], self.param_groups
-        self.check_saved(saved)
-        momenta = {
-            p: state_dict["state"][i][self.momentum_name]
-            for g, saved_group in zip(current, saved)
-            for p, i in zip(g["params"], saved_group["params"])
-            if g["use_muon"]
-        }
-        super().load_state_dict(state_dict)
-        for p, momentum in momenta.items():  # torch casts state to the parameter's type; momentum stays fp32
-            self.state[p] = {self.momentum_name: momentum.to(p.device, torch.float32, copy=True)}
-        for group in self.param_groups:
-            if self._adamw is not None and not group["use_muon"]:
-                adamw.adopt(self._adamw, group, group["params"], self.state)
+        self.check_saved(state_dict["param_groups"])
+        if self.halves is None:
+            super().load_state_dict(state_dict)
+        else:
+            self.halves.load(self, state_dict, super().load_state_dict)
 
     def check_saved(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Refuses the parameter groups of another optimizer, or of another routing.
@@ -265,52 +235,44 @@ class Muon(Optimizer):
         Raises:
             ValueError: with what to do instead.
         """
-        ways = [[(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, self.param_groups)]
-        if ways[0] == ways[1]:
+        theirs, ours = ([(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, self.param_groups))
+        if theirs == ours:
             return
-        if not any(layout for _, layout in ways[0]):
-            what = "was saved by another optimizer than muon_plugin's Muon"
+        if any(layout for _, layout in theirs):
+            what = f"has parameter groups {theirs}, this run has {ours} (name, digest of the parameters in order)"
         else:
-            what = f"has parameter groups {ways[0]}, this run has {ways[1]} (name, digest of the parameters in order)"
-        advice = {
-            None: "load the weights alone",
-            "deepspeed": "python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run takes "
-            "over what has the same meaning; or load the weights alone (load_module_only=True)",
-        }[self.engine]
+            what = "was saved by another optimizer than muon_plugin's Muon"
         raise ValueError(
             f"the checkpoint's optimizer {what}: load it with the model and the settings it was saved with (exclude, "
-            f"parameter groups), or {advice}"
+            f"parameter groups), or {self.host.advice}"
         )
 
-    def set_step(self, holding: Holding, step: float) -> None:
+    def set_step(self, call: Call, step: float) -> None:
         """Tells AdamW how many steps the moments of these tensors have behind them."""
-        if self._adamw is not None:
-            for p in holding.tensors:
+        if self.halves is not None:
+            for p in call.tensors:
                 self.state[p]["step"] = step
-            adamw.adopt(self._adamw, self.param_groups[holding.group], holding.tensors, self.state)
+            self.halves.adamw.adopt(self.param_groups[call.group], call.tensors, self.state)
 
     @property
     def plans(self) -> list[Plan]:
         """One plan for each call with matrices, in order."""
-        return [update.plan for update in self._updates.values()]
+        return self.halves.muon.plans if self.halves is not None else []
 
     def summary(self) -> str:
         """The start-up table: what goes to Muon and to AdamW, the plan's balance, bytes and memory."""
-        held_muon = sum(p.numel() for p, state in self.state.items() if "exp_avg_sq" not in state)
-        held_adamw = sum(p.numel() for p, state in self.state.items() if "exp_avg_sq" in state)
-        options = report.options(self.settings, self.param_groups)
+        if self.halves is None:
+            return "muon_plugin: not attached to an engine's tensors yet"
         plans: dict[str, list[Plan]] = {}  # experts are shared by other ranks than the dense layers
-        for holding in self.holdings:
-            group = self.param_groups[holding.group]
-            if group["use_muon"]:
-                label = group["name"] if group.get("moe") else "dense layers"
-                plans.setdefault(label, []).append(self._updates[holding.tensors[0]].plan)
-        return report.table(self.routing, options, self._adamw_name, plans, held_muon, held_adamw)
+        groups = [self.param_groups[call.group] for call in self.calls]
+        for group, plan in zip((group for group in groups if group["use_muon"]), self.plans, strict=True):
+            plans.setdefault(self.host.experts(group) or "dense layers", []).append(plan)
+        return report.table(self.routing, report.options(self.settings, self.param_groups), [self.halves], plans)
 
 
-def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Holding:
+def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:
     shards = tuple(Shard.of_range(names[p], 0, p.numel(), p) for p in tensors)
-    return Holding(group, tuple(tensors), shards, process_group)
+    return Call(group, tuple(tensors), shards, process_group)
 
 
 def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -354,21 +316,29 @@ def _layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) 
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
-def _halves(groups: list[dict[str, Any]], routing: Routing, settings: Settings) -> list[dict[str, Any]]:
-    """Each client group as a group of matrices and one of the rest.
+def parameter_groups(
+    groups: Iterable[Mapping[str, Any]], routing: Routing, settings: Settings, host: Host | None = None
+) -> list[dict[str, Any]]:
+    """Each client group as a group of matrices and one of the rest, in an order that depends on the model alone.
 
     Groups with equal options are merged: balance and overlap hold within a group, since ZeRO steps group by group.
-    The order depends on the model alone, not on the world size: DeepSpeed resumes flat groups by position.
+    The order may not depend on the world size: flat groups are resumed by position.
+
+    Args:
+        groups: the client's, their "params" as (name, parameter) pairs.
+        routing: which names are matrices.
+        settings: what the groups do not set for themselves.
+        host: the engine's keys of groups.
     """
+    host = host or Host()
     merged: dict[str, dict[str, Any]] = {}
     for group in groups:
         given = {key: value for key, value in group.items() if key != "params"}
         for muon in (True, False):
             members = [p for name, p in group["params"] if (name not in routing.adamw) is muon]
-            options = settings.of_group(given, muon)
+            options = settings.of_group(given, muon, host.group_keys)
             label = "-".join([*([given["name"]] if "name" in given else []), "muon" if muon else "adamw"])
-            if given.get("moe"):
-                label = given["name"]  # DeepSpeed's name of an expert parallel group
+            label = host.experts(given) or label
             key = repr((label, options))
             if members:
                 into = merged.setdefault(key, {"params": [], "use_muon": muon, "name": label, **options})

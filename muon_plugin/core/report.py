@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .halves import Halves
 from .plan import Plan
 from .routing import Routing
 from .settings import Settings
@@ -18,19 +19,16 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^chunk)\d+|(?<=\.weight)\d+$")
 def table(
     routing: Routing,
     options: str,
-    adamw_name: str,
+    halves: Sequence[Halves],
     plans: Mapping[str, Sequence[Plan]],
-    held_muon: int,
-    held_adamw: int,
 ) -> str:
     """Plain text, about as many lines as a layer has parameters.
 
     Args:
         routing: every parameter's way.
         options: one line about the settings.
-        adamw_name: of the AdamW in use.
+        halves: of every optimizer that is stepped: which AdamW is in use, and what this rank holds.
         plans: what one step computes and sends: a label, shown where there are several -> the plans of the same ranks.
-        held_muon, held_adamw: elements on this rank, of matrices and of the rest.
     """
     numels = {name: math.prod(shape) for name, shape in routing.shapes.items()}
     muon_names = {matrix.parameter for matrix in routing.matrices}
@@ -40,6 +38,7 @@ def table(
     for matrix in routing.matrices:
         parts[matrix.parameter] += 1
     ways = {name: f"{shapes[name]}, {parts[name]} matrices" if parts[name] > 1 else shapes[name] for name in parts}
+    adamw_name = next((each.adamw.label for each in halves if each.adamw.optimizer is not None), "none")
     rows = [
         f"Muon   {len(muon_names)} parameters, {len(routing.matrices)} matrices, {muon_elements:,} elements",
         *_names((name, ways[name]) for name in routing.shapes if name in muon_names),
@@ -60,6 +59,7 @@ def table(
             rows.append(
                 f"{prefix}exchange a step: {si(sum(sent))}B sent over all ranks, {si(max(sent))}B by the busiest"
             )
+    held_muon, held_adamw = (sum(each.held()[half] for each in halves) for half in (0, 1))
     rows.append(
         f"optimizer state on this rank: {si(4 * held_muon + 8 * held_adamw)}B (AdamW alone: "
         f"{si(8 * (held_muon + held_adamw))}B)"

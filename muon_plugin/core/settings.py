@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -80,12 +80,12 @@ class Settings:
     def newton_schulz(self) -> NewtonSchulz:
         return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method)
 
-    def of_group(self, given: Mapping[str, Any], muon: bool) -> dict[str, Any]:
+    def of_group(self, given: Mapping[str, Any], muon: bool, extra: Sequence[str] = ()) -> dict[str, Any]:
         """Options of one half of a client's group: its own values first, then the half's, then the shared ones."""
         for key, value in given.items():
             if key in GROUP_KEYS:
                 _check(f"param group {key}", value)
-            elif key not in ("name", "moe"):  # DeepSpeed's mark of a group of experts
+            elif key not in ("name", *extra):
                 raise ValueError(
                     f"a parameter group sets {key}={value!r}; allowed there: params, name, {', '.join(GROUP_KEYS)}"
                 )
@@ -93,8 +93,8 @@ class Settings:
         options = {"lr": self.lr if half_lr is None else half_lr, "weight_decay": self.weight_decay}
         keys = ("momentum", "nesterov") if muon else ("betas", "eps")
         options |= {key: getattr(self, key) for key in keys}
-        mark = {"moe": given["moe"]} if "moe" in given else {}
-        return mark | {key: given.get(key, value) for key, value in options.items()}
+        kept = {key: given[key] for key in extra if key in given}
+        return kept | {key: given.get(key, value) for key, value in options.items()}
 
 
 def scale_for(adjust_lr_fn: str, outputs: int, inputs: int) -> float:

@@ -124,8 +124,8 @@ def offload_states(original: Callable[..., Any], zero: Any, *args: Any, **kwargs
 def _take(muon: Muon, zero: Path, with_states: bool) -> set[str]:
     """Fills in this rank's shards; returns the parameters whose saved state has another meaning."""
     fresh = set()
-    for holding in muon.holdings:
-        for shard in holding.shards:
+    for call in muon.calls:
+        for shard in call.shards:
             folder = zero / shard.parameter
             _fill(shard, shard.tensor, _whole(folder, "fp32", muon))
             if not with_states:
@@ -150,11 +150,11 @@ def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> None:
         group.update({key: value for key, value in same.items() if key != "params"})
     states = saved.get(OPTIMIZER_STATE_DICT, {}).get("state", {})  # from ZeRO-3; from 1 and 2, a file for a parameter
     steps = [state["step"] for state in states.values() if "step" in state]
-    for holding in muon.holdings:
-        if not muon.param_groups[holding.group]["use_muon"]:
-            files = [zero / shard.parameter / "step.pt" for shard in holding.shards]
+    for call in muon.calls:
+        if not muon.param_groups[call.group]["use_muon"]:
+            files = [zero / shard.parameter / "step.pt" for shard in call.shards]
             found = steps + [torch.load(file, weights_only=True) for file in files if file.exists()]
-            muon.set_step(holding, max(map(float, found), default=0.0))
+            muon.set_step(call, max(map(float, found), default=0.0))
 
 
 def _read(path: Path) -> Any:

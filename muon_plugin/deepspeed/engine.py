@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import deepspeed
@@ -15,7 +15,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from .. import watchdog
 from ..core import phases
 from ..core.agreement import agree, together, world_of
-from ..core.muon import Muon
+from ..core.muon import Host, Muon
 from ..core.settings import Settings
 from . import tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
@@ -23,6 +23,21 @@ from .monitor import watch
 from .shards import calls, holdings
 
 phases.at_start(watchdog.start)
+
+
+def _experts(group: Mapping[str, Any]) -> str | None:
+    """DeepSpeed's name of an expert parallel group, by which it finds the ranks that share it."""
+    return str(group["name"]) if group.get("moe") else None
+
+
+#: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.
+HOST = Host(
+    momentum="exp_avg",
+    advice="python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run takes over what has "
+    "the same meaning; or load the weights alone (load_module_only=True)",
+    group_keys=("moe",),
+    experts=_experts,
+)
 
 
 def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: Any) -> None:
@@ -55,7 +70,7 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
     cuts = together(lambda: tensor_parallel.cuts(engine, engine.param_names))
     shapes = {name: cut.shape for name, cut in cuts.items()}
     stage = engine.seq_data_parallel_group if engine.pipeline_parallelism else None
-    muon = Muon(params, model=engine.module, process_group=stage, engine="deepspeed", shapes=shapes, **options)
+    muon = Muon(params, model=engine.module, process_group=stage, host=HOST, shapes=shapes, **options)
     if engine.pipeline_parallelism and engine.zero_optimization():
         agree(
             "the parameter groups of the pipeline's stages",
@@ -72,7 +87,7 @@ def _configure_optimizer(
     def taken_over(optimizer: Any) -> Any:
         if isinstance(optimizer, Muon):
             together(lambda: _check_supported(engine))
-            optimizer.detach()
+            optimizer.hand_over(HOST)
         else:
             _refuse_remade(optimizer)  # not together: engines without Muon are left alone, and all ranks do the same
         return optimizer
@@ -88,7 +103,6 @@ def _configure_optimizer(
     cuts = together(lambda: tensor_parallel.cuts(engine, names))
     tensor_parallel.compare_replicas(names, tp)
     found = together(lambda: calls(engine))
-    muon.engine = "deepspeed"  # a client's own had none
     muon.attach(holdings(found, names, cuts, tp), torch.device(engine.device))
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, names, found)

@@ -18,79 +18,64 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils.timer import SynchronizedWallClockTimer
 
-from ..core import phases
-from ..core.measure import Measure
+from ..core import phases, report
+from ..core.measure import Measure, Monitor, Part
 
 EVERY = 10
 TIMERS = {name: f"muon_{name}" for name in phases.PHASES}
-WHOLE = "whole step"
 
 
-class Monitor:
+class StepMonitor:
     """Measures the steps of one engine; for a monitor or the wall clock breakdown in its config."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         steps = engine.steps_per_print()
         self.every = int(steps) if steps and math.isfinite(steps) else EVERY  # Hugging Face sets infinity
-        self._measure: Measure | None = None
-        self._clock = SynchronizedWallClockTimer()
+        device = torch.device(engine.device)
+        wire = torch.device("cpu") if dist.get_backend() == "gloo" else device
+        self._monitor = Monitor([engine.basic_optimizer.halves], self._measure, device, wire)
+
+    def _measure(self) -> Measure:
+        muon = self._engine.basic_optimizer
+        parts = [
+            Part(report.label(muon.param_groups[call.group], muon.param_groups), call.shards, call.process_group)
+            for call in muon.calls
+        ]
+        tied = [name for p, name in self._engine.param_names.items() if getattr(p, "ds_pipe_replicated", False)]
+        return Measure(parts, muon.routing.shapes, tied)
 
     def step(self, original: Callable[..., None], *args: Any) -> None:
         """In the place of the engine's `_take_model_step`. Collective over the world, where it is measured."""
         engine, breakdown = self._engine, self._engine.wall_clock_breakdown()
-        due = self._due()
         with ExitStack() as listening:
-            for timers in [engine.timers] * breakdown + [self._clock] * due:
-                listening.enter_context(phases.heard(_listener(timers)))
-            if due:
+            if breakdown:
+                listening.enter_context(phases.heard(_listener(engine.timers)))
+            if self._due():
                 self._write(partial(original, *args))
             else:
                 original(*args)
         if breakdown:
             engine.timers.log(list(TIMERS.values()))
         if self._due():
-            self._clock(WHOLE).reset()
-            self._clock(WHOLE).start()
+            self._monitor.clock.begin()
 
     def _due(self) -> bool:
         """Whether the next step is to be measured."""
         return bool(self._engine.monitor.enabled) and (self._engine.global_steps + 1) % self.every == 0
 
     def _write(self, take_model_step: Callable[[], None]) -> None:
-        engine, muon = self._engine, self._engine.basic_optimizer
-        if self._measure is None:
-            tied = [name for p, name in engine.param_names.items() if getattr(p, "ds_pipe_replicated", False)]
-            self._measure = Measure(muon, tied)
-        self._measure.clear()
-        muon.measure = self._measure
-        try:
-            take_model_step()
-        finally:
-            muon.measure = None
-        shares = self._shares()
-        if not self._measure.stepped:
+        engine = self._engine
+        _, found = self._monitor.step(take_model_step)
+        if not found:
             return  # an overflow: every rank left the step out
-        found = self._measure.result(torch.device("cpu" if dist.get_backend() == "gloo" else engine.device))
         norm = engine.get_global_grad_norm()
-        found |= shares if norm is None else {"gradient_norm": float(norm), **shares}
+        if norm is not None:
+            found["gradient_norm"] = float(norm)
         engine.monitor.write_events(
             [(f"Train/Muon/{name}", value, engine.global_samples) for name, value in found.items()]
         )
-
-    def _shares(self) -> dict[str, float]:
-        parts = {name: self._clock(timer).elapsed() for name, timer in TIMERS.items()}
-        whole = self._clock(WHOLE)
-        if not whole.started_:
-            return {}
-        whole.stop()
-        milliseconds = whole.elapsed()
-        return {
-            "optimizer_share": sum(parts.values()) / milliseconds,
-            "exchange_share": parts["exchange"] / milliseconds,
-        }
 
 
 def _listener(timers: Any) -> phases.Listener:
@@ -112,7 +97,7 @@ def watch(engine: Any) -> None:
     if engine.monitor.enabled or engine.wall_clock_breakdown():
         if not hasattr(engine, "_take_model_step"):
             raise RuntimeError(
-                "this DeepSpeed is not as muon_plugin knows it: its engine has no _take_model_step. Use a release that "
-                "was tested, or switch off monitors and wall_clock_breakdown"
+                "unsupported DeepSpeed: its engine has no _take_model_step. Use a release that was tested, or switch "
+                "off monitors and wall_clock_breakdown"
             )
-        engine._take_model_step = partial(Monitor(engine).step, engine._take_model_step)
+        engine._take_model_step = partial(StepMonitor(engine).step, engine._take_model_step)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.agreement import together
+from ..core.halves import Call as Holding
 from ..core.layout import Strided, cut_shards
-from ..core.muon import Holding
 from ..core.process_groups import joint_groups
 from . import cuts as zero_cuts
 from . import tensor_parallel

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import megatron.core.optimizer
@@ -17,12 +16,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from .. import watchdog
 from ..core import phases
 from ..core.agreement import agree, together, world_of
+from ..core.halves import Halves
+from ..core.layout import Shard
+from ..core.measure import Part
 from ..core.plan import Plan
 from ..core.process_groups import joint_groups
 from ..core.report import table
 from ..core.routing import Routing
 from ..core.update import Update
 from .arguments import asks_for_muon
+from .monitor import StepMonitor, arguments
 from .optimizer import MuonDistributedOptimizer
 from .routing import Parameter, parameters, route
 from .settings import Settings
@@ -55,7 +58,7 @@ def build(
     """
 
     def prepare() -> tuple[Settings, list[Parameter], Any]:
-        settings = Settings.from_config(config, _arguments())
+        settings = Settings.from_config(config, arguments())  # OptimizerConfig takes over only the flags that it knows
         _check_model(model_chunks)
         check_supported(config, model_chunks[0].ddp_config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
@@ -78,13 +81,54 @@ def build(
         [(o.data_parallel_group, expert_tp if e else tp) for o, e in zip(live, experts, strict=True)]
     )
     device = next(model_chunks[0].parameters()).device
-    plans: dict[str, list[Plan]] = {}
-    for optimizer, of_experts, group in zip(live, experts, process_groups, strict=True):
-        ranks = (dist.get_rank(tp), dist.get_rank(expert_tp))
-        update = _convert(optimizer, found, routing, settings, group, ranks, device)
-        plans.setdefault("experts" if of_experts else "dense layers", []).append(update.plan)
-    together(lambda: _report(chained, routing, settings, plans, dist.get_world_size(groups.pp)))
+    ranks = dist.get_rank(tp), dist.get_rank(expert_tp)
+    converted = [
+        _convert(optimizer, found, routing, settings, group, ranks, device, of_experts)
+        for optimizer, of_experts, group in zip(live, experts, process_groups, strict=True)
+    ]
+    together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)))
+    _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device)
     return chained
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One DistributedOptimizer with Muon in it.
+
+    Attributes:
+        halves: of its inner optimizer.
+        held: this rank's shards of its parameters.
+        process_group: the ranks that share them.
+        experts: these are the routed experts.
+    """
+
+    halves: Halves
+    held: tuple[Shard, ...]
+    process_group: Any
+    experts: bool
+
+    def parts(self, copies: int) -> list[Part]:
+        """For measuring; `copies` instances of the distributed optimizer hold replicas."""
+        found: dict[str, list[Shard]] = {"muon": [], "adamw": []}
+        for shard in self.held:
+            found["muon" if self.halves.of(shard.tensor) is self.halves.muon else "adamw"].append(shard)
+        label = "{}_experts" if self.experts else "{}"
+        return [Part(label.format(half), shards, self.process_group, copies) for half, shards in found.items()]
+
+
+def _watch(
+    chained: Any, converted: Sequence[Converted], found: Sequence[Parameter], routing: Routing, ddp: Any, device: Any
+) -> None:
+    """Measures the steps that Megatron's training loop logs."""
+    copies = getattr(ddp, "num_distributed_optimizer_instances", 1)
+    chained.step = StepMonitor(
+        chained.step,
+        [each.halves for each in converted],
+        [part for each in converted for part in each.parts(copies)],
+        routing.shapes,
+        [p.name for p in found if getattr(p.tensor, "shared", False)],
+        device,
+    ).step
 
 
 def _lines(settings: Any) -> list[str]:
@@ -104,12 +148,6 @@ def _overridden(chained: Any) -> set[int]:
     return found
 
 
-def _arguments() -> Any:
-    """Megatron's command line, where it was parsed: its OptimizerConfig takes over only the fields that it knows."""
-    global_vars = sys.modules.get("megatron.training.global_vars")
-    return getattr(global_vars, "_GLOBAL_ARGS", None)
-
-
 def _tp_groups(groups: Any) -> tuple[Any, Any]:
     """The TP groups of the dense layers and of the routed experts."""
     return groups.tp, getattr(groups, "expt_tp", None) or groups.tp
@@ -123,7 +161,8 @@ def _convert(
     process_group: Any,
     tp_ranks: tuple[int, int],
     device: torch.device,
-) -> Update:
+    experts: bool,
+) -> Converted:
     """Puts Muon into one stock DistributedOptimizer."""
     muon = {matrix.parameter for matrix in routing.matrices}
     held = together(lambda: shards(optimizer, names(found), *tp_ranks), process_group)
@@ -136,7 +175,7 @@ def _convert(
         settings.scale,
     )
     MuonDistributedOptimizer.convert(optimizer, update, settings)
-    return update
+    return Converted(optimizer.optimizer.halves, tuple(held), process_group, experts)
 
 
 def _check_built(chained: Any) -> None:
@@ -203,28 +242,18 @@ def check_supported(config: Any, ddp: Any) -> None:
             raise ValueError(f"{setting} is not supported with Muon under the distributed optimizer: {advice}")
 
 
-def _report(
-    chained: Any, routing: Routing, settings: Settings, plans: Mapping[str, Sequence[Plan]], stages: int
-) -> None:
+def _report(converted: Sequence[Converted], routing: Routing, settings: Settings, stages: int) -> None:
     """Rank 0 prints the start-up table, of what it has a part in."""
     rank, _ = world_of(None)
     if rank == 0:
         if stages > 1:
             routing = replace(routing, notes=(*routing.notes, f"this is pipeline stage 0 of {stages}"))
-        print(table(routing, settings.describe(), "Megatron's AdamW", plans, *_held(chained)), flush=True)
+        plans: dict[str, list[Plan]] = {}
+        for each in converted:
+            plans.setdefault("experts" if each.experts else "dense layers", []).extend(each.halves.muon.plans)
+        print(table(routing, settings.describe(), [each.halves for each in converted], plans), flush=True)
         for note in settings.notes:
             print(f"muon_plugin: {note}", flush=True)
-
-
-def _held(chained: Any) -> tuple[int, int]:
-    """Elements of matrices and of the rest that this rank holds."""
-    inner = [o.optimizer for o in chained.chained_optimizers if not o.is_stub_optimizer]
-    held = {True: 0, False: 0}
-    for optimizer in inner:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                held[optimizer.is_matrix(p)] += p.numel()
-    return held[True], held[False]
 
 
 def get_megatron_optimizer(original: Callable[..., Any], config: Any, model_chunks: Any, *args: Any, **kw: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..core import adamw
-from ..core.phases import phase
+from ..core.halves import AdamWHalf, Halves, MuonHalf
 from ..core.update import Update
 from .settings import Settings
 
@@ -25,14 +25,14 @@ class InnerOptimizer(Optimizer):
     """Muon for the matrices and Megatron's own Adam for the rest, in Megatron's own parameter groups.
 
     The groups stay as Megatron made them, so that its schedulers and its checkpoints find what they would find with
-    AdamW; which half a tensor belongs to is kept here.
+    AdamW; `halves` knows which half a tensor belongs to.
 
     State, from construction on: ``momentum_buffer`` (fp32) for matrices; ``exp_avg``, ``exp_avg_sq`` for the rest; and
     for both ``step``, where Megatron's Adam counts in tensors.
 
     Args:
         adam: the optimizer that Megatron built; its `param_groups` hold this rank's shards.
-        update: the matrices' half.
+        update: the step of the matrices.
         settings: momentum, Nesterov, offload.
     """
 
@@ -40,70 +40,36 @@ class InnerOptimizer(Optimizer):
         # As Megatron does: its shards are views, which the constructor would refuse.
         super().__init__([{"params": []}], adam.defaults)
         self.param_groups = adam.param_groups
-        self.update, self.settings = update, settings
-        self._matrices = {id(tensor) for tensor in update.tensors}
-        self._adam = adam
         self._in_tensors = isinstance(adam, torch.optim.AdamW)
+
+        def count(p: Tensor) -> dict[str, Any]:  # Megatron wants a step in every state, or in none
+            return {key: value for key, value in adamw.new_state(adam, p.detach()).items() if key == "step"}
+
+        options = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+        matrices = MuonHalf(options=options, offload=settings.offload, beside=count)
+        matrices.add(update, update.tensors)
+        held = set(update.tensors)
+        rest = (p for group in self.param_groups for p in group["params"] if p not in held)
+        self.halves = Halves(matrices, AdamWHalf(adam, "Megatron's AdamW", rest))
+        self.halves.new_states(self.state)
+        self._mark()
+
+    def _mark(self) -> None:
         for group in self.param_groups:
             group[MARK] = True
-            for p in group["params"]:
-                self.state[p] = self._new_state(p)
-        self._give_adam_its_part()
-
-    def is_matrix(self, p: Tensor) -> bool:
-        return id(p) in self._matrices
-
-    def _new_state(self, p: Tensor) -> dict[str, Any]:
-        state = adamw.new_state(self._adam, p.detach())
-        if self.is_matrix(p):
-            for name in ("exp_avg", "exp_avg_sq"):
-                del state[name]
-            state["momentum_buffer"] = self._momentum(torch.zeros_like(p, dtype=torch.float32))
-        return state
-
-    def _momentum(self, momentum: Tensor) -> Tensor:
-        """Where the momentum lives: on the device, or in pinned CPU memory."""
-        if not self.settings.offload or momentum.device.type == "cpu":
-            return momentum
-        return momentum.cpu().pin_memory()
-
-    def _give_adam_its_part(self) -> None:
-        self._adam.state = self.state
-        self._adam.param_groups = [
-            {**group, "params": [p for p in group["params"] if not self.is_matrix(p)]} for group in self.param_groups
-        ]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every shard. Collective over DP and TP."""
-        options = {"momentum": self.settings.momentum, "nesterov": self.settings.nesterov}
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        tensors = self.update.tensors
-        groups = [{**group_of[id(p)], **options} for p in tensors]
-        self.update.step(groups, [self.state[p]["momentum_buffer"] for p in tensors], self.settings.offload)
-        for p in tensors:
-            if "step" in self.state[p]:
-                self.state[p]["step"] += 1
-        for group, part in zip(self.param_groups, self._adam.param_groups, strict=True):
-            part.update({key: value for key, value in group.items() if key != "params"})
-        with phase("adamw"):
-            self._adam.step()
-        if not self._in_tensors:  # FusedAdam counts in its groups, but not in empty ones
-            step = 1 + max((group.get("step", 0) for group in self.param_groups), default=0)
-            for group in (*self.param_groups, *self._adam.param_groups):
-                group["step"] = step
+        before = max((group.get("step", 0) for group in self.param_groups), default=0)
+        self.halves.step(self.param_groups, self.state)
+        if not self._in_tensors:  # FusedAdam counts in its groups, but not in those without a tensor of its own
+            for group in self.param_groups:
+                group["step"] = before + 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group[MARK] = True
-            for p in group["params"]:
-                state = self.state[p]
-                if "step" in state:  # Megatron hands one tensor to all, and each counts in its own
-                    state["step"] = state["step"].clone()
-                if "momentum_buffer" in state:
-                    state["momentum_buffer"] = self._momentum(state["momentum_buffer"])
-        self._give_adam_its_part()
+        self.halves.load(self, state_dict, super().load_state_dict)
+        self._mark()
 
 
 class MuonDistributedOptimizer(DistributedOptimizer):
@@ -134,7 +100,7 @@ class MuonDistributedOptimizer(DistributedOptimizer):
 
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
         main, state = self._main_and_state(model_param)
-        if "momentum_buffer" in state:
+        if self._is_matrix(main):
             momentum = state["momentum_buffer"].to(main.device)
             return {"param": main, "exp_avg": momentum, "exp_avg_sq": momentum.square()}
         return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
@@ -143,7 +109,7 @@ class MuonDistributedOptimizer(DistributedOptimizer):
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: Mapping[str, Tensor]) -> None:
         main, state = self._main_and_state(model_param)
         main.copy_(tensors["param"])
-        if "momentum_buffer" not in state:
+        if not self._is_matrix(main):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name].copy_(tensors[name])
         elif self._fresh_momentum:
@@ -155,3 +121,7 @@ class MuonDistributedOptimizer(DistributedOptimizer):
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
         return main, self.optimizer.state[main]
+
+    def _is_matrix(self, main: Tensor) -> bool:
+        halves = self.optimizer.halves
+        return halves.of(main) is halves.muon

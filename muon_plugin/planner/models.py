@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..core.layout import Matrix
-from ..core.muon import _halves
+from ..core.muon import parameter_groups
 from ..core.orthogonalize import NewtonSchulz
 from ..core.routing import Routing, route
 from ..core.settings import Settings
@@ -218,7 +218,9 @@ def _zero_stage_calls(
     by_name = {p.name: p for p in found}
     for experts in (False, True):
         names = [p.name for p in found if (ep > 1 and shapes.is_expert(p.name)) is experts]
-        for group in _halves([{"params": [(name, name) for name in names]}], routing, settings) if names else ():
+        for group in (
+            parameter_groups([{"params": [(name, name) for name in names]}], routing, settings) if names else ()
+        ):
             mine = set(group["params"])
             matrices: list[Matrix] = [m for m in routing.matrices if m.parameter in mine]
             label = "experts" if experts else "dense layers" if ep > 1 else "matrices"
