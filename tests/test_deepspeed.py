@@ -74,7 +74,8 @@ def wrong_tables(rank: int) -> None:
 
     engine = build(rank, config(1))
     engine.optimizer.round_robin_bit16_groups[0].reverse()
-    holdings(calls(engine), engine.param_names, cuts(engine, engine.param_names), None)
+    names = engine.param_names
+    holdings(calls(engine, names), names, cuts(engine, names), None)
 
 
 def test_the_builtin_muon_is_kept_out(ranks):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muon_plugin.core.layout import pieces
+from muon_plugin.core.layout import Shard, cut_shards, pieces
 
 
 def stand_in(shapes: dict[str, tuple[int, ...]], config: Any, **attributes: Any) -> nn.Module:
@@ -52,20 +52,19 @@ MLA = SimpleNamespace(
 )
 
 
-def reassembled(found: Any, routing: Any, whole: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+def reassembled(found: Any, routing: Any, whole: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every matrix put together from the TP ranks' parts of whole parameters, by what `pieces` says."""
-    from muon_plugin.megatron.shards import cut_range
-
     matrices = {m.name: torch.full((m.numel,), float("nan")) for m in routing.matrices}
     for parameter in found:
-        for rank in range(parameter.size if parameter.dim is not None else 1):
+        for rank, blocks in enumerate(parameter.partition.ranks):
             part = torch.full((parameter.tensor.numel(),), float("nan"))
-            for local, where in parameter.places(rank):
-                local.view(part).copy_(where.view(whole[parameter.name].reshape(-1)))
+            for block in blocks:
+                block.local.view(part).copy_(block.inside.view(whole[parameter.name].reshape(-1)))
             half = part.numel() // 3
             for first, last in ((0, half), (half, part.numel())):  # DP cuts it again
                 tensor = part[first:last].clone()
-                held = cut_range(parameter, rank, first, last, tensor)
+                shard = Shard.of_range(parameter.name, first, last - first, tensor)
+                held = cut_shards(parameter.partition, rank, shard)
                 for piece in pieces(routing.matrices, held, {id(tensor): 0}):
                     for block in piece.blocks:
                         target = matrices[routing.matrices[piece.matrix].name]
@@ -89,8 +88,8 @@ def test_mlas_projections_are_taken_apart():
     for key, value in COLUMN.items():
         setattr(model.self_attention.linear_kv_down_proj.weight, key, value)
     found, routing = matrices_of(model, tp=2)
-    whole = {p.name: torch.randn(p.whole) for p in found}
-    got = reassembled(found, routing, whole, 2)
+    whole = {p.name: torch.randn(p.partition.shape) for p in found}
+    got = reassembled(found, routing, whole)
     down, up, q = (whole[name] for name in shapes)
     heads = up.view(4, 7, 5)
     expected = [down[:5], down[5:], heads[:, :4].reshape(16, 5), heads[:, 4:].reshape(12, 5)]
@@ -116,8 +115,8 @@ def test_te_grouped_experts(marked):
             for key, value in (COLUMN if "fc1" in name else ROW).items():
                 setattr(p, key, value)
     found, routing = matrices_of(model, tp=1, expert_tp=2)
-    whole = {p.name: torch.randn(p.whole) for p in found}
-    got = reassembled(found, routing, whole, 2)
+    whole = {p.name: torch.randn(p.partition.shape) for p in found}
+    got = reassembled(found, routing, whole)
     expected = [half for name, w in whole.items() for half in (w.chunk(2) if "fc1" in name else [w])]
     assert [tuple(w.shape) for w in whole.values()] == [(16, 6)] * 2 + [(6, 8)] * 2
     assert all(torch.equal(a, b) for a, b in zip(got.values(), expected, strict=True))
@@ -131,8 +130,8 @@ def test_experts_whose_gate_and_up_take_turns():
     for key, value in COLUMN.items():
         setattr(model.mlp.shared_experts.linear_fc1.weight, key, value)
     found, routing = matrices_of(model, tp=2, expert_tp=2)
-    whole = {p.name: torch.randn(p.whole) for p in found}
-    got = list(reassembled(found, routing, whole, 2).values())
+    whole = {p.name: torch.randn(p.partition.shape) for p in found}
+    got = list(reassembled(found, routing, whole).values())
     expert, shared = whole["mlp.experts.linear_fc1.weight0"], whole["mlp.shared_experts.linear_fc1.weight"]
     blocks = expert.view(4, 2, 2, 6)
     assert torch.equal(got[0], blocks[:, 0].reshape(8, 6))
@@ -147,8 +146,8 @@ def test_a_single_grouped_weight():
         SimpleNamespace(**CONFIG),
     )
     found, routing = matrices_of(model, expert_tp=2)
-    whole = {p.name: torch.randn(p.batch, *p.whole) for p in found}
-    got = reassembled(found, routing, whole, 2)
+    whole = {p.name: torch.randn(p.partition.shape) for p in found}
+    got = reassembled(found, routing, whole)
     fc1, fc2 = whole.values()
     expected = [half for expert in fc1 for half in expert.chunk(2)] + list(fc2)
     assert all(torch.equal(a, b) for a, b in zip(got.values(), expected, strict=True))
@@ -163,8 +162,8 @@ def test_legacy_grouped_experts():
     model.experts.weight1 = nn.Parameter(torch.randn(6, 3 * 8))
     model.experts.weight2 = nn.Parameter(torch.randn(3 * 4, 6))
     found, routing = matrices_of(model, expert_tp=2)
-    whole = {p.name: torch.randn(p.batch, *p.whole) for p in found}
-    got = reassembled(found, routing, whole, 2)
+    whole = {p.name: torch.randn(p.partition.shape) for p in found}
+    got = reassembled(found, routing, whole)
     first, second = whole.values()
     assert (tuple(first.shape), tuple(second.shape)) == ((3, 6, 16), (3, 8, 6))
     expected = [half for expert in first for half in expert.chunk(2, dim=1)] + list(second)

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from muon_plugin import planner
+from muon_plugin.core.layout import Partition
 from muon_plugin.core.orthogonalize import NewtonSchulz, coefficients_for
 from muon_plugin.core.plan import make_plan
 from muon_plugin.core.routing import route
-from muon_plugin.megatron.routing import Parameter
 from muon_plugin.planner import cost, spread
+from muon_plugin.planner.calls import Zero, zero_calls
 from muon_plugin.planner.command import run
-from muon_plugin.planner.layouts import Zero, zero_calls
 from muon_plugin.planner.tables import as_json
 
 LLAMA = {
@@ -244,7 +244,7 @@ def test_many_ranks_are_counted_as_the_plan_counts_them(monkeypatch, stage, scal
     shapes |= {f"layers.{i}.experts.gate_up_proj": (3, 24 + 2 * i, 11) for i in range(4)}
     shapes |= {f"layers.{i}.fused": (48, 16) for i in range(3)}
     matrices = route(shapes, split={"fused": {"sizes": [1, 2], "groups": 16}}).matrices
-    parameters = [Parameter(n, torch.empty(0), 1, 1, torch.Size(shape).numel()) for n, shape in shapes.items()]
+    parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
     for world in (1, 2, 3, 7, 16, 100):
         (call,) = zero_calls("all", parameters, matrices, Zero(stage), world)
         plan = make_plan(matrices, cost._index(call), flops, scalars)
@@ -276,7 +276,7 @@ def shapes(tmp_path):
 def test_shapes_are_planned_as_the_model_that_has_them(shapes, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     model = run(["--hf", str(tmp_path), "--nodes", "2", "--gpus-per-node", "4"])
-    whole = {p.name: list(p.tensor.shape) for load in model.stages[0].loads for p in load.call.parameters}
+    whole = {p.name: list(p.shape) for load in model.stages[0].loads for p in load.call.parameters}
     order = ["model.embed_tokens.weight", *(n for n in whole if "layers" in n), "model.norm.weight", "lm_head.weight"]
     assert by_rank(shapes({n: whole[n] for n in order}, "--gpus-per-node", "4")) == by_rank(as_json(model))
 

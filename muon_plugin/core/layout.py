@@ -1,14 +1,40 @@
-"""Where the elements of every matrix lie: in the parameter, in this rank's tensors, on the other ranks.
+"""Where the elements of every matrix lie: in the whole parameter, in this rank's tensors, on the other ranks.
 
-Data first. An engine's folder says which `Shard` of which parameter this rank holds; `pieces` cuts the shards at the
-borders of the matrices; what all ranks know of each other (`index`) is the inner side of those pieces.
+A `Strided` is a set of positions in a flat tensor: runs of equal length, a stride apart. A `Block` pairs two of them
+that hold the same elements in the same order, such as "here in this rank's tensor, there in the whole parameter".
+Everything below follows from two questions about such positions: which do two of them have in common (`common`), and
+where do these lie in another tensor (`compose`)?
+
+A worked example. Two TP ranks cut a 4 x 6 parameter by columns. TP rank 1 holds the right half as a tensor of 4 x 3
+elements, of which ZeRO gives elements 2 to 9 (of its flattened part) to one DP rank. The upper two rows of the
+parameter are one matrix, the lower two rows another one, as in a fused projection::
+
+    positions in the parameter      in TP rank 1's part      what the DP rank holds, by position in the parameter
+
+     0  1  2 |  3  4  5                 0  1  2                  .  .  5
+     6  7  8 |  9 10 11                 3  4  5                  9 10 11      upper matrix
+    ---------+---------             ------------             ---------------
+    12 13 14 | 15 16 17                 6  7  8                 15 16 17      lower matrix
+    18 19 20 | 21 22 23                 9 10 11                 21  .  .
+
+1. `Partition.of` says what TP rank 1 holds: four runs of three elements. They lie at Strided(0, 3, 3, 4) of its part
+   and at Strided(3, 3, 6, 4) of the parameter.
+2. `cut_shards` cuts ZeRO's range, Strided(2, 8), out of these. A range seldom begins or ends with a row, so there are
+   up to three parts: a part of a row at Strided(5, 1), the whole rows at Strided(9, 3, 6, 2), a part of a row at
+   Strided(21, 1). In the DP rank's own tensor they lie one after the other, from 0, from 1 and from 7 on.
+3. `pieces` cuts these at the border of the matrices, after position 11. Of the whole rows, the first lies in the upper
+   matrix and the second in the lower one, where it begins at 15 - 12 = 3.
+
+What all ranks know of each other (`Index`) is where their pieces lie inside the matrices.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -47,17 +73,89 @@ class Strided:
         full, rest = divmod(max(position - self.start, 0), self.stride)
         return min(full * self.run + min(rest, self.run), self.numel)
 
+    def at(self, ordinal: int) -> int:
+        """The position of the element before which so many others come: the inverse of `before`."""
+        index, inside = divmod(ordinal, self.run)
+        return self.start + index * self.stride + inside
+
+    def mapped(self, to: Callable[[int], int]) -> Strided:
+        """As many runs of the same length, each where `to` puts its first element."""
+        start = to(self.start)
+        stride = to(self.start + self.stride) - start if self.count > 1 else 0
+        return Strided(start, self.run, stride, self.count)
+
     def cut(self, first: int, last: int) -> list[Strided]:
         """The elements `first` to `last` (exclusive), in order: at most a part run, whole runs, a part run."""
         parts = []
         while first < last:
-            index, inside = divmod(first, self.run)
-            whole = (last - first) // self.run if inside == 0 else 0
-            run = self.run if whole else min(self.run - inside, last - first)
-            count = max(whole, 1)
-            parts.append(Strided(self.start + index * self.stride + inside, run, self.stride * (count > 1), count))
-            first += parts[-1].numel
+            inside = first % self.run
+            run = min(self.run - inside, last - first)
+            count = max((last - first) // self.run, 1) if inside == 0 else 1
+            parts.append(Strided(self.at(first), run, self.stride if count > 1 else 0, count))
+            first += run * count
         return parts
+
+
+@dataclass(frozen=True)
+class Block:
+    """The same elements in the same order, in two flat tensors: in as many runs in both, or in a single one.
+
+    Attributes:
+        local: where in what this rank holds.
+        inside: where in the whole: the parameter, or the matrix.
+    """
+
+    local: Strided
+    inside: Strided
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How tensor parallelism partitions a parameter.
+
+    Attributes:
+        name: the parameter's.
+        shape: of the whole parameter.
+        ranks: for each TP rank, where the elements of its flattened part lie in the flattened parameter. A single entry
+            where every TP rank holds the whole parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ranks: tuple[tuple[Block, ...], ...]
+
+    @staticmethod
+    def of(name: str, shape: Iterable[int], dim: int | None = None, size: int = 1, parts: int = 1) -> Partition:
+        """Partitioned along one dimension, or not at all.
+
+        Args:
+            name: the parameter's.
+            shape: of the whole parameter.
+            dim: the dimension, which `size` times `parts` divides; None where every TP rank holds the whole parameter.
+            size: how many TP ranks share the parameter.
+            parts: so many equal parts lie one after the other along `dim`, each of them shared by all TP ranks: 2 for
+                gate and up in one parameter (Megatron's ``partition_stride``).
+        """
+        return Partition(name, tuple(shape), _along(tuple(shape), dim, size, parts))
+
+    def in_whole(self, rank: int, held: Block) -> list[Block]:
+        """`held` lies inside the flattened part of TP rank `rank`: where the same elements lie in the parameter."""
+        return [found for block in self.ranks[rank % len(self.ranks)] for found in compose(held, block)]
+
+
+@cache
+def _along(shape: tuple[int, ...], dim: int | None, size: int, parts: int) -> tuple[tuple[Block, ...], ...]:
+    """The blocks of `Partition.of`; parameters of one shape share them."""
+    if dim is None or size == 1:
+        return ((Block(whole := Strided(0, math.prod(shape)), whole),),)
+    # The parameter is `count` times `period` elements, of which a TP rank holds `parts` runs each.
+    count, period = math.prod(shape[:dim]), math.prod(shape[dim:])
+    run, held = period // (size * parts), period // size
+
+    def block(rank: int, part: int) -> Block:
+        return Block(Strided(part * run, run, held, count), Strided((part * size + rank) * run, run, period, count))
+
+    return tuple(tuple(block(rank, part) for part in range(parts)) for rank in range(size))
 
 
 @dataclass(frozen=True)
@@ -91,11 +189,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements that this rank holds of a parameter: where in the whole, flattened parameter, and where in a tensor.
+    """Elements of a parameter that this rank holds: where in the flattened parameter, and where in a tensor.
 
     Attributes:
         parameter: its name.
-        where: positions in the whole parameter, as if no rank had cut it.
+        where: positions in the whole parameter; before `cut_shards`, in this TP rank's part, as the engine knows it.
         tensor: this rank's tensor, flat or not.
         local: positions in the flattened tensor, in the same order and the same number of runs.
     """
@@ -109,14 +207,6 @@ class Shard:
     def of_range(parameter: str, start: int, length: int, tensor: Tensor, offset: int = 0) -> Shard:
         """Elements `start` to `start + length` lie at `offset` of the tensor, one after the other."""
         return Shard(parameter, Strided(start, length), tensor, Strided(offset, length))
-
-
-@dataclass(frozen=True)
-class Block:
-    """The same elements, in the same order: where in this rank's tensor, and where in the matrix."""
-
-    local: Strided
-    inside: Strided
 
 
 @dataclass(frozen=True)
@@ -144,88 +234,63 @@ def by_parameter(matrices: Sequence[Matrix]) -> dict[str, list[int]]:
     return found
 
 
-def pieces(
-    matrices: Sequence[Matrix],
-    shards: Iterable[Shard],
-    tensors: Mapping[int, int],
-    of_parameter: Mapping[str, Sequence[int]] | None = None,
-) -> list[Piece]:
-    """Cuts this rank's shards at the borders of the matrices.
+def cut_shards(partition: Partition, rank: int, shard: Shard) -> list[Shard]:
+    """A shard of the flattened part of TP rank `rank`, as shards of the whole parameter."""
+    blocks = partition.in_whole(rank, Block(shard.local, shard.where))
+    return [Shard(shard.parameter, block.inside, shard.tensor, block.local) for block in blocks]
+
+
+def pieces(matrices: Sequence[Matrix], shards: Iterable[Shard], tensors: Mapping[int, int]) -> list[Piece]:
+    """Cuts this rank's shards of whole parameters at the borders of the matrices.
 
     Args:
         matrices: all matrices, in the order in which every rank counts them; those of a parameter in their own order.
         shards: what this rank holds; shards of other parameters are passed over.
         tensors: id of a tensor -> its number.
-        of_parameter: what `by_parameter` gives, for whoever cuts the shards of many ranks.
     """
-    if of_parameter is None:
-        of_parameter = by_parameter(matrices)
+    of_parameter = by_parameter(matrices)
     found: dict[tuple[int, int], list[Block]] = {}
     for shard in shards:
-        numbers = of_parameter.get(shard.parameter, ())
-        # A batch of experts has hundreds of matrices; they begin and end in their order.
-        for number in numbers[bisect_right(numbers, shard.where.start, key=lambda n: matrices[n].where.end) :]:
-            where = matrices[number].where
-            if where.start >= shard.where.end:
-                break
-            blocks = [
-                Block(places(shard.local, ordinals(shard.where, part)), ordinals(where, part))
-                for part in common(shard.where, where)
-            ]
-            if blocks:
-                found.setdefault((number, tensors[id(shard.tensor)]), []).extend(blocks)
+        held = Block(shard.local, shard.where)
+        for number, blocks in in_matrices(held, of_parameter.get(shard.parameter, ()), matrices):
+            found.setdefault((number, tensors[id(shard.tensor)]), []).extend(blocks)
     return [Piece(number, tensor, tuple(blocks)) for (number, tensor), blocks in found.items()]
+
+
+def in_matrices(held: Block, numbers: Sequence[int], matrices: Sequence[Matrix]) -> Iterator[tuple[int, list[Block]]]:
+    """`held` lies inside a parameter, whose matrices have these numbers: (number, where in that matrix)."""
+    # A batch of experts has hundreds of matrices; they begin and end in their order.
+    for number in numbers[bisect_right(numbers, held.inside.start, key=lambda n: matrices[n].where.end) :]:
+        matrix = matrices[number]
+        if matrix.where.start >= held.inside.end:
+            return
+        if blocks := compose(held, Block(matrix.where, Strided(0, matrix.numel))):
+            yield number, blocks
+
+
+def compose(first: Block, second: Block) -> list[Block]:
+    """From `first.local` to `second.inside`, by way of the positions that `first.inside` and `second.local` share."""
+    found = []
+    for part in common(first.inside, second.local):
+        local = part.mapped(first.inside.before).mapped(first.local.at)
+        found.append(Block(local, part.mapped(second.local.before).mapped(second.inside.at)))
+    return found
 
 
 def common(a: Strided, b: Strided) -> list[Strided]:
     """The positions in both, in order; each run of a part lies in one run of `a` and in one run of `b`."""
     if b.count == 1:
-        return a.cut(a.before(b.start), a.before(b.start + b.run))
+        return a.cut(a.before(b.start), a.before(b.end))
     if a.count == 1:
         return common(b, a)
     if a.stride != b.stride:
-        runs = (Strided(a.start + i * a.stride, a.run) for i in range(a.count))
-        return [part for run in runs for part in common(b, run)]
-    period, found = a.stride, []
-    for shift in ((a.start - b.start) // period, (a.start - b.start) // period + 1):
-        # Run i of a against run i + shift of b.
-        low = max(a.start, b.start + shift * period)
-        high = min(a.start + a.run, b.start + shift * period + b.run)
+        return [part for i in range(a.count) for part in common(b, Strided(a.start + i * a.stride, a.run))]
+    # Run i of `a` meets run i + shift of `b`, for two shifts at most; each overlap repeats with the common stride.
+    stride, found = a.stride, []
+    for shift in ((a.start - b.start) // stride, (a.start - b.start) // stride + 1):
+        low = max(a.start, b.start + shift * stride)
+        high = min(a.start + a.run, b.start + shift * stride + b.run)
         first, last = max(0, -shift), min(a.count, b.count - shift)
         if low < high and first < last:
-            found.append(Strided(low + first * period, high - low, period, last - first))
+            found.append(Strided(low + first * stride, high - low, stride, last - first))
     return found
-
-
-def cut_shards(
-    parameter: str, tp: Iterable[tuple[Strided, Strided]], start: int, end: int, tensor: Tensor, offset: int = 0
-) -> list[Shard]:
-    """Elements `start` to `end` of this TP rank's flattened part of a parameter, which lie at `offset` of `tensor`.
-
-    Args:
-        tp: (where in the flattened part of the TP rank, where in the whole parameter): the same elements in order, in
-            the same number of runs.
-    """
-    found = []
-    for local, whole in tp:
-        for part in common(local, Strided(start, end - start)):
-            where = places(whole, ordinals(local, part))
-            inside = Strided(part.start - start + offset, part.run, part.stride, part.count)
-            found.append(Shard(parameter, where, tensor, inside))
-    return found
-
-
-def ordinals(whole: Strided, part: Strided) -> Strided:
-    """Where the positions `part` (of `common`) come in the order of `whole`."""
-    apart = whole.count > 1 and part.stride >= whole.stride  # each run of the part in a run of its own
-    stride = whole.run if apart else part.stride
-    return Strided(whole.before(part.start), part.run, stride if part.count > 1 else 0, part.count)
-
-
-def places(positions: Strided, ordinals: Strided) -> Strided:
-    """The positions that come at these ordinals."""
-    index, inside = divmod(ordinals.start, positions.run)
-    apart = positions.count > 1 and ordinals.stride >= positions.run
-    stride = positions.stride if apart else ordinals.stride
-    start = positions.start + index * positions.stride + inside
-    return Strided(start, ordinals.run, stride if ordinals.count > 1 else 0, ordinals.count)

@@ -8,7 +8,7 @@ whatever the layout that saved it, and whatever the optimizer: from AdamW it tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from ..core.agreement import gather, together
+from ..core.halves import Call
 from ..core.layout import Shard
 from ..core.muon import Muon
-from .shards import Call
 
 #: In the place of the second moment of what has none; Adam's is never negative.
 NO_SECOND_MOMENT = -1.0
@@ -40,11 +40,12 @@ def saved_like_adam(muon: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict
 
 
-def right_slices(wrapper: Any, names: Mapping[Tensor, str], calls: Sequence[Call]) -> None:
+def right_slices(wrapper: Any, calls: Sequence[Call]) -> None:
     """Where the converter finds each parameter: DeepSpeed's own table walks another order under round-robin."""
     if hasattr(wrapper, "_param_slice_mappings"):
         wrapper._param_slice_mappings = [
-            {names[s.parameter]: fragment_address(start=s.offset, numel=s.length) for s in call.spans} for call in calls
+            {s.parameter: fragment_address(start=s.local.start, numel=s.local.numel) for s in call.shards}
+            for call in calls
         ]
 
 

@@ -19,13 +19,16 @@ SUB_GROUP_SIZE = 10**9
 
 
 @dataclass(frozen=True)
-class Range:
-    """Elements `start` to `start + length` of parameter `number`, which lie at `offset` of this rank's part."""
+class Span:
+    """Consecutive elements that a rank holds: `start` to `start + length` of the group's parameter `number`.
+
+    They lie at `offset` of the rank's tensor; where only counts matter, it is left at 0.
+    """
 
     number: int
     start: int
     length: int
-    offset: int
+    offset: int = 0
 
 
 def offsets_of(sizes: Sequence[int], gaps: Sequence[int] | None = None) -> list[int]:
@@ -52,17 +55,17 @@ def part_of_flat(total: int, world: int) -> int:
     return -(-total // (ALIGNMENT * world)) * ALIGNMENT
 
 
-def in_part(sizes: Sequence[int], offsets: Sequence[int], begin: int, length: int) -> Iterator[Range]:
+def in_part(sizes: Sequence[int], offsets: Sequence[int], begin: int, length: int) -> Iterator[Span]:
     """The part of each parameter that falls into elements `begin` to `begin + length` of their flat group."""
     for number in range(max(bisect_right(offsets, begin) - 1, 0), len(sizes)):
         if offsets[number] >= begin + length:
             return
         first, last = max(offsets[number], begin), min(offsets[number] + sizes[number], begin + length)
         if first < last:
-            yield Range(number, first - offsets[number], last - first, first - begin)
+            yield Span(number, first - offsets[number], last - first, first - begin)
 
 
-def in_sub_group(sizes: Sequence[int], parts: Sequence[int], rank: int) -> Iterator[Range]:
+def in_sub_group(sizes: Sequence[int], parts: Sequence[int], rank: int) -> Iterator[Span]:
     """Stage 3: each parameter cut in equal parts, the last ones padded; a rank's parts one after the other.
 
     Args:
@@ -74,7 +77,7 @@ def in_sub_group(sizes: Sequence[int], parts: Sequence[int], rank: int) -> Itera
     for number, (size, part) in enumerate(zip(sizes, parts)):
         length = min(part, size - rank * part)
         if length > 0:
-            yield Range(number, rank * part, length, offset)
+            yield Span(number, rank * part, length, offset)
         offset += part
 
 

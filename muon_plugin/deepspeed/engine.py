@@ -102,10 +102,10 @@ def _configure_optimizer(
     names, tp = engine.param_names, tensor_parallel.group_of(engine)
     cuts = together(lambda: tensor_parallel.cuts(engine, names))
     tensor_parallel.compare_replicas(names, tp)
-    found = together(lambda: calls(engine))
+    found = together(lambda: calls(engine, names))
     muon.attach(holdings(found, names, cuts, tp), torch.device(engine.device))
     muon.register_state_dict_post_hook(saved_like_adam)
-    right_slices(engine.optimizer, names, found)
+    right_slices(engine.optimizer, found)
     check_before_loading(engine.optimizer, muon)
     watch(engine)
     if world_of(None)[0] == 0:

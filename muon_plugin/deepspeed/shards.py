@@ -3,73 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..core.agreement import together
-from ..core.halves import Call as Holding
-from ..core.layout import Strided, cut_shards
+from ..core.halves import Call
+from ..core.layout import Partition, Shard, cut_shards
 from ..core.process_groups import joint_groups
-from . import cuts as zero_cuts
-from . import tensor_parallel
+from . import cuts
 
 Names = Mapping[Tensor, str]
 
 
-@dataclass(frozen=True)
-class Span:
-    """Elements `start` to `start + length` of this TP rank's flattened parameter, which lie at `offset` of a tensor."""
+class Zero12(Protocol):
+    """What is read of the wrapper of ZeRO stages 1 and 2 (`DeepSpeedZeroOptimizer`), each by parameter group."""
 
-    parameter: Tensor
-    start: int
-    length: int
-    tensor: Tensor
-    offset: int
+    round_robin_bit16_groups: Sequence[Sequence[Tensor]]
+    single_partition_of_fp32_groups: Sequence[Tensor]
+    partition_size: Sequence[int]
+    real_dp_process_group: Sequence[Any]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of the inner step: see `Holding`."""
+class Bf16(Protocol):
+    """What is read of the wrapper of bf16 with fp32 gradients (`BF16_Optimizer`), each by parameter group."""
 
-    group: int
-    tensors: tuple[Tensor, ...]
-    spans: tuple[Span, ...]
-    process_group: Any
+    bf16_groups: Sequence[Sequence[Tensor]]
+    fp32_groups_flat_partition: Sequence[Tensor]
+    real_dp_process_group: Sequence[Any]
 
 
-def calls(engine: Any) -> list[Call]:
+class Zero3(Protocol):
+    """What is read of the wrapper of ZeRO stage 3 (`DeepSpeedZeroOptimizer_Stage3`), each by sub-group."""
+
+    fp16_groups: Sequence[Sequence[Any]]
+    fp32_partitioned_groups_flat: Sequence[Tensor]
+    sub_group_to_group_id: Mapping[int, int]
+    dp_process_group: Any
+
+
+def calls(engine: Any, names: Names) -> list[Call]:
     """The calls of the inner step, as the engine's wrapper will make them.
 
+    Their shards, and the ranks that share them, are still of this TP rank's part of each parameter: see `holdings`.
+
+    Args:
+        engine: DeepSpeed's, with its wrapper built.
+        names: parameter -> its name.
+
     Raises:
-        ValueError: for a wrapper that is not known, or spans that do not hold what they should.
+        ValueError: for a wrapper that is not known.
     """
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
     if isinstance(getattr(wrapper, "fp16_partitioned_groups_flat", None), list):
-        return [_zero_3(wrapper, number) for number in range(len(wrapper.fp16_groups))]
+        return [_zero_3(wrapper, number, names) for number in range(len(wrapper.fp16_groups))]
     groups = engine.basic_optimizer.param_groups
-    replicas = [_replicas(engine, group) for group in groups]
+    numbers = range(len(groups))
     if wrapper is engine.basic_optimizer:
-        found = list(zip((_whole(zip(group["params"], group["params"])) for group in groups), replicas))
+        held = [_whole(zip(group["params"], group["params"]), names) for group in groups]
     elif kind == "FP16_UnfusedOptimizer":
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        found = list(zip((_whole(zip(low, master)) for low, master in pairs), replicas))
+        held = [_whole(zip(low, master, strict=True), names) for low, master in pairs]
     elif kind == "DeepSpeedZeroOptimizer":
-        parts = [_zero_1_and_2(wrapper, number) for number in range(len(wrapper.round_robin_bit16_groups))]
-        found = list(zip(parts, wrapper.real_dp_process_group))
+        held = [_zero_1_and_2(wrapper, number, names) for number in numbers]
     elif kind == "BF16_Optimizer":
-        found = list(
-            zip([_bf16(wrapper, number) for number in range(len(wrapper.bf16_groups))], wrapper.real_dp_process_group)
-        )
+        held = [_bf16(wrapper, number, names) for number in numbers]
     else:
         raise ValueError(f"DeepSpeed built a {kind} around Muon; supported: ZeRO stages 0 to 3 in fp32, bf16, fp16")
+    process_groups = getattr(wrapper, "real_dp_process_group", None) or [_replicas(engine, group) for group in groups]
     return [
-        Call(number, tuple(group["params"]), tuple(spans), process_group)
-        for number, (group, (spans, process_group)) in enumerate(zip(groups, found, strict=True))
+        Call(number, tuple(group["params"]), tuple(shards), process_group)
+        for number, group, shards, process_group in zip(numbers, groups, held, process_groups, strict=True)
     ]
 
 
@@ -78,100 +86,98 @@ def _replicas(engine: Any, group: Mapping[str, Any]) -> Any:
     return engine.expert_data_parallel_group[group["name"]] if group.get("moe") else engine.seq_data_parallel_group
 
 
-def holdings(found: Sequence[Call], names: Names, cuts: Mapping[str, tensor_parallel.Cut], tp: Any) -> list[Holding]:
+def holdings(found: Sequence[Call], names: Names, partitions: Mapping[str, Partition], tp: Any) -> list[Call]:
     """The calls with the shards of whole parameters, and the ranks that share these. Collective.
 
-    Every span is compared with the parameter it should hold, so a release that lays them out otherwise is an error
+    Every shard is compared with the parameter it should hold, so a release that lays them out otherwise is an error
     here and not a wrong update later.
 
     Args:
         found: what `calls` found.
         names: parameter -> its name.
-        cuts: name -> how tensor parallelism cuts it.
+        partitions: name -> how tensor parallelism partitions the parameter.
         tp: the TP group of this rank, or None.
 
     Raises:
-        ValueError: for a span that does not hold what it should.
+        ValueError: for a shard that does not hold what it should.
     """
-    together(lambda: _compare(found, names))
+    together(lambda: _compare(found, {name: p for p, name in names.items()}))
     process_groups = [call.process_group for call in found]
     if tp is not None and dist.get_world_size(tp) > 1:
         process_groups = joint_groups([(group, tp) for group in process_groups])
+    rank = 0 if tp is None else dist.get_rank(tp)
+
+    def whole(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+        return tuple(whole for shard in shards for whole in cut_shards(partitions[shard.parameter], rank, shard))
+
     return [
-        Holding(
-            call.group,
-            call.tensors,
-            tuple(
-                shard
-                for span in call.spans
-                for name in [names[span.parameter]]
-                for shard in cut_shards(
-                    name, cuts[name].places, span.start, span.start + span.length, span.tensor, span.offset
-                )
-            ),
-            process_group,
-        )
+        replace(call, shards=whole(call.shards), process_group=process_group)
         for call, process_group in zip(found, process_groups)
     ]
 
 
-def _whole(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Span]:
+def _whole(pairs: Iterable[tuple[Tensor, Tensor]], names: Names) -> list[Shard]:
     """No ZeRO: every rank holds every parameter, or its fp32 copy, whole."""
-    return [Span(p, 0, p.numel(), master, 0) for p, master in pairs]
+    return [Shard.of_range(names[p], 0, p.numel(), master) for p, master in pairs]
 
 
-def _zero_1_and_2(zero: Any, group: int) -> list[Span]:
+def _zero_1_and_2(zero: Zero12, group: int, names: Names) -> list[Shard]:
     """A group's parameters one after the other (in round-robin order if that is on), padded, cut in equal parts."""
     # `parameter_alignment` (from 0.19) puts padding between parameters; before, there is none and no such table.
     gaps = getattr(zero, "round_robin_bit16_padding", None)
     rank = dist.get_rank(zero.real_dp_process_group[group])
-    master = zero.single_partition_of_fp32_groups[group]
-    begin = rank * int(zero.partition_size[group])
-    return _partition(zero.round_robin_bit16_groups[group], gaps[group] if gaps else None, begin, master)
+    begin, master = rank * int(zero.partition_size[group]), zero.single_partition_of_fp32_groups[group]
+    return _of_flat_group(zero.round_robin_bit16_groups[group], gaps[group] if gaps else None, begin, master, names)
 
 
-def _bf16(bf16: Any, group: int) -> list[Span]:
+def _bf16(bf16: Bf16, group: int, names: Names) -> list[Shard]:
     """The bf16 wrapper with fp32 gradients: ZeRO-1's cut without padding between parameters."""
     rank = dist.get_rank(bf16.real_dp_process_group[group])
     master = bf16.fp32_groups_flat_partition[group]
-    return _partition(bf16.bf16_groups[group], None, rank * master.numel(), master)
+    return _of_flat_group(bf16.bf16_groups[group], None, rank * master.numel(), master, names)
 
 
-def _partition(parameters: Sequence[Tensor], gaps: Sequence[int] | None, begin: int, master: Tensor) -> list[Span]:
+def _of_flat_group(
+    parameters: Sequence[Tensor], gaps: Sequence[int] | None, begin: int, master: Tensor, names: Names
+) -> list[Shard]:
     """The part of each parameter that falls into [begin, begin + size of the fp32 partition)."""
     sizes = [p.numel() for p in parameters]
-    found = zero_cuts.in_part(sizes, zero_cuts.offsets_of(sizes, gaps), begin, master.numel())
-    return [Span(parameters[r.number], r.start, r.length, master, r.offset) for r in found]
+    spans = cuts.in_part(sizes, cuts.offsets_of(sizes, gaps), begin, master.numel())
+    return _shards(spans, parameters, master, names)
 
 
-def _zero_3(zero: Any, number: int) -> Call:
+def _shards(spans: Iterable[cuts.Span], parameters: Sequence[Tensor], master: Tensor, names: Names) -> list[Shard]:
+    return [Shard.of_range(names[parameters[s.number]], s.start, s.length, master, s.offset) for s in spans]
+
+
+def _zero_3(zero: Zero3, number: int, names: Names) -> Call:
     """A sub-group: each parameter cut in equal parts, the last one padded; this rank's parts one after the other."""
     master = zero.fp32_partitioned_groups_flat[number]
     groups = getattr(zero, "sub_group_process_groups", None)  # from 0.19; before, there is one group for all
     group = groups[number] if groups else zero.dp_process_group
     parameters = zero.fp16_groups[number]
     sizes, parts = [p.ds_numel for p in parameters], [int(p.partition_numel()) for p in parameters]
-    found = zero_cuts.in_sub_group(sizes, parts, dist.get_rank(group))
-    spans = tuple(Span(parameters[r.number], r.start, r.length, master, r.offset) for r in found)
-    return Call(zero.sub_group_to_group_id[number], (master,), spans, group)
+    spans = cuts.in_sub_group(sizes, parts, dist.get_rank(group))
+    shards = _shards(spans, parameters, master, names)
+    return Call(zero.sub_group_to_group_id[number], (master,), tuple(shards), group)
 
 
-def _compare(found: Sequence[Call], names: Names) -> None:
+def _compare(found: Sequence[Call], parameters: Mapping[str, Tensor]) -> None:
     for call in found:
-        for span in call.spans:
-            _compare_one(span, names[span.parameter])
+        for shard in call.shards:
+            _compare_one(shard, parameters[shard.parameter])
 
 
-def _compare_one(span: Span, name: str) -> None:
-    cut_by_zero_3 = getattr(span.parameter, "ds_tensor", None)
-    held = span.parameter if cut_by_zero_3 is None else cut_by_zero_3
-    if not (span.tensor.numel() and held.numel()):
+def _compare_one(shard: Shard, parameter: Tensor) -> None:
+    """Compares a shard of this TP rank's part with the parameter, or with what ZeRO-3 left of it on this rank."""
+    cut_by_zero_3 = getattr(parameter, "ds_tensor", None)
+    held = parameter if cut_by_zero_3 is None else cut_by_zero_3
+    if not (shard.tensor.numel() and held.numel()):
         return  # it lies on NVMe
-    start = span.start if cut_by_zero_3 is None else 0
-    where, local = Strided(start, span.length), Strided(span.offset, span.length)
-    theirs, ours = where.view(held.detach().view(-1)), local.view(span.tensor.detach().view(-1))
+    where = shard.where if cut_by_zero_3 is None else replace(shard.where, start=0)
+    theirs, ours = where.view(held.detach().view(-1)), shard.local.view(shard.tensor.detach().view(-1))
     if not torch.allclose(ours.to(theirs.dtype), theirs.to(ours.device), rtol=0, atol=0, equal_nan=True):
         raise ValueError(
-            f"{span.length} elements of {name} from {span.start} on are not where DeepSpeed's tables say: muon_plugin "
-            "does not know this release's layout. Please report the release and the config"
+            f"{shard.where.numel} elements of {shard.parameter} from {shard.where.start} on are not where DeepSpeed's "
+            "tables say: muon_plugin does not know this release's layout. Please report the release and the config"
         )

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor
 
 from ..core.agreement import agree
-from ..core.layout import Strided
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A parameter of this TP rank.
-
-    Attributes:
-        shape: of the whole parameter.
-        places: (where in this rank's flattened part, where in the flattened whole), the same elements in order.
-    """
-
-    shape: tuple[int, ...]
-    places: tuple[tuple[Strided, Strided], ...]
+from ..core.layout import Block, Partition, Strided
 
 
 def group_of(engine: Any) -> Any:
@@ -36,23 +21,22 @@ def group_of(engine: Any) -> Any:
     mpu = engine.mpu
     if mpu is None or engine.mp_world_size == 1:
         return None
-    if hasattr(
-        mpu, "get_slice_parallel_group"
-    ):  # DeepSpeed's own grid, of a pipeline: its model parallel ranks are more
+    # DeepSpeed's own grid, of a pipeline: its model parallel ranks are more.
+    if hasattr(mpu, "get_slice_parallel_group"):
         return mpu.get_slice_parallel_group() if mpu.get_slice_parallel_world_size() > 1 else None
     get = getattr(mpu, "get_tensor_model_parallel_group", None) or mpu.get_model_parallel_group
     return get()
 
 
-def cuts(engine: Any, names: Mapping[Tensor, str]) -> dict[str, Cut]:
-    """Every trainable parameter, cut or not.
+def cuts(engine: Any, names: Mapping[Tensor, str]) -> dict[str, Partition]:
+    """Name -> how tensor parallelism partitions it, for every trainable parameter.
 
     Raises:
-        ValueError: for one that is cut in a way that nobody describes.
+        ValueError: for one that is partitioned in a way that nobody describes.
     """
     group = group_of(engine)
-    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    return {name: _cut(name, p, rank, size) for p, name in names.items() if p.requires_grad}
+    size = 1 if group is None else dist.get_world_size(group)
+    return {name: _partition(name, p, size) for p, name in names.items() if p.requires_grad}
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -60,14 +44,19 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _cut(name: str, p: Tensor, rank: int, size: int) -> Cut:
+def _partition(name: str, p: Tensor, size: int) -> Partition:
     shape = full_shape(p)
-    whole = Strided(0, torch.Size(shape).numel())
     if size == 1 or not _is_cut(p):
-        return Cut(shape, ((whole, whole),))
-    described = _described(name, p, shape, size)
-    places = tuple(pair for piece in described.pieces_by_rank[rank] for pair in _places(piece))
-    return Cut(tuple(described.logical_shape), places)
+        return Partition.of(name, shape)
+    if getattr(p, "ds_autotp_universal_checkpoint_meta", None):
+        return _affine(name, p, shape, size)
+    dim, parts = getattr(p, "partition_dim", 0), getattr(p, "partition_stride", 1)
+    if dim not in range(len(shape)) or shape[dim] % parts:
+        raise ValueError(
+            f"{name} {list(shape)} is marked tensor_model_parallel=True with partition_dim={dim!r} and "
+            f"partition_stride={parts!r}; allowed: a dimension, and a divisor of its size"
+        )
+    return Partition.of(name, [n * size if d == dim else n for d, n in enumerate(shape)], dim, size, parts)
 
 
 def _is_cut(p: Any) -> bool:
@@ -76,34 +65,26 @@ def _is_cut(p: Any) -> bool:
     return bool(meta) or bool(getattr(p, "tensor_model_parallel", False))
 
 
-def _described(name: str, p: Any, shape: Sequence[int], size: int) -> Any:
-    """DeepSpeed's own description of which elements each TP rank holds."""
-    from deepspeed.checkpoint.affine import ParamAffineMap, contiguous_split_map, sub_param_map
+def _affine(name: str, p: Any, shape: Sequence[int], size: int) -> Partition:
+    """DeepSpeed's own description of which elements each TP rank holds: its affine map."""
+    from deepspeed.checkpoint.affine import ParamAffineMap
 
-    meta = getattr(p, "ds_autotp_universal_checkpoint_meta", None)
-    if meta:
-        described = (meta.get("conversion") or {}).get("affine_map") or meta.get("affine_map")
-        if described is None:
-            raise ValueError(
-                f"AutoTP cut {name} {list(shape)} in a way that DeepSpeed does not describe; allowed with Muon: layers "
-                "that universal checkpoints support. Use a partition_config that cuts it along one dimension"
-            )
-        return described if isinstance(described, ParamAffineMap) else ParamAffineMap.from_dict(described)
-    dim, stride = getattr(p, "partition_dim", 0), getattr(p, "partition_stride", 1)
-    whole = [n * size if d == dim else n for d, n in enumerate(shape)]
-    if stride == 1:
-        return contiguous_split_map(whole, [shape[dim]] * size, dim)
-    part = shape[dim] // stride
-    return sub_param_map(
-        shape=whole,
-        sub_dim_sizes=[part * size] * stride,
-        shard_widths=[[part] * size] * stride,
-        partition_dim=dim,
-    )
+    meta = p.ds_autotp_universal_checkpoint_meta
+    described = (meta.get("conversion") or {}).get("affine_map") or meta.get("affine_map")
+    if described is None:
+        raise ValueError(
+            f"AutoTP cut {name} {list(shape)} in a way that DeepSpeed does not describe; allowed with Muon: layers "
+            "that universal checkpoints support. Use a partition_config that cuts it along one dimension"
+        )
+    if not isinstance(described, ParamAffineMap):
+        described = ParamAffineMap.from_dict(described)
+    ranks = (described.pieces_by_rank[rank] for rank in range(size))
+    blocks = tuple(tuple(block for piece in of_rank for block in _blocks(piece)) for of_rank in ranks)
+    return Partition(name, tuple(described.logical_shape), blocks)
 
 
-def _places(piece: Any) -> list[tuple[Strided, Strided]]:
-    """A block of the description as runs in this rank's part and in the whole."""
+def _blocks(piece: Any) -> list[Block]:
+    """An `AffinePiece` as runs in a rank's part ("dest") and in the whole parameter ("source")."""
     if piece.numel == 0:
         return []
     shape = (1,) * (2 - len(piece.shape)) + piece.shape
@@ -118,9 +99,9 @@ def _places(piece: Any) -> list[tuple[Strided, Strided]]:
             for base, strides in ((piece.dest_offset, dest), (piece.source_offset, source))
         ]
         if rows == 1 or (dest[-2] == run and source[-2] == run):
-            found.append((Strided(starts[0], rows * run), Strided(starts[1], rows * run)))
+            found.append(Block(Strided(starts[0], rows * run), Strided(starts[1], rows * run)))
         else:
-            found.append((Strided(starts[0], run, dest[-2], rows), Strided(starts[1], run, source[-2], rows)))
+            found.append(Block(Strided(starts[0], run, dest[-2], rows), Strided(starts[1], run, source[-2], rows)))
     return found
 
 

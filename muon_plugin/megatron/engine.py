@@ -67,7 +67,7 @@ def build(
 
     settings, found, groups = together(prepare)
     agree("the optimizer's settings", _lines(settings) + _lines(config), "Start every rank with the same arguments")
-    model = [f"{p.name} {[p.batch, *p.whole]} {p.tensor.dtype}" for p in found]
+    model = [f"{p.name} {list(p.partition.shape)} {p.tensor.dtype}" for p in found]
     agree("the model", model, "Build the same model, with the same parameters frozen, on every rank", groups.dp_cp)
     stock = copy.copy(config)
     stock.optimizer = "adam"

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.layout import Matrix, Strided
+from ..core.layout import Matrix, Partition
 from ..core.routing import Routing, Rule, cut
 
 #: Layers whose outputs are gate, then up, in models with gated units.
@@ -21,56 +21,22 @@ GATED = ("linear_fc1", "experts.weight1")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter as Megatron holds it on this rank, and how it lies in the whole one.
+    """One parameter as Megatron holds it on this rank.
 
     Attributes:
-        name: without the wrappers' prefixes; with the model chunk's number where there are several.
         tensor: this rank's part.
-        batch, rows, cols: its shape, as a batch (grouped experts) of matrices.
-        dim: the dimension of a matrix that TP cuts, None where every TP rank holds all of it.
-        stride: this rank holds so many equal parts, one from each part of the whole (2: gate, then up).
-        size: the TP ranks that share it.
+        partition: its name, without the wrappers' prefixes (with the model chunk's number where there are several), and
+            how tensor parallelism partitions it. The shape is (rows, cols), or (batch, rows, cols) for grouped experts.
         transposed: stored (in, out).
     """
 
-    name: str
     tensor: Tensor
-    batch: int
-    rows: int
-    cols: int
-    dim: int | None = None
-    stride: int = 1
-    size: int = 1
+    partition: Partition
     transposed: bool = False
 
     @property
-    def whole(self) -> tuple[int, int]:
-        """Rows and columns of one matrix with its TP parts put together."""
-        factors = [self.size if self.dim == dim else 1 for dim in (0, 1)]
-        return self.rows * factors[0], self.cols * factors[1]
-
-    def places(self, rank: int) -> Iterator[tuple[Strided, Strided]]:
-        """(Where in the flattened part of TP rank `rank`, where in the flattened whole), the same elements in order."""
-        rows, cols = self.whole
-        if self.dim is None or self.size == 1:
-            yield Strided(0, self.batch * rows * cols), Strided(0, self.batch * rows * cols)
-            return
-        # Along columns every row of every matrix of the batch is cut alike; along rows, every matrix of the batch.
-        count, mine, whole = (
-            (self.batch, self.rows * self.cols, rows * cols)
-            if self.dim == 0
-            else (self.batch * self.rows, self.cols, cols)
-        )
-        part = mine // self.stride
-        for number in range(self.stride):
-            local = Strided(number * part, part, mine, count)
-            start = (number * self.size + rank) * part
-            yield _joined(local), _joined(Strided(start, part, whole, count))
-
-
-def _joined(positions: Strided) -> Strided:
-    """One run where there is one, whatever the stride says."""
-    return Strided(positions.start, positions.run) if positions.count == 1 else positions
+    def name(self) -> str:
+        return self.partition.name
 
 
 def parameters(chunks: Sequence[nn.Module], tp: int, expert_tp: int) -> list[Parameter]:
@@ -122,27 +88,30 @@ def _parameter(name: str, p: Any, module: Any, config: Any, tp: int, expert_tp: 
     if owner in ("experts.weight1", "experts.weight2"):
         # The legacy grouped experts: (hidden, experts x outputs), read as (experts, hidden, outputs).
         batch, hidden = int(module.num_local_experts), int(config.hidden_size)
-        others = p.numel() // (batch * hidden)
-        rows, cols = (hidden, others) if leaf == "weight1" else (others, hidden)
-        stride = 2 if gated and leaf == "weight1" else 1
-        return Parameter(name, p, batch, rows, cols, int(leaf == "weight1"), stride, size, transposed=True)
+        others = p.numel() // (batch * hidden) * size
+        if leaf == "weight1":
+            partition = Partition.of(name, (batch, hidden, others), 2, size, 2 if gated else 1)
+        else:
+            partition = Partition.of(name, (batch, others, hidden), 1, size)
+        return Parameter(p, partition, transposed=True)
     if p.dim() < 2:
-        return Parameter(name, p, 1, 1, p.numel())
-    batch = math.prod(p.shape[:-2])
+        return Parameter(p, Partition.of(name, p.shape))
     dim, stride = None, 1
     if getattr(p, "tensor_model_parallel", False) and getattr(p, "partition_dim", -1) in (0, 1):
         dim, stride = p.partition_dim, getattr(p, "partition_stride", 1)
     if is_expert(name) and owner in ("linear_fc1", "linear_fc2"):
         dim = int(owner == "linear_fc2")  # not every release marks them
     elif getattr(module, "parallel_mode", "") is None:
-        dim, stride = (
-            None,
-            1,
-        )  # Transformer Engine marks what it repeats on every TP rank as cut, and 0.16.1 leaves that
+        # Transformer Engine marks what it repeats on every TP rank as cut, and 0.16.1 leaves that.
+        dim, stride = None, 1
     if owner == "linear_fc1":
         # Each rank holds its part of gate, then of up, whatever is marked; or blocks of gate and up in turn.
         stride = 2 if gated and not _interleaved(name, config) else 1
-    return Parameter(name, p, batch, p.shape[-2], p.shape[-1], dim, stride, size if dim is not None else 1)
+    shape = list(p.shape)
+    if dim is not None:
+        dim += p.dim() - 2  # grouped experts have a batch before it
+        shape[dim] *= size
+    return Parameter(p, Partition.of(name, shape, dim, size, stride))
 
 
 def route(
@@ -179,19 +148,17 @@ def route(
     adamw: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for parameter in found:
-        rows, cols = parameter.whole
-        shapes[parameter.name] = (parameter.batch, rows, cols) if parameter.batch > 1 else (rows, cols)
+        shape = shapes[parameter.name] = parameter.partition.shape
         why = _not_a_matrix(parameter, id(parameter.tensor) in embeddings)
         if why is None and id(parameter.tensor) in overridden:
             why = "config_overrides"
-        if parameter.tensor.dim() < 2:
-            shapes[parameter.name] = tuple(parameter.tensor.shape)
         if why is not None:
             adamw[parameter.name] = why
             continue
+        *batch, rows, cols = shape
         outputs = cols if parameter.transposed else rows
         rule = _rule(parameter, outputs, configs[id(parameter.tensor)], split_qkv)
-        matrices += cut(parameter.name, parameter.batch, rows, cols, rule, parameter.transposed)
+        matrices += cut(parameter.name, math.prod(batch), rows, cols, rule, parameter.transposed)
     return Routing(tuple(matrices), adamw, shapes)
 
 
@@ -202,10 +169,10 @@ def _interleaved(name: str, config: Any) -> int:
 
 
 def _not_a_matrix(parameter: Parameter, embedding: bool) -> str | None:
-    p, name = parameter.tensor, parameter.name
+    p, name, shape = parameter.tensor, parameter.name, parameter.partition.shape
     if name.rpartition(".")[2].startswith("bias"):
         return "a bias"
-    if p.dim() < 2 or min(parameter.whole) == 1:
+    if len(shape) < 2 or min(shape[-2:]) == 1:
         return "a vector"
     if getattr(p, "is_embedding_or_output_parameter", False) or "output_layer" in name.split("."):
         return "embedding or output head"

@@ -35,21 +35,17 @@ def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int, ex
     """
     found = []
     for model, master in masters(optimizer):
-        held = optimizer._get_model_param_range_map(model)["param"]
+        held, parameter = optimizer._get_model_param_range_map(model)["param"], parameters[id(model)]
         theirs = model.detach().view(-1)[held.start : held.end]
         if theirs.numel() != master.numel() or not torch.equal(master.detach().to(theirs.dtype), theirs):
             raise ValueError(
-                f"elements {held.start} to {held.end} of {parameters[id(model)].name} are not where Megatron's tables "
-                "say: muon_plugin does not know this release's layout. Please report the release and the arguments"
+                f"elements {held.start} to {held.end} of {parameter.name} are not where Megatron's tables say: "
+                "muon_plugin does not know this release's layout. Please report the release and the arguments"
             )
-        rank = expert_tp_rank if is_expert(parameters[id(model)].name) else tp_rank
-        found += cut_range(parameters[id(model)], rank, held.start, held.end, master)
+        rank = expert_tp_rank if is_expert(parameter.name) else tp_rank
+        shard = Shard.of_range(parameter.name, held.start, master.numel(), master)
+        found += cut_shards(parameter.partition, rank, shard)
     return found
-
-
-def cut_range(parameter: Parameter, tp_rank: int, start: int, end: int, tensor: Tensor) -> list[Shard]:
-    """Elements `start` to `end` of the flattened part of TP rank `tp_rank`, which lie in `tensor`."""
-    return cut_shards(parameter.name, parameter.places(tp_rank), start, end, tensor)
 
 
 def names(parameters: Iterable[Parameter]) -> dict[int, Parameter]:

@@ -7,14 +7,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..command_line import Parser, positive, positive_number, split_at_dashes
 from . import models, plot, tables
-from .cost import Rates, StageLoad, plan_stages
+from .cost import Rates, plan_stages
 from .models import Model, Parallel
+from .planned import Planned
 
 USAGE = """python -m muon_plugin.planner MODEL --nodes N --gpus-per-node N [OPTIONS]
 
@@ -22,32 +22,6 @@ MODEL is one of
   --megatron FILE       Megatron's arguments in a text file (or all of them after --); needs Megatron-LM 0.19
   --hf CONFIG           a Hugging Face config.json, or its folder, under DeepSpeed's ZeRO
   --shapes FILE         names and shapes in a JSON file, under DeepSpeed's ZeRO (docs/planner.md has the format)"""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A model planned for a number of ranks.
-
-    Attributes:
-        model: what was planned.
-        nodes, gpus: nodes of the job, GPUs a node.
-        stages: what each kind of pipeline stage costs.
-        rates: for the times.
-        sweep: for the plot and the JSON: number of ranks -> what its stages cost.
-        as_json: print JSON.
-    """
-
-    model: Model
-    nodes: int
-    gpus: int
-    stages: list[StageLoad]
-    rates: Rates
-    sweep: dict[int, list[StageLoad]]
-    as_json: bool
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +64,7 @@ def run(arguments: Sequence[str]) -> Planned:
     own = _parser().parse_args(mine)
     ranks = own.nodes * own.gpus_per_node
     model = _model(own, rest, ranks)
-    sizes = model.layout(ranks)
+    sizes = model.sizes(ranks)
     if ranks % model.unit:
         raise ValueError(
             f"--nodes {own.nodes} x --gpus-per-node {own.gpus_per_node}: {ranks} ranks; allowed: a multiple of "

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
-import torch
-
-from ..core.layout import Index, by_parameter, cut_shards, pieces
+from ..core.layout import Block, Index, Strided, by_parameter, in_matrices
 from ..core.plan import BYTES, make_plan
 from . import spread
-from .layouts import Call, Stage, numel
+from .calls import PlannedCall, Stage
 
 #: Bytes that the step reads and writes in a rank's memory for each element of its shards. AdamW: gradient, two moments
 #: and the weight, the last three twice, fp32. Muon: momentum's average 12, direction 10, decay 8, update 10.
@@ -62,7 +59,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Load:
-    """What one step of a call costs, by rank (as `Call.position` counts).
+    """What one step of a call costs, by rank (as `PlannedCall.position` counts).
 
     Attributes:
         call: which one.
@@ -72,7 +69,7 @@ class Load:
         costliest: FLOPs of the costliest matrix.
     """
 
-    call: Call
+    call: PlannedCall
     flops: Sequence[int]
     sent: Sequence[int]
     state: Sequence[int]
@@ -158,7 +155,7 @@ def plan_stages(stages: Sequence[Stage], flops: Callable[[int, int], int], scala
     return [StageLoad(stage, tuple(plan_call(call, flops, scalars) for call in stage.calls)) for stage in stages]
 
 
-def plan_call(call: Call, flops: Callable[[int, int], int], scalars: int) -> Load:
+def plan_call(call: PlannedCall, flops: Callable[[int, int], int], scalars: int) -> Load:
     """The counts of one call, as the plan of a real run has them."""
     costliest = max((flops(m.rows, m.cols) for m in call.matrices), default=0)
     many = call.dp * len(call.parameters) > MANY and call.tp == 1 and (call.replicas or call.evenly)
@@ -172,41 +169,42 @@ def plan_call(call: Call, flops: Callable[[int, int], int], scalars: int) -> Loa
     return Load(call, *of_ranks, *_state(call), costliest, _most_held(call))
 
 
-def _index(call: Call) -> Index:
+def _index(call: PlannedCall) -> Index:
     """Every rank's pieces, TP ranks of a DP rank side by side, as a real run publishes them."""
-    nothing, of_parameter = torch.empty(0), by_parameter(call.matrices)
-    tensors = {id(nothing): 0}
+    of_parameter = by_parameter(call.matrices)
+
+    def published(rank: int, tp: int) -> list[tuple[int, tuple[Strided, ...]]]:
+        found: dict[int, list[Strided]] = {}
+        for span in call.held(rank):
+            partition = call.parameters[span.number]
+            numbers = of_parameter.get(partition.name)
+            if numbers is None:
+                continue
+            held = Block(Strided(span.offset, span.length), Strided(span.start, span.length))
+            for block in partition.in_whole(tp, held):
+                for number, blocks in in_matrices(block, numbers, call.matrices):
+                    found.setdefault(number, []).extend(b.inside for b in blocks)
+        return [(number, tuple(inside)) for number, inside in found.items()]
+
     if call.replicas:
-        places = [
-            [s for p in call.parameters for s in cut_shards(p.name, p.places(tp), 0, numel(p), nothing)]
-            for tp in range(call.tp)
-        ]
-        of_tp = [[(p.matrix, p.inside) for p in pieces(call.matrices, s, tensors, of_parameter)] for s in places]
-        return of_tp * call.dp
-    index: list[Any] = []
-    for rank in range(call.dp):
-        held = [(call.parameters[number], start, end) for number, start, end in call.held(rank)]
-        held = [(p, start, end) for p, start, end in held if p.name in of_parameter]
-        for tp in range(call.tp):
-            shards = [s for p, start, end in held for s in cut_shards(p.name, p.places(tp), start, end, nothing)]
-            index.append([(p.matrix, p.inside) for p in pieces(call.matrices, shards, tensors, of_parameter)])
-    return index
+        return [published(0, tp) for tp in range(call.tp)] * call.dp
+    return [published(rank, tp) for rank in range(call.dp) for tp in range(call.tp)]
 
 
-def _held_by(call: Call) -> list[tuple[int, int]]:
+def _held_by(call: PlannedCall) -> list[tuple[int, int]]:
     """Elements of matrices and of the rest on each DP rank, without padding."""
     muon = {m.parameter for m in call.matrices}
     mine = [p.name in muon for p in call.parameters]
     found = []
     for rank in range(call.dp):
         sums = [0, 0]
-        for number, start, end in call.held(rank):
-            sums[not mine[number]] += end - start
+        for span in call.held(rank):
+            sums[not mine[span.number]] += span.length
         found.append((sums[0], sums[1]))
     return found
 
 
-def _state(call: Call) -> tuple[list[int], list[int]]:
+def _state(call: PlannedCall) -> tuple[list[int], list[int]]:
     if call.padded is not None:  # a group is of one kind, and every rank's part has one size
         each = MUON_STATE if call.matrices else ADAMW_STATE
         return [each * call.padded] * call.ranks, [ADAMW_STATE * call.padded] * call.ranks
@@ -214,7 +212,7 @@ def _state(call: Call) -> tuple[list[int], list[int]]:
     return [MUON_STATE * m + ADAMW_STATE * r for m, r in held], [ADAMW_STATE * (m + r) for m, r in held]
 
 
-def _most_held(call: Call) -> tuple[int, int]:
+def _most_held(call: PlannedCall) -> tuple[int, int]:
     if call.padded is not None:
         return (call.padded, 0) if call.matrices else (0, call.padded)
     return max(_held_by(call), key=lambda of_rank: MUON_MEMORY * of_rank[0] + ADAMW_MEMORY * of_rank[1])

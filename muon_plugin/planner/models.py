@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..core.layout import Matrix
+from ..core.layout import Partition
 from ..core.muon import parameter_groups
 from ..core.orthogonalize import NewtonSchulz
-from ..core.routing import Routing, route
+from ..core.routing import route
 from ..core.settings import Settings
-from ..megatron.routing import Parameter
-from . import shapes
+from . import deepspeed_json, on_meta, shapes
+from .calls import PlannedCall, Stage, StageModel, Zero, zero_calls
 from .cost import Traffic
-from .layouts import Call, Stage, Zero, zero_calls
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Model:
         traffic: the engine's own, an element.
         baseline: AdamW under the same engine, its name.
         unit: the number of ranks is a multiple of this.
-        layout: for a number of ranks, the sizes of the parallel dimensions by their name.
+        sizes: for a number of ranks, the sizes of the parallel dimensions by their name.
         stages: for a number of ranks, the kinds of pipeline stages.
     """
 
@@ -47,7 +47,7 @@ class Model:
     traffic: Traffic
     baseline: str
     unit: int
-    layout: Callable[[int], Mapping[str, int]]
+    sizes: Callable[[int], Mapping[str, int]]
     stages: Callable[[int], list[Stage]]
 
 
@@ -100,8 +100,6 @@ def megatron_arguments(path: str) -> list[str]:
 
 def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
     """GPTModel under Megatron's distributed optimizer."""
-    from . import on_meta
-
     flags = {"tensor-model-parallel-size": parallel.tp, "pipeline-model-parallel-size": parallel.pp}
     flags |= {"expert-model-parallel-size": parallel.ep, "context-parallel-size": parallel.cp}
     extra = [text for flag, size in flags.items() if size for text in (f"--{flag}", str(size))]
@@ -111,11 +109,7 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
 
     def stages(ranks: int) -> list[Stage]:
         cut = on_meta.sizes(args, ranks)
-        found = []
-        for kind in kinds:
-            calls = tuple(_megatron_calls(kind, ranks, cut))
-            found.append(Stage(kind.numbers, ranks // cut["pp"], calls))
-        return found
+        return [Stage(kind.numbers, ranks // cut["pp"], tuple(_megatron_calls(kind, ranks, cut))) for kind in kinds]
 
     cut, instances = on_meta.sizes(args), args.num_distributed_optimizer_instances
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not (args.bf16 or args.fp16) else 2
@@ -133,18 +127,16 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
     )
 
 
-def _megatron_calls(kind: Any, ranks: int, cut: Mapping[str, int]) -> Iterator[Call]:
+def _megatron_calls(kind: on_meta.BuiltStage, ranks: int, cut: Mapping[str, int]) -> Iterator[PlannedCall]:
     for buffers in kind.buffers(ranks):
-        place = {number: i for i, number in enumerate(buffers.parameters)}
         parameters = tuple(kind.parameters[number] for number in buffers.parameters)
-        held = tuple(tuple((place[n], start, end) for n, start, end in of_rank) for of_rank in buffers.held)
         names = {p.name for p in parameters}
-        yield Call(
+        yield PlannedCall(
             "experts" if buffers.experts else "dense layers",
             parameters,
             tuple(m for m in kind.routing.matrices if m.parameter in names),
-            len(held),
-            held.__getitem__,
+            len(buffers.held),
+            buffers.held.__getitem__,
             cut["etp" if buffers.experts else "tp"],
             cut["ep"] if buffers.experts else 1,
         )
@@ -162,72 +154,75 @@ def deepspeed(
         parallel: TP, PP and EP for names and shapes alone.
         zero_stage: in the place of the config's.
     """
-    settings, zero, traffic = _deepspeed_config(config, zero_stage)
+    read = deepspeed_json.read(config, zero_stage)
+    settings, zero = read.settings, read.zero
     tp, pp, ep, cp = parallel.sizes
     if hf is not None:
-        if (tp, pp, ep) != (1, 1, 1):
-            raise ValueError(
-                f"--tp {tp} --pp {pp} --ep {ep} with --hf; allowed: 1, since a Hugging Face model does not say how it "
-                "is cut; use --shapes, whose entries say it, or Megatron's arguments"
-            )
-        model, title = _hf_model(hf)
-        whole = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        routing = route(whole, model=model, exclude=settings.exclude, split=settings.split)
-        parameters = [Parameter(name, p, 1, 1, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
-        of_stage: list[tuple[tuple[int, ...], list[Parameter], Routing]] = [((0,), parameters, routing)]
+        title, kinds = _hf_stage(hf, settings, parallel)
     else:
         title = str(shapes_file)
-        of_stage = [
-            (numbers, found, route(whole, exclude=settings.exclude, split=settings.split))
-            for numbers, found, whole in shapes.stages(read_json(title, "--shapes"), tp, pp, ep)
-        ]
+        of_stages = shapes.stages(read_json(title, "--shapes"), tp, pp, ep)
+        kinds = [_stage_model(numbers, found, settings) for numbers, found in of_stages.items()]
 
     def stages(ranks: int) -> list[Stage]:
         dp = ranks // (tp * pp)
-        return [
-            Stage(numbers, ranks // pp, tuple(_zero_stage_calls(found, routing, settings, zero, dp, tp, ep)))
-            for numbers, found, routing in of_stage
-        ]
+        calls = [tuple(_zero_stage_calls(kind, settings, zero, dp, tp, ep)) for kind in kinds]
+        return [Stage(kind.numbers, ranks // pp, of_kind) for kind, of_kind in zip(kinds, calls)]
+
+    def sizes(ranks: int) -> dict[str, int]:
+        dp = ranks // (tp * pp)
+        return {"tp": tp, "pp": pp, "ep": ep, "cp": cp, "dp": dp, "edp": dp // ep}
 
     ways = {0: "without ZeRO", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}
     return Model(
         f"{title} under DeepSpeed, {ways[zero.stage]}",
         f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({settings.ns_method})",
-        tuple(note for *_, routing in of_stage for note in routing.notes),
+        tuple(note for kind in kinds for note in kind.routing.notes),
         settings.newton_schulz,
         2 * (settings.adjust_lr_fn == "update_norm"),
-        traffic,
+        read.traffic,
         "AdamW " + (f"under ZeRO-{zero.stage}" if zero.stage else "without ZeRO"),
         tp * pp * math.lcm(ep, cp),
-        lambda ranks: {
-            "tp": tp,
-            "pp": pp,
-            "ep": ep,
-            "cp": cp,
-            "dp": ranks // (tp * pp),
-            "edp": ranks // (tp * pp * ep),
-        },
+        sizes,
         stages,
     )
 
 
+def _stage_model(
+    numbers: tuple[int, ...], found: Sequence[Partition], settings: Settings, model: nn.Module | None = None
+) -> StageModel:
+    whole = {p.name: p.shape for p in found}
+    return StageModel(numbers, tuple(found), route(whole, model=model, exclude=settings.exclude, split=settings.split))
+
+
+def _hf_stage(path: str, settings: Settings, parallel: Parallel) -> tuple[str, list[StageModel]]:
+    """What to call a Hugging Face model, and its only stage."""
+    tp, pp, ep, _ = parallel.sizes
+    if (tp, pp, ep) != (1, 1, 1):
+        raise ValueError(
+            f"--tp {tp} --pp {pp} --ep {ep} with --hf; allowed: 1, since a Hugging Face model does not say how it "
+            "is cut; use --shapes, whose entries say it, or Megatron's arguments"
+        )
+    model, title = _hf_model(path)
+    found = [Partition.of(name, p.shape) for name, p in model.named_parameters() if p.requires_grad]
+    return title, [_stage_model((0,), found, settings, model)]
+
+
 def _zero_stage_calls(
-    found: Sequence[Parameter], routing: Routing, settings: Settings, zero: Zero, dp: int, tp: int, ep: int
-) -> Iterator[Call]:
+    kind: StageModel, settings: Settings, zero: Zero, dp: int, tp: int, ep: int
+) -> Iterator[PlannedCall]:
     """Parameter groups as the optimizer makes them; experts under EP in groups of their own."""
-    by_name = {p.name: p for p in found}
+    by_name = {p.name: p for p in kind.parameters}
     for experts in (False, True):
-        names = [p.name for p in found if (ep > 1 and shapes.is_expert(p.name)) is experts]
-        for group in (
-            parameter_groups([{"params": [(name, name) for name in names]}], routing, settings) if names else ()
-        ):
+        names = [name for name in by_name if (ep > 1 and shapes.is_expert(name)) is experts]
+        pairs = {"params": [(name, name) for name in names]}
+        for group in parameter_groups([pairs], kind.routing, settings) if names else ():
             mine = set(group["params"])
-            matrices: list[Matrix] = [m for m in routing.matrices if m.parameter in mine]
             label = "experts" if experts else "dense layers" if ep > 1 else "matrices"
             yield from zero_calls(
                 label if group["use_muon"] else "embeddings, norms, biases",
                 [by_name[name] for name in group["params"]],
-                matrices,
+                [m for m in kind.routing.matrices if m.parameter in mine],
                 zero,
                 dp // ep if experts else dp,
                 tp,
@@ -261,48 +256,3 @@ def _hf_model(path: str) -> tuple[Any, str]:
     except Exception as error:  # whatever a model's code does not like about its config
         raise ValueError(f"--hf {path}: {type(error).__name__}: {error}; allowed: a causal language model") from None
     return model, f"{kind} ({path})"
-
-
-def _deepspeed_config(config: Mapping[str, Any], zero_stage: int | None) -> tuple[Settings, Zero, Traffic]:
-    """Muon's settings, the cut, and the bytes of the engine's own traffic.
-
-    Raises:
-        ValueError: with the key, its value and what is allowed.
-    """
-    sections = {}
-    for key in ("optimizer", "zero_optimization", "tensor_parallel", "bf16", "fp16", "data_types"):
-        sections[key] = config.get(key) or {}
-        if not isinstance(sections[key], Mapping):
-            raise ValueError(f"{key}={config[key]!r} in the DeepSpeed JSON; allowed: an object")
-    optimizer, section = sections["optimizer"] or {"type": "Muon"}, sections["zero_optimization"]
-    if str(optimizer.get("type", "")).lower() != "muon":
-        raise ValueError(f'optimizer.type={optimizer.get("type")!r} in the DeepSpeed JSON; allowed: "Muon"')
-    settings = Settings.from_dict({k: v for k, v in (optimizer.get("params") or {}).items() if v != "auto"})
-    stage = section.get("stage", 0 if config else 1) if zero_stage is None else zero_stage
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ValueError(f"zero_optimization.stage={stage!r}; allowed: 0, 1, 2, 3")
-    size = section.get("sub_group_size", "auto")
-    size = Zero.sub_group_size if size == "auto" else size
-    if not isinstance(size, (int, float)) or size < 1:
-        raise ValueError(f"zero_optimization.sub_group_size={size!r}; allowed: a number from 1 on")
-    if sections["tensor_parallel"].get("autotp_size", 0) > 1:
-        raise ValueError(
-            f"tensor_parallel.autotp_size={sections['tensor_parallel']['autotp_size']!r}; allowed: 1 here: AutoTP cuts "
-            "live modules. Use --shapes with --tp, whose entries say how they are cut"
-        )
-    half = not config or any(sections[key].get("enabled") not in (None, False) for key in ("bf16", "fp16"))
-    each, accumulated = 2 if half else 4, sections["data_types"].get("grad_accum_dtype")
-    given = config.get("communication_data_type") or accumulated
-    widths = {None: each, "fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
-    if given not in widths:
-        raise ValueError(f"communication_data_type={given!r}; allowed: {', '.join(k for k in widths if k)}")
-    wide = stage == 1 and half and accumulated == "fp32"  # its BF16_Optimizer knows no alignment
-    zero = Zero(
-        stage,
-        int(size),
-        bool(section.get("round_robin_gradients", False)) and not wide,
-        bool(section.get("parameter_alignment", False)) and not wide,
-        each,
-    )
-    gradient = widths[given] * (2 if stage == 0 else 1)  # an all-reduce is a reduce-scatter and an all-gather
-    return settings, zero, Traffic(gradient, each, {0: 0, 3: 2}.get(stage, 1))

@@ -16,40 +16,24 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from ..core.routing import Routing
+from ..deepspeed.cuts import Span
 from ..megatron import on_cpu, register
 from ..megatron.arguments import asks_for_muon
 from ..megatron.routing import Parameter, parameters, route
 from ..megatron.settings import Settings
+from .calls import StageModel
 
 GPT2_VOCABULARY = 50257
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Pipeline stages that are alike up to the numbers of their layers.
-
-    Attributes:
-        numbers: which ones.
-        parameters: of every model chunk, in Megatron's order.
-        routing: which of them are matrices.
-        buffers: for a number of ranks of the job, the cut of Megatron's distributed optimizers.
-    """
-
-    numbers: tuple[int, ...]
-    parameters: tuple[Parameter, ...]
-    routing: Routing
-    buffers: Callable[[int], list[Buffers]]
 
 
 @dataclass(frozen=True)
@@ -59,12 +43,35 @@ class Buffers:
     Attributes:
         experts: the routed experts, or everything else.
         parameters: numbers of the stage's parameters in it.
-        held: for each DP rank (number of the parameter, start, end) in its flattened TP-local part.
+        held: for each DP rank, what it holds of these parameters (counted as in `parameters`) as a TP rank has them.
     """
 
     experts: bool
     parameters: tuple[int, ...]
-    held: tuple[tuple[tuple[int, int, int], ...], ...]
+    held: tuple[tuple[Span, ...], ...]
+
+
+@dataclass(frozen=True)
+class BuiltStage(StageModel):
+    """A stage whose model chunks were built.
+
+    Attributes:
+        buffers: for a number of ranks of the job, the cut of Megatron's distributed optimizers.
+    """
+
+    buffers: Callable[[int], list[Buffers]]
+
+
+class BufferLayout(Protocol):
+    """What is read of Megatron's description of one buffer.
+
+    Attributes:
+        param_index_map: parameter -> (first element, last element, bucket) in the buffer; the last is exclusive.
+        bucket_indices: (first element, last element) of each bucket, padding included.
+    """
+
+    param_index_map: Mapping[Any, tuple[int, int, int]]
+    bucket_indices: Sequence[tuple[int, int]]
 
 
 def load(arguments: Sequence[str], world_size: int) -> tuple[Any, Settings]:
@@ -158,7 +165,7 @@ def sizes(args: Any, ranks: int | None = None) -> dict[str, int]:
     return {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "cp": args.context_parallel_size, "dp": dense, "edp": experts}
 
 
-def stages(args: Any, settings: Settings) -> Iterator[Stage]:
+def stages(args: Any, settings: Settings) -> Iterator[BuiltStage]:
     """Every kind of pipeline stage, built, routed and cut once."""
     alike: dict[str, list[int]] = {}
     for number in range(args.pipeline_model_parallel_size):
@@ -170,7 +177,8 @@ def stages(args: Any, settings: Settings) -> Iterator[Stage]:
         chunks = _build(args)
         found = tuple(parameters(chunks, cut["tp"], cut["etp"]))
         routing = route(found, chunks, settings.split_qkv)
-        yield Stage(tuple(numbers), found, routing, partial(_buffers, chunks, found, args, numbers[0]))
+        partitions = tuple(p.partition for p in found)
+        yield BuiltStage(tuple(numbers), partitions, routing, partial(_buffers, chunks, found, args, numbers[0]))
 
 
 def _kind(stage: int, args: Any) -> str:
@@ -297,32 +305,47 @@ def _buffers(chunks: Sequence[Any], found: Sequence[Parameter], args: Any, stage
         grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
         pad_buckets_for_high_nccl_busbw=args.ddp_pad_buckets_for_high_nccl_busbw,
     )
-    numbers = {id(p.tensor): number for number, p in enumerate(found)}
     numel = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-    held: dict[bool, list[list[tuple[int, int, int]]]] = {}
-    of_buffer: dict[bool, list[int]] = {False: [], True: []}
+    by_kind: dict[bool, list[BufferLayout]] = {}
     for number, chunk in enumerate(chunks):
-        layout = DistributedOptimizer.compute_full_param_layout(
+        of_chunk = DistributedOptimizer.compute_full_param_layout(
             list(chunk.parameters()),
             _bucket_size(args, ranks, stage, number, numel),
             cut["dp"],
             ddp,
             expert_data_parallel_world_size=cut["edp"],
         )
-        for key, buffer in layout.layouts.items():
-            experts = bool(key.is_expert_parallel)
-            of_ranks = held.setdefault(experts, [[] for _ in range(cut["edp" if experts else "dp"])])
-            for p, (start, end, bucket) in buffer.param_index_map.items():
-                of_buffer[experts].append(numbers[id(p)])
-                for rank, low, high in _shared(start, end, buffer.bucket_indices[bucket], len(of_ranks)):
-                    of_ranks[rank].append((numbers[id(p)], low, high))
-    return [Buffers(e, tuple(of_buffer[e]), tuple(map(tuple, of_ranks))) for e, of_ranks in sorted(held.items())]
+        for key, buffer in of_chunk.layouts.items():
+            by_kind.setdefault(bool(key.is_expert_parallel), []).append(buffer)
+    numbers = {id(p.tensor): number for number, p in enumerate(found)}
+    return [
+        _cut(experts, buffers, numbers, cut["edp" if experts else "dp"]) for experts, buffers in sorted(by_kind.items())
+    ]
 
 
-def _shared(start: int, end: int, bucket: tuple[int, int], size: int) -> Iterator[tuple[int, int, int]]:
-    """(Rank, start, end) of a parameter that lies at `start` to `end` of a bucket cut in `size` equal parts."""
+def _cut(experts: bool, buffers: Sequence[BufferLayout], numbers: Mapping[int, int], dp: int) -> Buffers:
+    """Cuts every bucket of the buffers in equal parts.
+
+    Args:
+        experts: see `Buffers`.
+        buffers: of all model chunks.
+        numbers: id of a parameter -> its number.
+        dp: how many ranks share the buffers.
+    """
+    parameters: list[int] = []
+    held: list[list[Span]] = [[] for _ in range(dp)]
+    for buffer in buffers:
+        for p, (start, end, bucket) in buffer.param_index_map.items():
+            for rank, first, last in _shared(start, end, buffer.bucket_indices[bucket], dp):
+                held[rank].append(Span(len(parameters), first, last - first))
+            parameters.append(numbers[id(p)])
+    return Buffers(experts, tuple(parameters), tuple(map(tuple, held)))
+
+
+def _shared(start: int, end: int, bucket: tuple[int, int], dp: int) -> Iterator[tuple[int, int, int]]:
+    """(Rank, start, end) of a parameter that lies at `start` to `end` of a bucket cut in `dp` equal parts."""
     begin, finish = bucket
-    part = (finish - begin) // size
-    for rank in range((start - begin) // part, min(size - 1, (end - 1 - begin) // part) + 1):
+    part = (finish - begin) // dp
+    for rank in range((start - begin) // part, min(dp - 1, (end - 1 - begin) // part) + 1):
         low = begin + rank * part
         yield rank, max(start, low) - start, min(end, low + part) - start

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .planned import Planned
 from .tables import stages_name, step_seconds
-
-if TYPE_CHECKING:
-    from .command import Planned
 
 
 def check(path: str) -> None:
@@ -38,9 +35,7 @@ def draw(planned: Planned, path: Path) -> None:
     balance.set_title("Balance")
     if len(planned.stages) > 1:
         balance.legend()
-    sizes = {
-        planned.model.layout(ranks)["dp"]: step_seconds(planned, stages) for ranks, stages in planned.sweep.items()
-    }
+    sizes = {planned.model.sizes(ranks)["dp"]: step_seconds(planned, stages) for ranks, stages in planned.sweep.items()}
     for key, label in (("muon_step", "Muon"), ("adamw_step", planned.model.baseline)):
         times.plot(list(sizes), [1e3 * seconds[key] for seconds in sizes.values()], "o-", label=label)
     times.set(xlabel="DP", ylabel="optimizer step, ms", ylim=(0, None))

@@ -15,19 +15,15 @@ holds all. Names with a part "experts" are the routed experts that expert parall
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-import torch
-
-from ..megatron.routing import Parameter
+from ..core.layout import Partition
+from ..megatron.routing import is_expert
 
 KEYS = ("shape", "count", "tp", "first")
-#: (numbers of the stages, their parameters, whole shapes by name)
-Kind = tuple[tuple[int, ...], list[Parameter], dict[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -40,12 +36,8 @@ class _Entry:
     numbers: tuple[int, ...] = ()  # in the place of the first `*`s
 
 
-def is_expert(name: str) -> bool:
-    return "experts" in name.split(".")
-
-
-def stages(file: Mapping[str, Any], tp: int, pp: int, ep: int) -> list[Kind]:
-    """The kinds of pipeline stages.
+def stages(file: Mapping[str, Any], tp: int, pp: int, ep: int) -> dict[tuple[int, ...], tuple[Partition, ...]]:
+    """The numbers of pipeline stages that are alike -> the parameters of one of them.
 
     Raises:
         ValueError: for an entry that is not as the module says, or that tp, pp or ep do not divide.
@@ -66,7 +58,7 @@ def stages(file: Mapping[str, Any], tp: int, pp: int, ep: int) -> list[Kind]:
     alike: dict[str, list[int]] = {}
     for number, mine in enumerate(of_stages):
         alike.setdefault(repr([(e.name.count("experts"), e.shape, e.tp) for e in mine]), []).append(number)
-    return [(tuple(numbers), *_parameters(of_stages[numbers[0]], tp)) for numbers in alike.values()]
+    return {tuple(numbers): tuple(_partitions(of_stages[numbers[0]], tp)) for numbers in alike.values()}
 
 
 def _entry(name: str, value: Any) -> _Entry:
@@ -128,25 +120,13 @@ def _expanded(entries: Sequence[_Entry], depth: int) -> Iterator[_Entry]:
             )
 
 
-def _parameters(entries: Sequence[_Entry], tp: int) -> tuple[list[Parameter], dict[str, tuple[int, ...]]]:
-    found, whole = [], {}
+def _partitions(entries: Sequence[_Entry], tp: int) -> Iterator[Partition]:
     for entry in entries:
-        shape = list(entry.shape)
-        dim = entry.tp if tp > 1 else None
-        if dim is not None:
-            if shape[dim] % tp:
-                raise ValueError(
-                    f"--tp {tp} does not divide dimension {dim} of {entry.name} {shape}; allowed: a divisor"
-                )
-            shape[dim] //= tp
-        whole[entry.name] = entry.shape
-        nothing, size = torch.empty(0), tp if dim is not None else 1
-        if len(shape) < 2:
-            # A vector as one column, so that its only dimension can be cut.
-            found.append(Parameter(entry.name, nothing, 1, shape[0], 1, dim, 1, size))
-            continue
-        batch, of_matrix = math.prod(shape[:-2]), None if dim is None else dim - len(shape) + 2
-        if of_matrix is not None and of_matrix < 0:
+        shape, dim = entry.shape, entry.tp if tp > 1 else None
+        if dim is not None and shape[dim] % tp:
+            raise ValueError(
+                f"--tp {tp} does not divide dimension {dim} of {entry.name} {list(shape)}; allowed: a divisor"
+            )
+        if dim is not None and dim < len(shape) - 2:
             raise ValueError(f"--shapes: {entry.name} has tp={dim}; allowed: one of its last two dimensions")
-        found.append(Parameter(entry.name, nothing, batch, shape[-2], shape[-1], of_matrix, 1, size))
-    return found, whole
+        yield Partition.of(entry.name, shape, dim, tp)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.layout import Strided
 from ..core.plan import BYTES, SLACKS, TOLERANCE
-from .layouts import Call
+from .calls import PlannedCall
 
 #: From so many ranks on, a matrix is looked at with vectors.
 LARGE = 256
@@ -46,7 +46,7 @@ class _Share:
 class _Shares:
     """(First rank that holds any of it, what it and the next hold) for each matrix, by its number."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: PlannedCall) -> None:
         part_of = {p.name: part for p, part in zip(call.parameters, call.evenly)}
         self.parts = [part_of.get(m.parameter, 0) for m in call.matrices]
         self.matrices, self.world, self.replicas = call.matrices, call.dp, call.replicas
@@ -71,7 +71,7 @@ class _Shares:
         return _Share(of, vector, sum(of), sum(n > 0 for n in of), len(set(of)) == 1)
 
 
-def counts(call: Call, flops: Callable[[int, int], int], scalars: int) -> tuple[list[int], list[int]]:
+def counts(call: PlannedCall, flops: Callable[[int, int], int], scalars: int) -> tuple[list[int], list[int]]:
     """FLOPs and bytes sent of each rank: those of `plan.make_plan`.
 
     Args:

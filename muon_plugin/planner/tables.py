@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.report import si
 from .cost import Load, StageLoad
-
-if TYPE_CHECKING:
-    from .command import Planned
+from .planned import Planned
 
 #: The paper's count: fp32 gradients reduce-scattered, fp32 weights all-gathered; its bound for Muon: bf16 gathered too.
 PAPER_BYTES, PAPER_BOUND = 8, 1.25
@@ -93,7 +91,7 @@ def _much(load: Load, each: float) -> str:
             f"all-reduce sends {each:g}. ZeRO-1 sends less for both"
         )
     moved = sum(load.sent) / sum(m.numel for m in load.call.matrices)
-    repeated = load.call.tp > 1 and any(p.size == 1 for p in load.call.parameters)
+    repeated = load.call.tp > 1 and any(len(p.ranks) == 1 for p in load.call.parameters)
     return (
         f"{moved:.2f} bytes an element of the matrices move (2 to their owner, 2 back"
         f"{'; back to every TP rank of what TP does not cut' if repeated else ''}), once; AdamW's own traffic is "
@@ -111,7 +109,7 @@ def text(planned: Planned) -> str:
     above = [
         model.title,
         f"{_several(planned.ranks, 'rank')} = {_several(planned.nodes, 'node')} x {_several(planned.gpus, 'GPU')}: "
-        f"{_layout(planned)}",
+        f"{_sizes(planned)}",
         model.settings,
         *(f"note: {note}" for note in model.notes),
     ]
@@ -141,8 +139,8 @@ def _several(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number > 1)}"
 
 
-def _layout(planned: Planned) -> str:
-    sizes = planned.model.layout(planned.ranks)
+def _sizes(planned: Planned) -> str:
+    sizes = planned.model.sizes(planned.ranks)
     found = [f"{key.upper()} {sizes[key]}" for key in ("tp", "pp", "ep", "cp") if sizes[key] > 1]
     found.append(f"DP {sizes['dp']}" + " (with CP)" * (sizes["cp"] > 1))
     return ", ".join(found + [f"the experts' DP {sizes['edp']}"] * (sizes["ep"] > 1))
@@ -201,7 +199,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
     return {
         "model": planned.model.title,
         "ranks": planned.ranks,
-        "layout": dict(planned.model.layout(planned.ranks)),
+        "layout": dict(planned.model.sizes(planned.ranks)),
         "settings": planned.model.settings,
         "notes": list(planned.model.notes),
         "stages": [

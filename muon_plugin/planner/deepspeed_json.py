@@ -1,0 +1,108 @@
+"""What the planner reads of a DeepSpeed JSON: Muon's settings, how ZeRO cuts, and how wide its own traffic is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.settings import Settings
+from .calls import Zero
+from .cost import Traffic
+
+SECTIONS = ("optimizer", "zero_optimization", "tensor_parallel", "bf16", "fp16", "data_types")
+#: ``communication_data_type`` -> bytes an element.
+WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
+
+Section = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """Muon's settings, the cut, and the bytes of the engine's own traffic."""
+
+    settings: Settings
+    zero: Zero
+    traffic: Traffic
+
+
+def read(config: Section, zero_stage: int | None) -> DeepSpeedConfig:
+    """Reads the JSON; an empty one means bf16, ZeRO-1 and Muon's defaults.
+
+    Args:
+        config: the DeepSpeed JSON.
+        zero_stage: in the place of the JSON's.
+
+    Raises:
+        ValueError: with the key, its value and what is allowed.
+    """
+    sections = {key: _section(config, key) for key in SECTIONS}
+    settings = _settings(sections["optimizer"] or {"type": "Muon"})
+    zero_section = sections["zero_optimization"]
+    stage = _stage(zero_section.get("stage", 0 if config else 1) if zero_stage is None else zero_stage)
+    sub_group_size = _sub_group_size(zero_section)
+    _refuse_autotp(sections["tensor_parallel"])
+    half = not config or any(sections[key].get("enabled") not in (None, False) for key in ("bf16", "fp16"))
+    accumulated = sections["data_types"].get("grad_accum_dtype")
+    element_bytes = 2 if half else 4
+    gradient_bytes = _gradient_bytes(config.get("communication_data_type") or accumulated, element_bytes)
+    own_wrapper = stage == 1 and half and accumulated == "fp32"  # BF16_Optimizer, which has neither option
+    zero = Zero(
+        stage,
+        sub_group_size,
+        round_robin=bool(zero_section.get("round_robin_gradients", False)) and not own_wrapper,
+        parameter_alignment=bool(zero_section.get("parameter_alignment", False)) and not own_wrapper,
+        element_bytes=element_bytes,
+    )
+    return DeepSpeedConfig(settings, zero, _traffic(stage, gradient_bytes, element_bytes))
+
+
+def _section(config: Section, key: str) -> Section:
+    section = config.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{key}={section!r} in the DeepSpeed JSON; allowed: an object")
+    return section
+
+
+def _settings(optimizer: Section) -> Settings:
+    """Muon's; "auto" is left to the defaults, since nobody is there who would fill it in."""
+    if str(optimizer.get("type", "")).lower() != "muon":
+        raise ValueError(f'optimizer.type={optimizer.get("type")!r} in the DeepSpeed JSON; allowed: "Muon"')
+    return Settings.from_dict({k: v for k, v in (optimizer.get("params") or {}).items() if v != "auto"})
+
+
+def _stage(stage: Any) -> int:
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ValueError(f"zero_optimization.stage={stage!r}; allowed: 0, 1, 2, 3")
+    return int(stage)
+
+
+def _sub_group_size(section: Section) -> int:
+    size = section.get("sub_group_size", "auto")
+    if size == "auto":
+        return Zero.sub_group_size
+    if not isinstance(size, (int, float)) or size < 1:
+        raise ValueError(f"zero_optimization.sub_group_size={size!r}; allowed: a number from 1 on")
+    return int(size)
+
+
+def _refuse_autotp(section: Section) -> None:
+    if section.get("autotp_size", 0) > 1:
+        raise ValueError(
+            f"tensor_parallel.autotp_size={section['autotp_size']!r}; allowed: 1 here: AutoTP cuts live modules. Use "
+            "--shapes with --tp, whose entries say how they are cut"
+        )
+
+
+def _gradient_bytes(dtype: Any, default: int) -> int:
+    if dtype is None:
+        return default
+    if dtype not in WIDTHS:
+        raise ValueError(f"communication_data_type={dtype!r}; allowed: {', '.join(WIDTHS)}")
+    return WIDTHS[dtype]
+
+
+def _traffic(stage: int, gradient_bytes: int, element_bytes: int) -> Traffic:
+    if stage == 0:  # an all-reduce is a reduce-scatter and an all-gather; weights stay where they are
+        return Traffic(2 * gradient_bytes, element_bytes, gathers=0)
+    return Traffic(gradient_bytes, element_bytes, gathers=2 if stage == 3 else 1)

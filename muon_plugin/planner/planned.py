@@ -1,0 +1,35 @@
+"""What the planner found, for the table, the plot and the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .cost import Rates, StageLoad
+from .models import Model
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model planned for a number of ranks.
+
+    Attributes:
+        model: what was planned.
+        nodes, gpus: nodes of the job, GPUs a node.
+        stages: what each kind of pipeline stage costs.
+        rates: for the times.
+        sweep: for the plot and the JSON: number of ranks -> what its stages cost.
+        as_json: print JSON.
+    """
+
+    model: Model
+    nodes: int
+    gpus: int
+    stages: Sequence[StageLoad]
+    rates: Rates
+    sweep: Mapping[int, Sequence[StageLoad]]
+    as_json: bool
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
