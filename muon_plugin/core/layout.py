@@ -85,7 +85,7 @@ class Strided:
         return Strided(start, self.run, stride, self.count)
 
     def cut(self, first: int, last: int) -> list[Strided]:
-        """The elements `first` to `last` (exclusive), in order: at most a part run, whole runs, a part run."""
+        """The elements `first` to `last` (exclusive), in order: the rest of a run, whole runs, the start of a run."""
         parts = []
         while first < last:
             inside = first % self.run
@@ -135,6 +135,9 @@ class Partition:
             size: how many TP ranks share the parameter.
             parts: so many equal parts lie one after the other along `dim`, each of them shared by all TP ranks: 2 for
                 gate and up in one parameter (Megatron's ``partition_stride``).
+
+        Raises:
+            ValueError: for a dimension that they do not divide.
         """
         return Partition(name, tuple(shape), _along(tuple(shape), dim, size, parts))
 
@@ -148,6 +151,8 @@ def _along(shape: tuple[int, ...], dim: int | None, size: int, parts: int) -> tu
     """The blocks of `Partition.of`; parameters of one shape share them."""
     if dim is None or size == 1:
         return ((Block(whole := Strided(0, math.prod(shape)), whole),),)
+    if shape[dim] % (size * parts):
+        raise ValueError(f"dimension {dim} of {list(shape)} is not {parts} x {size} equal parts: TP cannot cut it")
     # The parameter is `count` times `period` elements, of which a TP rank holds `parts` runs each.
     count, period = math.prod(shape[:dim]), math.prod(shape[dim:])
     run, held = period // (size * parts), period // size

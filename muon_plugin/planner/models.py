@@ -18,6 +18,7 @@ from ..core.muon import parameter_groups
 from ..core.orthogonalize import NewtonSchulz
 from ..core.routing import route
 from ..core.settings import Settings
+from ..megatron.routing import is_expert
 from . import deepspeed_json, on_meta, shapes
 from .calls import PlannedCall, Stage, StageModel, Zero, zero_calls
 from .cost import Traffic
@@ -214,7 +215,7 @@ def _zero_stage_calls(
     """Parameter groups as the optimizer makes them; experts under EP in groups of their own."""
     by_name = {p.name: p for p in kind.parameters}
     for experts in (False, True):
-        names = [name for name in by_name if (ep > 1 and shapes.is_expert(name)) is experts]
+        names = [name for name in by_name if (ep > 1 and is_expert(name)) is experts]
         pairs = {"params": [(name, name) for name in names]}
         for group in parameter_groups([pairs], kind.routing, settings) if names else ():
             mine = set(group["params"])

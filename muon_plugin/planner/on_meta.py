@@ -108,10 +108,10 @@ class _without_compiling:
 
     def __enter__(self) -> None:
         self.compile = torch.compile
-        torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore
+        torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore[assignment]
 
     def __exit__(self, *_: Any) -> None:
-        torch.compile = self.compile  # type: ignore[assignment]
+        torch.compile = self.compile
 
 
 def _failed_check(error: Exception) -> str:
@@ -277,8 +277,8 @@ def _build(args: Any) -> list[Any]:
 
 def _vocabulary(args: Any) -> int:
     """Its size as Megatron pads it; GPT-2's where the tokenizer would tell and is not loaded."""
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    size = getattr(args, "padded_vocab_size", None) or args.vocab_size or GPT2_VOCABULARY
+    multiple = int(args.make_vocab_size_divisible_by * args.tensor_model_parallel_size)
+    size = int(getattr(args, "padded_vocab_size", None) or args.vocab_size or GPT2_VOCABULARY)
     return -(-size // multiple) * multiple
 
 
@@ -288,8 +288,8 @@ def _bucket_size(args: Any, ranks: int, stage: int, chunk: int, numel: int) -> i
         return None
     if args.ddp_num_buckets is not None:
         return numel // int(args.ddp_num_buckets)
-    dp = ranks // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    return args.ddp_bucket_size or max(40_000_000, 1_000_000 * dp)
+    dp = ranks // int(args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    return int(args.ddp_bucket_size or max(40_000_000, 1_000_000 * dp))
 
 
 def _buffers(chunks: Sequence[Any], found: Sequence[Parameter], args: Any, stage: int, ranks: int) -> list[Buffers]:
