@@ -1,6 +1,6 @@
 """Checkpoints that muon_plugin 0.1.0 saved (tests/data) are restored bit for bit: weights, momentum and AdamW's state.
 
-The digests beside them were taken of the run that saved them, after three steps. (What further steps give depends on the
+The digests beside them are of the run that saved them, after three steps. (What further steps give depends on the
 processor's bf16 products, so here only what is restored is compared.)
 """
 
@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -51,9 +50,7 @@ def under_megatron(rank: int, folder: Path) -> dict[str, str]:
     whole = full_weights(chunks, layout) | full_masters(chunks, optimizer, layout)
     found = {name: digest(tensor) for name, tensor in whole.items()}
     for which, part in enumerate(optimizer.chained_optimizers):
-        states: list[dict[str, Any]] = [
-            part.optimizer.state[p] for g in part.optimizer.param_groups for p in g["params"]
-        ]
+        states = [part.optimizer.state[p] for group in part.optimizer.param_groups for p in group["params"]]
         for number, state in enumerate(states):
             found |= {f"state {which} {number} {key}": digest(value.float()) for key, value in state.items()}
     return found

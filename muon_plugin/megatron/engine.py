@@ -27,7 +27,7 @@ from ..core.update import Update
 from .arguments import asks_for_muon
 from .monitor import StepMonitor, arguments
 from .optimizer import MuonDistributedOptimizer
-from .routing import Parameter, parameters, route
+from .routing import Parameter, is_expert, parameters, route
 from .settings import Settings
 from .shards import names, shards
 
@@ -99,7 +99,7 @@ class Converted:
         halves: of its inner optimizer.
         held: this rank's shards of its parameters.
         process_group: the ranks that share them.
-        experts: these are the routed experts.
+        experts: it holds the routed experts alone. (Without expert parallelism they are with everything else.)
     """
 
     halves: Halves
@@ -109,11 +109,11 @@ class Converted:
 
     def parts(self, copies: int) -> list[Part]:
         """For measuring; `copies` instances of the distributed optimizer hold replicas."""
-        found: dict[str, list[Shard]] = {"muon": [], "adamw": []}
+        found: dict[str, list[Shard]] = {"muon": [], "adamw": [], "muon_experts": [], "adamw_experts": []}
         for shard in self.held:
-            found["muon" if self.halves.of(shard.tensor) is self.halves.muon else "adamw"].append(shard)
-        label = "{}_experts" if self.experts else "{}"
-        return [Part(label.format(half), shards, self.process_group, copies) for half, shards in found.items()]
+            half = "muon" if self.halves.of(shard.tensor) is self.halves.muon else "adamw"
+            found[half + "_experts" * is_expert(shard.parameter)].append(shard)
+        return [Part(label, shards, self.process_group, copies) for label, shards in found.items()]
 
 
 def _watch(
