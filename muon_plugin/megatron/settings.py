@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..core.layout import Matrix
-from ..core.orthogonalize import COEFFICIENT_SETS, METHODS, NewtonSchulz, Triple
+from ..core.orthogonalize import COEFFICIENT_SETS, METHODS, NewtonSchulz, coefficients_for
 
 #: The paper's settings in Megatron's terms (Eqs. 1, 2 and 4): what ``--muon-paper`` sets.
 PAPER: dict[str, Any] = {
@@ -28,8 +28,6 @@ SCALE_MODES = {
     "unit_rms_norm": lambda a, b: math.sqrt(a / b),
     "shape_scaling": lambda a, b: math.sqrt(max(1.0, a / b)),
 }
-#: Sets that start over when there are more steps than triples; of the others the last triple repeats.
-CYCLED = ("simple", "quintic", "aol")
 TP_MODES = ("blockwise", "duplicated", "distributed")
 PRECISIONS = ("low", "medium", "high")
 #: Fields that may be set on an OptimizerConfig though its release does not have them.
@@ -137,12 +135,7 @@ class Settings:
 
     @property
     def newton_schulz(self) -> NewtonSchulz:
-        triples = COEFFICIENT_SETS[self.coefficients]
-        chosen: list[Triple] = [
-            triples[step % len(triples) if self.coefficients in CYCLED else min(step, len(triples) - 1)]
-            for step in range(self.steps)
-        ]
-        return NewtonSchulz(tuple(chosen), self.method)
+        return NewtonSchulz(coefficients_for(self.steps, self.coefficients), self.method)
 
     def scale(self, matrix: Matrix) -> float:
         return SCALE_MODES[self.scale_mode](*matrix.out_in) * self.extra_scale_factor
