@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from ..command_line import Parser, positive, positive_number, split_at_dashes
 from . import models, plot, tables
 from .cost import Rates, StageLoad, plan_stages
 from .models import Model, Parallel
@@ -49,18 +50,13 @@ class Planned:
         return self.nodes * self.gpus
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help tells what is allowed)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m muon_plugin.planner", usage=USAGE, allow_abbrev=False)
+    parser = Parser(prog="python -m muon_plugin.planner", usage=USAGE, allow_abbrev=False)
     for flag in ("--megatron", "--hf", "--shapes"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed config of --hf or --shapes: Muon, ZeRO, dtypes")
-    parser.add_argument("--nodes", type=_whole, required=True)
-    parser.add_argument("--gpus-per-node", type=_whole, required=True)
+    parser.add_argument("--nodes", type=positive, required=True)
+    parser.add_argument("--gpus-per-node", type=positive, required=True)
     for size, help_text in (
         ("tp", "tensor"),
         ("pp", "pipeline"),
@@ -68,36 +64,20 @@ def _parser() -> argparse.ArgumentParser:
         ("cp", "context (or Ulysses'), which ZeRO shards over as over data"),
     ):
         parser.add_argument(
-            f"--{size}", type=_whole, help=f"{help_text} parallel size; what is left of the ranks is DP"
+            f"--{size}", type=positive, help=f"{help_text} parallel size; what is left of the ranks is DP"
         )
     parser.add_argument("--zero-stage", type=int, help="0 to 3, in the place of the DeepSpeed config's; 1 without one")
     rates = Rates()
-    for flag, help_text in (
+    for flag, text in (
         ("tflops", "of Newton-Schulz's bf16 products a rank, 1e12 a second"),
         ("gb-per-s", "network of a rank, each way, 1e9 bytes a second"),
         ("memory-gb-per-s", "memory of a rank, 1e9 bytes a second"),
     ):
         default = getattr(rates, flag.replace("-", "_"))
-        parser.add_argument(f"--{flag}", type=_rate, default=default, help=f"{help_text} (default {default:g})")
+        parser.add_argument(f"--{flag}", type=positive_number, default=default, help=f"{text} (default {default:g})")
     parser.add_argument("--plot", metavar="PNG", help="draw the balance over ranks, and step times over DP sizes")
     parser.add_argument("--json", action="store_true", help="print JSON, with the counts of every rank")
     return parser
-
-
-def _whole(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid; allowed: a whole number from 1 on")
-    return int(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid; allowed: a number above 0")
-    return value
 
 
 def run(arguments: Sequence[str]) -> Planned:
@@ -106,9 +86,8 @@ def run(arguments: Sequence[str]) -> Planned:
     Raises:
         ValueError: for a bad argument, with its value and what is allowed.
     """
-    arguments = list(arguments)
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    own, rest = _parser().parse_args(arguments[:cut]), arguments[cut + 1 :]
+    mine, rest = split_at_dashes(arguments)
+    own = _parser().parse_args(mine)
     ranks = own.nodes * own.gpus_per_node
     model = _model(own, rest, ranks)
     sizes = model.layout(ranks)
