@@ -194,7 +194,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("setting", REFUSED)
 def test_every_mode_that_is_not_supported_is_named(setting):
-    from muon_plugin.deepspeed.engine import _check_supported
+    from muon_plugin.deepspeed.refusals import check_supported
 
     off = ("torch_autocast_enabled", "bf16_optimizer_states", "scheduler_name")
     off += ("bf16_master_weights_and_gradients", "fp16_master_weights_and_gradients")
@@ -204,11 +204,11 @@ def test_every_mode_that_is_not_supported_is_named(setting):
         **{name: lambda: False for name in off},
         **{name: lambda: None for name in ("optimizer_params", "scheduler_params", "load_universal_checkpoint")},
     )
-    _check_supported(engine)
+    check_supported(engine)
     for name, value in REFUSED[setting].items():
         setattr(engine, name, value)
     with pytest.raises(ValueError, match=setting):
-        _check_supported(engine)
+        check_supported(engine)
 
 
 def test_bad_configs_end_in_one_error_on_every_rank(ranks):

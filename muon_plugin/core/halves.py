@@ -97,10 +97,9 @@ class MuonHalf:
                 f"the checkpoint has no {self.momentum} for a tensor of shape {list(p.shape)} that holds matrices; it "
                 f"has {sorted(saved)}. Load a checkpoint of this optimizer, or the weights alone"
             )
-        own = state[p] = dict(state[p])
-        own[self.momentum] = self._placed(saved[self.momentum].to(p.device, torch.float32, copy=True))
-        if "step" in own:  # an engine may hand one tensor to all; each counts in its own
-            own["step"] = own["step"].clone()
+        # Only what a new state has: a checkpoint may hold more. A step is cloned, since an engine may share one.
+        kept = {key: state[p][key].clone() for key in self.beside(p)}
+        state[p] = {**kept, self.momentum: self._placed(saved[self.momentum].to(p.device, torch.float32, copy=True))}
 
     def step(self, groups: Groups, state: State, measure: Measure | None = None) -> None:
         """Steps the updates of these groups' tensors, and those of which this rank holds nothing. Collective."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from .checks import is_whole
 from .layout import Matrix, Strided
 
 #: Words in the last two parts of a name that say "looked up by token or position" (DeepSpeed's own Muon: "embed").
@@ -246,7 +247,7 @@ def _asked(name: str, shape: tuple[int, ...], outputs: int, pattern: str, value:
     where = f"split[{pattern!r}]={value!r} for {name} of shape {list(shape)}"
 
     def positive(number: Any) -> bool:
-        return isinstance(number, int) and not isinstance(number, bool) and number > 0
+        return is_whole(number) and bool(number > 0)
 
     if value == "whole":
         return Rule((outputs,))

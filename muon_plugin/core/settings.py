@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import difflib
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .adamw import IMPLEMENTATIONS
+from .checks import BETAS, PATTERN_TABLE, PATTERNS, SWITCH, above, at_least, in_range, one_of, require, whole
 from .orthogonalize import METHODS, NewtonSchulz, coefficients_for
 
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
 #: What a client's parameter group may set for itself.
 GROUP_KEYS = ("lr", "weight_decay", "momentum", "nesterov", "betas", "eps")
+#: What each setting may be; `coefficients_for` checks ns_coefficients. muon_lr and adam_lr may also be None.
+CHECKS = {
+    "lr": at_least(0),
+    "muon_lr": at_least(0),
+    "adam_lr": at_least(0),
+    "weight_decay": at_least(0),
+    "momentum": in_range(0, 1),
+    "nesterov": SWITCH,
+    "ns_steps": whole(1, 99),
+    "ns_method": one_of(METHODS),
+    "adjust_lr_fn": one_of(ADJUST_LR_FNS),
+    "betas": BETAS,
+    "eps": above(0),
+    "exclude": PATTERNS,
+    "split": PATTERN_TABLE,
+    "adamw": one_of(IMPLEMENTATIONS),
+}
 
 
 @dataclass(frozen=True)
@@ -55,14 +72,9 @@ class Settings:
     adamw: str = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("muon_lr", "adam_lr"):
-            if getattr(self, key) is not None:
+        for key in CHECKS:
+            if key not in ("muon_lr", "adam_lr") or getattr(self, key) is not None:
                 _check(key, getattr(self, key))
-        for key in ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "betas", "eps", "exclude", "split"):
-            _check(key, getattr(self, key))
-        for key, allowed in (("ns_method", METHODS), ("adjust_lr_fn", ADJUST_LR_FNS), ("adamw", IMPLEMENTATIONS)):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"{key}={getattr(self, key)!r} is not known; allowed: {', '.join(allowed)}")
         coefficients_for(self.ns_steps, self.ns_coefficients)
 
     @classmethod
@@ -84,7 +96,7 @@ class Settings:
         """Options of one half of a client's group: its own values first, then the half's, then the shared ones."""
         for key, value in given.items():
             if key in GROUP_KEYS:
-                _check(f"param group {key}", value)
+                _check(key, value, "param group ")
             elif key not in ("name", *extra):
                 raise ValueError(
                     f"a parameter group sets {key}={value!r}; allowed there: params, name, {', '.join(GROUP_KEYS)}"
@@ -109,40 +121,6 @@ def scale_for(adjust_lr_fn: str, outputs: int, inputs: int) -> float:
     return 0.2 if adjust_lr_fn == "update_norm" else 1.0
 
 
-def _check(key: str, value: Any) -> None:
-    name = key.rsplit(" ", 1)[-1]
-
-    def number(v: Any) -> bool:
-        return isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v)
-
-    checks = {
-        "lr": (lambda v: number(v) and v >= 0, "a number >= 0"),
-        "muon_lr": (lambda v: number(v) and v >= 0, "a number >= 0"),
-        "adam_lr": (lambda v: number(v) and v >= 0, "a number >= 0"),
-        "weight_decay": (lambda v: number(v) and v >= 0, "a number >= 0"),
-        "momentum": (lambda v: number(v) and 0 <= v < 1, "a number from 0 to below 1"),
-        "eps": (lambda v: number(v) and v > 0, "a number > 0"),
-        "nesterov": (lambda v: isinstance(v, bool), "true or false"),
-        "ns_steps": (
-            lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v < 100,
-            "a whole number from 1 to 99",
-        ),
-        "betas": (
-            lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(number(b) and 0 <= b < 1 for b in v),
-            "two numbers from 0 to below 1",
-        ),
-        "exclude": (
-            lambda v: isinstance(v, (list, tuple)) and all(isinstance(p, str) and p for p in v),
-            'a list of name patterns, such as ["*.router.*"]',
-        ),
-        "split": (
-            lambda v: isinstance(v, Mapping) and all(isinstance(p, str) and p for p in v),
-            'an object of name patterns, such as {"*.wqkv": [512, 256, 256]}',
-        ),
-    }
-    test, allowed = checks[name]
-    if not test(value):
-        hint = " (a string where a number is wanted)" if isinstance(value, str) and "number" in allowed else ""
-        if value == "auto":
-            hint = " (Hugging Face's Trainer fills in lr, weight_decay, betas and eps, accelerate the first two)"
-        raise ValueError(f"{key}={value!r} is not valid{hint}; allowed: {allowed}")
+def _check(key: str, value: Any, where: str = "") -> None:
+    hint = "Hugging Face's Trainer fills in lr, weight_decay, betas and eps, accelerate the first two"
+    require(f"{where}{key}={value!r}", value, CHECKS[key], hint if value == "auto" else "")

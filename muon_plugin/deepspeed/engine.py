@@ -6,10 +6,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from .. import watchdog
@@ -20,6 +18,7 @@ from ..core.settings import Settings
 from . import tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
 from .monitor import watch
+from .refusals import check_supported
 from .shards import calls, holdings
 
 phases.at_start(watchdog.start)
@@ -63,7 +62,7 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         return original(engine, model_parameters)
 
     def prepare() -> tuple[list[Any], dict[str, Any]]:
-        _check_supported(engine)
+        check_supported(engine)
         return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})
 
     params, options = together(prepare)
@@ -86,7 +85,7 @@ def _configure_optimizer(
 ) -> None:
     def taken_over(optimizer: Any) -> Any:
         if isinstance(optimizer, Muon):
-            together(lambda: _check_supported(engine))
+            together(lambda: check_supported(engine))
             optimizer.hand_over(HOST)
         else:
             _refuse_remade(optimizer)  # not together: engines without Muon are left alone, and all ranks do the same
@@ -143,93 +142,3 @@ def _named(model_parameters: Iterable[Any], names: Any) -> list[Any]:
     if given and isinstance(given[0], dict):
         return [{**group, "params": [pair(p) for p in group["params"]]} for group in given]
     return [pair(p) for p in given]
-
-
-def _check_supported(engine: Any) -> None:
-    """Refuses what this Muon cannot do yet, before anything is built.
-
-    Raises:
-        ValueError: with the setting, its value and what is supported.
-    """
-    config = engine._config
-    zero = config.zero_config
-    mics = getattr(zero, "mics_shard_size", -1)  # until 0.18
-    refused = {
-        **_offload(zero),
-        "zero_optimization.elastic_checkpoint": (zero.elastic_checkpoint, True, "false"),
-        "zero_optimization.mics_shard_size": (mics > 0, mics, "not set: its replicas would compute every matrix again"),
-        "zero_optimization.zenflow": (getattr(zero, "zenflow", None) is not None, "set", "not set"),
-        "deepspeed.moe layers with zero_optimization.stage": (engine.has_moe_layers and zero.stage > 2, 3, "0, 1 or 2"),
-        "expert_parallel (AutoEP)": (_auto_ep(config), "enabled", "deepspeed.moe layers"),
-        "bf16.bf16_master_weights_and_grads": (engine.bf16_master_weights_and_gradients(), True, "false"),
-        "fp16.fp16_master_weights_and_grads": (engine.fp16_master_weights_and_gradients(), True, "false"),
-        "bf16.bf16_optimizer_states": (engine.bf16_optimizer_states(), True, "false: momentum is fp32"),
-        "checkpoint.load_universal with offload to NVMe": (
-            engine.load_universal_checkpoint() and "nvme" in map(_device, (zero.offload_optimizer, zero.offload_param)),
-            True,
-            "offload to the CPU, or none",
-        ),
-        **_gradients_left_out(engine),
-        **_one_rate_schedulers(engine),
-        "torch_autocast": (engine.torch_autocast_enabled(), True, "bf16 or fp16 by their own sections"),
-    }
-    for setting, (is_set, value, supported) in refused.items():
-        if is_set:
-            raise ValueError(f"{setting}={value!r} is not supported by muon_plugin's Muon; supported: {supported}")
-
-
-def _auto_ep(config: Any) -> bool:
-    return bool(getattr(getattr(config, "expert_parallel_config", None), "enabled", False))
-
-
-def _offload(zero: Any) -> dict[str, tuple[bool, Any, str]]:
-    """What only DeepSpeedCPUAdam has, and what NVMe needs."""
-    optimizer, section = zero.offload_optimizer, "zero_optimization.offload_optimizer"
-    ratio, super_offload = getattr(optimizer, "ratio", 1.0), getattr(optimizer, "super_offload", False)
-    devices = {name: _device(getattr(zero, name)) for name in ("offload_optimizer", "offload_param")}
-    on_nvme = [name for name, device in devices.items() if device == "nvme"]
-    pipelined = "offload_optimizer" in on_nvme and (optimizer.pipeline_read or optimizer.pipeline_write)
-    without_aio = bool(on_nvme) and zero.stage == 3 and not AsyncIOBuilder().is_compatible()
-    where = f"zero_optimization.{on_nvme[0]}.device" if on_nvme else section
-    return {
-        f"{section}.ratio": (ratio != 1.0, ratio, "1.0: a part of it needs DeepSpeedCPUAdam"),
-        f"{section}.super_offload": (super_offload, True, "false"),
-        f"{section}.pipeline_read or pipeline_write": (pipelined, True, "false: the swapper loses the momentum's file"),
-        f"{where} with stage {int(zero.stage)}": (bool(on_nvme) and zero.stage < 3, "nvme", "nvme in stage 3, or cpu"),
-        f"{where}": (without_aio, "nvme", "cpu, or nvme once DeepSpeed can build async_io (apt install libaio-dev)"),
-    }
-
-
-def _gradients_left_out(engine: Any) -> dict[str, tuple[bool, Any, str]]:
-    """Before 0.19, BF16_Optimizer adds the last micro-batch after the average over ranks (DeepSpeed #7985)."""
-    if (deepspeed.__version_major__, deepspeed.__version_minor__) >= (0, 19):
-        return {}
-    bf16, wide = engine._config.bfloat16_config, engine.get_data_types()[1] == torch.float32
-    left_out = bf16.enabled and wide and engine._config.zero_config.stage == 1 and not bf16.immediate_grad_update
-    supported = (
-        "it with bf16.immediate_grad_update, stage 2, or DeepSpeed 0.19: without, each rank's last micro-batch stays "
-        "out of the average"
-    )
-    return {"data_types.grad_accum_dtype with stage 1": (left_out, "fp32", supported)}
-
-
-def _one_rate_schedulers(engine: Any) -> dict[str, tuple[bool, Any, str]]:
-    """Schedulers of DeepSpeed's that set one learning rate for all groups, over muon_lr and adam_lr."""
-    options, name = engine.optimizer_params() or {}, engine.scheduler_name()
-    schedule = engine.scheduler_params() or {}
-    ends = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
-    overrides = name in {*ends, "LRRangeTest"} and not isinstance(schedule.get(ends.get(name)), list)
-    return {
-        key: (
-            overrides and key in options,
-            options.get(key),
-            f"it without the scheduler {name}, which sets one rate for all",
-        )
-        for key in ("muon_lr", "adam_lr")
-    }
-
-
-def _device(offload: Any) -> str:
-    """Where an offload section sends its tensors; its device is an enum or, in some releases, a plain string."""
-    device = getattr(offload, "device", "none")
-    return str(getattr(device, "value", device))

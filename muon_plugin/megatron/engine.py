@@ -27,7 +27,8 @@ from ..core.update import Update
 from .arguments import asks_for_muon
 from .monitor import StepMonitor, arguments
 from .optimizer import MuonDistributedOptimizer
-from .routing import Parameter, parameters, route
+from .refusals import check_supported
+from .routing import Parameter, is_expert, parameters, route
 from .settings import Settings
 from .shards import names, shards
 
@@ -99,7 +100,7 @@ class Converted:
         halves: of its inner optimizer.
         held: this rank's shards of its parameters.
         process_group: the ranks that share them.
-        experts: these are the routed experts.
+        experts: it holds the routed experts alone. (Without expert parallelism they are with everything else.)
     """
 
     halves: Halves
@@ -109,11 +110,11 @@ class Converted:
 
     def parts(self, copies: int) -> list[Part]:
         """For measuring; `copies` instances of the distributed optimizer hold replicas."""
-        found: dict[str, list[Shard]] = {"muon": [], "adamw": []}
+        found: dict[str, list[Shard]] = {"muon": [], "adamw": [], "muon_experts": [], "adamw_experts": []}
         for shard in self.held:
-            found["muon" if self.halves.of(shard.tensor) is self.halves.muon else "adamw"].append(shard)
-        label = "{}_experts" if self.experts else "{}"
-        return [Part(label.format(half), shards, self.process_group, copies) for half, shards in found.items()]
+            half = "muon" if self.halves.of(shard.tensor) is self.halves.muon else "adamw"
+            found[half + "_experts" * is_expert(shard.parameter)].append(shard)
+        return [Part(label, shards, self.process_group, copies) for label, shards in found.items()]
 
 
 def _watch(
@@ -195,51 +196,6 @@ def _check_model(model_chunks: Any) -> None:
         )
     if any(getattr(p, "is_gtp_weight_remat", False) for chunk in model_chunks for p in chunk.parameters()):
         raise ValueError("GTP weight rematerialization is not supported with Muon: leave its group size at 1")
-
-
-def check_supported(config: Any, ddp: Any) -> None:
-    """Refuses what cannot work.
-
-    Args:
-        config: an OptimizerConfig, or Megatron's arguments.
-        ddp: a DistributedDataParallelConfig, or Megatron's arguments.
-
-    Raises:
-        ValueError: with the flag, its value and what to do.
-    """
-    refused = {
-        "--use-precision-aware-optimizer": (
-            config.use_precision_aware_optimizer,
-            "momentum and main parameters are fp32; leave it out. To save memory: --muon-offload",
-        ),
-        "--optimizer-cpu-offload (HybridDeviceOptimizer)": (
-            config.optimizer_cpu_offload,
-            "use --muon-offload, which keeps Muon's momentum in CPU memory",
-        ),
-        "--muon-scalar-optimizer lion": (
-            getattr(config, "muon_scalar_optimizer", "adam") != "adam",
-            "the rest is trained with AdamW: --muon-scalar-optimizer adam",
-        ),
-        "decoupled_weight_decay=False": (
-            not getattr(config, "decoupled_weight_decay", True),
-            "Muon's weight decay is decoupled: leave it true",
-        ),
-        "use_layer_wise_distributed_optimizer": (
-            getattr(config, "use_layer_wise_distributed_optimizer", False),
-            "it shards whole layers, this Muon every byte: leave it false",
-        ),
-        "--fp8-param-gather": (getattr(ddp, "fp8_param_gather", False), "main parameters come from bf16 or fp16"),
-        "--fp4-param-gather": (getattr(ddp, "fp4_param_gather", False), "main parameters come from bf16 or fp16"),
-        "--optimizer-cuda-graph": (getattr(config, "optimizer_cuda_graph", False), "leave it out"),
-        "--use-megatron-fsdp": (getattr(ddp, "use_megatron_fsdp", False), "use --use-distributed-optimizer alone"),
-        "DistributedDataParallel without use_distributed_optimizer": (
-            not ddp.use_distributed_optimizer,
-            "set use_distributed_optimizer=True in DistributedDataParallelConfig too",
-        ),
-    }
-    for setting, (is_set, advice) in refused.items():
-        if is_set:
-            raise ValueError(f"{setting} is not supported with Muon under the distributed optimizer: {advice}")
 
 
 def _report(converted: Sequence[Converted], routing: Routing, settings: Settings, stages: int) -> None:

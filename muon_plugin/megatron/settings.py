@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
-from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
+from ..core.checks import SWITCH, above, in_range, one_of, require, whole
 from ..core.layout import Matrix
-from ..core.orthogonalize import COEFFICIENT_SETS, METHODS, NewtonSchulz, Triple
+from ..core.orthogonalize import COEFFICIENT_SETS, METHODS, NewtonSchulz, coefficients_for
 
 #: The paper's settings in Megatron's terms (Eqs. 1, 2 and 4): what ``--muon-paper`` sets.
 PAPER: dict[str, Any] = {
@@ -28,10 +27,20 @@ SCALE_MODES = {
     "unit_rms_norm": lambda a, b: math.sqrt(a / b),
     "shape_scaling": lambda a, b: math.sqrt(max(1.0, a / b)),
 }
-#: Sets that start over when there are more steps than triples; of the others the last triple repeats.
-CYCLED = ("simple", "quintic", "aol")
 TP_MODES = ("blockwise", "duplicated", "distributed")
 PRECISIONS = ("low", "medium", "high")
+#: What each flag may be.
+CHECKS = {
+    "muon-momentum": in_range(0, 1),
+    "muon-nesterov": SWITCH,
+    "muon-num-ns-steps": whole(1, 99),
+    "muon-coefficient-type": one_of(COEFFICIENT_SETS),
+    "muon-scale-mode": one_of(SCALE_MODES),
+    "muon-extra-scale-factor": above(0),
+    "muon-split-qkv": SWITCH,
+    "muon-ns-method": one_of(METHODS),
+    "muon-offload": SWITCH,
+}
 #: Fields that may be set on an OptimizerConfig though its release does not have them.
 OURS = (
     "muon_paper",
@@ -71,28 +80,19 @@ class Settings:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        def require(flag: str, value: Any, good: Callable[[Any], bool], allowed: str) -> None:
-            if not good(value):
-                raise ValueError(f"--{flag} {value!r} is not valid for Muon; allowed: {allowed}")
-
-        def one_of(names: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
-            return lambda x: isinstance(x, str) and x in names, ", ".join(names)
-
-        def whole(x: Any) -> bool:
-            return isinstance(x, int) and not isinstance(x, bool)
-
-        require("muon-momentum", self.momentum, lambda x: _number(x) and 0 <= x < 1, "a number from 0 to below 1")
-        require("muon-num-ns-steps", self.steps, lambda x: whole(x) and 1 <= x < 100, "a whole number from 1 to 99")
-        require("muon-coefficient-type", self.coefficients, *one_of(COEFFICIENT_SETS))
-        require("muon-scale-mode", self.scale_mode, *one_of(SCALE_MODES))
-        require("muon-extra-scale-factor", self.extra_scale_factor, lambda x: _number(x) and x > 0, "a number above 0")
-        require("muon-ns-method", self.method, *one_of(METHODS))
-        for flag, value in (
-            ("muon-nesterov", self.nesterov),
-            ("muon-split-qkv", self.split_qkv),
-            ("muon-offload", self.offload),
-        ):
-            require(flag, value, lambda x: isinstance(x, bool), "true or false")
+        values = {
+            "muon-momentum": self.momentum,
+            "muon-nesterov": self.nesterov,
+            "muon-num-ns-steps": self.steps,
+            "muon-coefficient-type": self.coefficients,
+            "muon-scale-mode": self.scale_mode,
+            "muon-extra-scale-factor": self.extra_scale_factor,
+            "muon-split-qkv": self.split_qkv,
+            "muon-ns-method": self.method,
+            "muon-offload": self.offload,
+        }
+        for flag, value in values.items():
+            require(f"--{flag} {value!r}", value, CHECKS[flag])
 
     @classmethod
     def from_config(cls, config: Any, arguments: Any = None) -> Settings:
@@ -112,14 +112,11 @@ class Settings:
             return getattr(config, key, getattr(arguments, key, default))
 
         mode = getattr(config, "muon_tp_mode", "blockwise")
-        if mode not in TP_MODES:
-            raise ValueError(f"--muon-tp-mode {mode} is not valid for Muon; allowed: {', '.join(TP_MODES)}")
+        require(f"--muon-tp-mode {mode}", mode, one_of(TP_MODES))
         if mode != "blockwise":  # the default, so perhaps not asked for
             notes.append(f"--muon-tp-mode {mode} does nothing: every matrix is orthogonalized whole, once")
         precision = getattr(config, "muon_fp32_matmul_prec", "medium")
-        if precision not in PRECISIONS:
-            allowed = ", ".join(PRECISIONS)
-            raise ValueError(f"--muon-fp32-matmul-prec {precision} is not valid for Muon; allowed: {allowed}")
+        require(f"--muon-fp32-matmul-prec {precision}", precision, one_of(PRECISIONS))
         if precision != "medium":
             notes.append(f"--muon-fp32-matmul-prec {precision} does nothing: Newton-Schulz runs in bf16")
         return cls(
@@ -137,12 +134,7 @@ class Settings:
 
     @property
     def newton_schulz(self) -> NewtonSchulz:
-        triples = COEFFICIENT_SETS[self.coefficients]
-        chosen: list[Triple] = [
-            triples[step % len(triples) if self.coefficients in CYCLED else min(step, len(triples) - 1)]
-            for step in range(self.steps)
-        ]
-        return NewtonSchulz(tuple(chosen), self.method)
+        return NewtonSchulz(coefficients_for(self.steps, self.coefficients), self.method)
 
     def scale(self, matrix: Matrix) -> float:
         return SCALE_MODES[self.scale_mode](*matrix.out_in) * self.extra_scale_factor
@@ -165,10 +157,6 @@ class Settings:
         )
         other = [f"{key.removeprefix('muon_')} {PAPER[key]}" for key, value in flags.items() if value != PAPER[key]]
         return ours + (f"; the paper has {', '.join(other)} (--muon-paper)" if other else "; as in the paper")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_in_the_paper(config: Any) -> Any:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from ..deepspeed.cuts import Span
 from ..megatron import on_cpu, register
 from ..megatron.arguments import asks_for_muon
+from ..megatron.refusals import check_supported
 from ..megatron.routing import Parameter, parameters, route
 from ..megatron.settings import Settings
 from .calls import StageModel
@@ -95,8 +96,6 @@ def load(arguments: Sequence[str], world_size: int) -> tuple[Any, Settings]:
         logging.getLogger("megatron").setLevel("ERROR")
         try:
             args = _checked(arguments)
-            from ..megatron.engine import check_supported  # imports Megatron
-
             check_supported(args, args)
             return args, Settings.from_config(args, args)
         except (ValueError, AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:

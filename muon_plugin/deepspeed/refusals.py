@@ -1,0 +1,128 @@
+"""What this Muon cannot work with under DeepSpeed, checked before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+from ..core.checks import Refusal, refuse
+
+
+def check_supported(engine: Any) -> None:
+    """Refuses the settings of a DeepSpeedEngine that Muon cannot work with.
+
+    Raises:
+        ValueError: with the setting, its value and what is supported.
+    """
+    zero = engine._config.zero_config
+    refuse(
+        [
+            *_offload(zero),
+            *_zero(zero),
+            *_experts(engine),
+            *_precision(engine),
+            *_universal_from_nvme(engine),
+            *_gradients_left_out(engine),
+            *_one_rate_schedulers(engine),
+        ]
+    )
+
+
+def _offload(zero: Any) -> list[Refusal]:
+    """What only DeepSpeedCPUAdam has, and what NVMe needs."""
+    optimizer, section = zero.offload_optimizer, "zero_optimization.offload_optimizer"
+    ratio, super_offload = getattr(optimizer, "ratio", 1.0), getattr(optimizer, "super_offload", False)
+    on_nvme = _on_nvme(zero)
+    pipelined = "offload_optimizer" in on_nvme and (optimizer.pipeline_read or optimizer.pipeline_write)
+    without_aio = bool(on_nvme) and zero.stage == 3 and not AsyncIOBuilder().is_compatible()
+    where = f"zero_optimization.{on_nvme[0]}.device" if on_nvme else section
+    aio = "cpu, or nvme once DeepSpeed can build async_io (apt install libaio-dev)"
+    return [
+        Refusal(f"{section}.ratio", ratio, ratio != 1.0, "1.0: a part of it needs DeepSpeedCPUAdam"),
+        Refusal(f"{section}.super_offload", True, super_offload, "false"),
+        Refusal(
+            f"{section}.pipeline_read or pipeline_write",
+            True,
+            pipelined,
+            "false: the swapper loses the momentum's file",
+        ),
+        Refusal(
+            f"{where} with stage {int(zero.stage)}", "nvme", bool(on_nvme) and zero.stage < 3, "nvme in stage 3, or cpu"
+        ),
+        Refusal(where, "nvme", without_aio, aio),
+    ]
+
+
+def _zero(zero: Any) -> list[Refusal]:
+    mics = getattr(zero, "mics_shard_size", -1)  # until 0.18
+    replicas = "not set: its replicas would compute every matrix again"
+    zenflow = getattr(zero, "zenflow", None) is not None
+    return [
+        Refusal("zero_optimization.elastic_checkpoint", True, zero.elastic_checkpoint, "false"),
+        Refusal("zero_optimization.mics_shard_size", mics, mics > 0, replicas),
+        Refusal("zero_optimization.zenflow", "set", zenflow, "not set"),
+    ]
+
+
+def _experts(engine: Any) -> list[Refusal]:
+    stage = engine._config.zero_config.stage
+    auto_ep = bool(getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False))
+    layers = "deepspeed.moe layers"
+    return [
+        Refusal(f"{layers} with zero_optimization.stage", 3, engine.has_moe_layers and stage > 2, "0, 1 or 2"),
+        Refusal("expert_parallel (AutoEP)", "enabled", auto_ep, layers),
+    ]
+
+
+def _precision(engine: Any) -> list[Refusal]:
+    sections = "bf16 or fp16 by their own sections"
+    return [
+        Refusal("bf16.bf16_master_weights_and_grads", True, engine.bf16_master_weights_and_gradients(), "false"),
+        Refusal("fp16.fp16_master_weights_and_grads", True, engine.fp16_master_weights_and_gradients(), "false"),
+        Refusal("bf16.bf16_optimizer_states", True, engine.bf16_optimizer_states(), "false: momentum is fp32"),
+        Refusal("torch_autocast", True, engine.torch_autocast_enabled(), sections),
+    ]
+
+
+def _universal_from_nvme(engine: Any) -> list[Refusal]:
+    loads = engine.load_universal_checkpoint() and bool(_on_nvme(engine._config.zero_config))
+    return [
+        Refusal("checkpoint.load_universal with offload to NVMe", True, loads, "offload to the CPU, or none"),
+    ]
+
+
+def _gradients_left_out(engine: Any) -> list[Refusal]:
+    """Before 0.19, BF16_Optimizer adds the last micro-batch after the average over ranks (DeepSpeed #7985)."""
+    if (deepspeed.__version_major__, deepspeed.__version_minor__) >= (0, 19):
+        return []
+    bf16, wide = engine._config.bfloat16_config, engine.get_data_types()[1] == torch.float32
+    left_out = bf16.enabled and wide and engine._config.zero_config.stage == 1 and not bf16.immediate_grad_update
+    advice = (
+        "it with bf16.immediate_grad_update, stage 2, or DeepSpeed 0.19: without, each rank's last micro-batch stays "
+        "out of the average"
+    )
+    return [Refusal("data_types.grad_accum_dtype with stage 1", "fp32", left_out, advice)]
+
+
+def _one_rate_schedulers(engine: Any) -> list[Refusal]:
+    """Schedulers of DeepSpeed's that set one learning rate for all groups, over muon_lr and adam_lr."""
+    options, name = engine.optimizer_params() or {}, engine.scheduler_name()
+    schedule = engine.scheduler_params() or {}
+    ends = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
+    overrides = name in {*ends, "LRRangeTest"} and not isinstance(schedule.get(ends.get(name)), list)
+    advice = f"it without the scheduler {name}, which sets one rate for all"
+    return [Refusal(key, options.get(key), overrides and key in options, advice) for key in ("muon_lr", "adam_lr")]
+
+
+def _on_nvme(zero: Any) -> list[str]:
+    """Which of ZeRO's offload sections send their tensors to NVMe."""
+    return [name for name in ("offload_optimizer", "offload_param") if _device(getattr(zero, name)) == "nvme"]
+
+
+def _device(offload: Any) -> str:
+    """Where an offload section sends its tensors; its device is an enum or, in some releases, a plain string."""
+    device = getattr(offload, "device", "none")
+    return str(getattr(device, "value", device))
