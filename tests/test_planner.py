@@ -251,6 +251,24 @@ def test_many_ranks_are_counted_as_the_plan_counts_them(monkeypatch, stage, scal
         assert tuple(map(tuple, spread.counts(call, flops, scalars))) == (plan.flops, plan.bytes_sent)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_planner_at_many_ranks_searches_for_balance_as_a_run_does(stage):
+    """0.1.0 chose owners anew above cost.MANY ranges, without the best-fit search of `make_plan`."""
+    flops = NewtonSchulz(coefficients_for(5, "simple")).flops
+    shapes = {f"layers.{i}.{j}.w": (16 + 8 * (j % 3), 32 + 16 * (j % 5)) for i in range(20) for j in range(32)}
+    matrices = route(shapes).matrices
+    parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
+    (call,) = zero_calls("all", parameters, matrices, Zero(stage), 256)
+    plan = make_plan(matrices, cost._index(call), flops, 0)
+    found, sent = spread.counts(call, flops, 0)
+    assert (tuple(found), tuple(sent)) == (plan.flops, plan.bytes_sent)
+    costs = sorted((flops(m.rows, m.cols) for m in matrices), reverse=True)
+    longest_first = [0] * 256  # what there was without the search
+    for each in costs:
+        longest_first[longest_first.index(min(longest_first))] += each
+    assert max(found) < max(longest_first)
+
+
 # Names and shapes.
 
 SHAPES = {

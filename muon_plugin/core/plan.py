@@ -5,9 +5,11 @@ Every rank computes the same plan from the same index, without talking.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from .layout import Index, Matrix, Strided
 
@@ -76,55 +78,126 @@ def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, in
         for number, inside in pieces:
             held[number][rank] = held[number].get(rank, ()) + inside
     costs = [flops(matrix.rows, matrix.cols) for matrix in matrices]
-    sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
-    held_in_all = [sum(of_ranks.values()) for of_ranks in sizes]
+    owners = choose_owners(costs, [matrix.numel for matrix in matrices], _Pieces(held, world), world, scalars)
+    routes = [_route(matrix, owner, held[i], world) for i, (matrix, owner) in enumerate(zip(matrices, owners.of))]
+    routes, rounds = _schedule(matrices, routes)
+    return Plan(tuple(routes), tuple(owners.load), tuple(_bytes_sent(routes, world, scalars)), rounds)
+
+
+class Holders(Protocol):
+    """Who holds how many elements of each matrix: a run's published pieces, or arithmetic for thousands of ranks."""
+
+    def held_by(self, number: int, rank: int) -> int:
+        """Elements of matrix `number` that a rank holds."""
+
+    def totals(self, number: int) -> tuple[int, int]:
+        """Elements that all ranks hold together, replicas included; how many ranks hold any."""
+
+    def evenly(self, number: int) -> bool:
+        """Whether every rank of the group holds the same number of elements, so that none is a better place."""
+
+    def best(self, number: int, load: Sequence[int], most: int) -> int | None:
+        """Of the holders with a load of at most `most`: the one that holds most, then the least loaded, the first."""
+
+
+@dataclass(frozen=True)
+class Owners:
+    """A rank for every matrix.
+
+    Attributes:
+        of: the owner of each matrix.
+        load: what each rank then computes, in the unit of the costs.
+        moved: elements that travel in a step, both ways.
+    """
+
+    of: list[int]
+    load: list[int]
+    moved: int
+
+    @property
+    def busiest(self) -> int:
+        return max(self.load)
+
+
+def choose_owners(
+    costs: Sequence[int], numels: Sequence[int], holders: Holders, world: int, scalars: int = 0
+) -> Owners:
+    """The one way in which owners are chosen: by a run's plan, and by the planner at any size.
+
+    Every choice is made within a capacity, the load that no rank should pass. Several are tried, from even to staying
+    where the elements lie; if none comes near the bound (the mean, or the costliest matrix), a search between them
+    fills ranks one by one (best fit). Of the nearly most even ones, the one that moves the fewest elements is taken.
+
+    Args:
+        costs, numels: of each matrix.
+        holders: who holds them.
+        world: ranks of the group.
+        scalars: bf16 numbers that travel with each update beside its elements.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     bound = max(sum(costs) / world, max(costs, default=0))
 
-    def attempt(capacity: float, fill: bool = False) -> tuple[int, int, list[int], list[int]]:
-        owners = _assign(costs, sizes, world, capacity, fill)
-        load = _sum_by_rank(world, zip(owners, costs))
-        moved = sum(
-            matrix.numel + everywhere - 2 * of_ranks.get(owner, 0) + scalars * (len(of_ranks) - (owner in of_ranks))
-            for matrix, owner, of_ranks, everywhere in zip(matrices, owners, sizes, held_in_all)
-        )
-        return max(load), moved, owners, load
+    def within(capacity: float, fill: bool = False) -> Owners:
+        of, load = _assign(order, costs, holders, world, capacity, fill)
+        moved = 0
+        for number, owner in enumerate(of):
+            own, (everywhere, count) = holders.held_by(number, owner), holders.totals(number)
+            moved += numels[number] + everywhere - 2 * own + scalars * (count - (own > 0))
+        return Owners(of, load, moved)
 
-    tried = [attempt(bound * slack) for slack in SLACKS]
-    evenest = min(busiest for busiest, *_ in tried)
-    low, high = bound, float(evenest)
-    for _ in range(SEARCH if evenest > bound * TOLERANCE else 0):
-        tried.append(attempt((low + high) / 2, fill=True))
-        low, high = (low, (low + high) / 2) if tried[-1][0] <= (low + high) / 2 else ((low + high) / 2, high)
-    evenest = min(busiest for busiest, *_ in tried)
-    _, _, owners, load = min((t for t in tried if t[0] <= evenest * TOLERANCE), key=lambda t: t[1])
-    routes = [_route(matrix, owner, held[i], world) for i, (matrix, owner) in enumerate(zip(matrices, owners))]
-    routes, rounds = _schedule(matrices, routes)
-    return Plan(tuple(routes), tuple(load), tuple(_bytes_sent(routes, world, scalars)), rounds)
+    tried = [within(bound * slack) for slack in SLACKS]
+    low, high = bound, float(min(owners.busiest for owners in tried))
+    for _ in range(SEARCH if high > bound * TOLERANCE else 0):
+        middle = (low + high) / 2
+        tried.append(within(middle, fill=True))
+        low, high = (low, middle) if tried[-1].busiest <= middle else (middle, high)
+    evenest = min(owners.busiest for owners in tried)
+    return min((owners for owners in tried if owners.busiest <= evenest * TOLERANCE), key=lambda owners: owners.moved)
 
 
 def _assign(
-    costs: list[int], sizes: list[dict[int, int]], world: int, capacity: float, fill: bool = False
-) -> list[int]:
-    """Longest first: the holder of most of it that still has room, else the least loaded rank.
+    order: Sequence[int], costs: Sequence[int], holders: Holders, world: int, capacity: float, fill: bool
+) -> tuple[list[int], list[int]]:
+    """Owners and load. Longest first: the holder of most of it that still has room, else the least loaded rank.
 
     With `fill` it is the fullest rank that has room, which leaves larger holes for what comes (best fit).
     """
     load = [0] * world
-    by_load = [(0, rank) for rank in range(world)]
-    owners = [0] * len(costs)
-    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        cost, holders = costs[number], sizes[number]
-        evenly = len(holders) == world and len(set(holders.values())) == 1  # no rank is a better place than another
-        room = [] if evenly or fill else [r for r in holders if load[r] + cost <= capacity]
-        if room:
-            owner = min(room, key=lambda r: (-holders[r], load[r], r))
-        else:
-            owner = by_load[max(bisect_right(by_load, (capacity - cost, world)) - 1, 0) if fill else 0][1]
+    by_load = [(0, rank) for rank in range(world)]  # sorted
+    of = [0] * len(costs)
+    for number in order:
+        cost, most = costs[number], math.floor(capacity) - costs[number]
+        owner = None if fill or holders.evenly(number) else holders.best(number, load, most)
+        if owner is None:
+            fullest = max(bisect_right(by_load, (most, world)) - 1, 0)
+            owner = by_load[fullest if fill else 0][1]
         del by_load[bisect_left(by_load, (load[owner], owner))]
         load[owner] += cost
         insort(by_load, (load[owner], owner))
-        owners[number] = owner
-    return owners
+        of[number] = owner
+    return of, load
+
+
+class _Pieces:
+    """`Holders` of a real run: the pieces that the ranks published."""
+
+    def __init__(self, held: Sequence[Mapping[int, Sequence[Strided]]], world: int) -> None:
+        self._world = world
+        self._sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
+
+    def held_by(self, number: int, rank: int) -> int:
+        return self._sizes[number].get(rank, 0)
+
+    def totals(self, number: int) -> tuple[int, int]:
+        return sum(self._sizes[number].values()), len(self._sizes[number])
+
+    def evenly(self, number: int) -> bool:
+        return len(self._sizes[number]) == self._world and len(set(self._sizes[number].values())) == 1
+
+    def best(self, number: int, load: Sequence[int], most: int) -> int | None:
+        sizes = self._sizes[number]
+        room = [rank for rank in sizes if load[rank] <= most]
+        return min(room, key=lambda rank: (-sizes[rank], load[rank], rank)) if room else None
 
 
 def _route(matrix: Matrix, owner: int, held: dict[int, tuple[Strided, ...]], world: int) -> Route:

@@ -6,8 +6,6 @@ from two numbers, so here they are arithmetic on vectors; the owners and the cou
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.layout import Strided
-from ..core.plan import BYTES, SLACKS, TOLERANCE
+from ..core.plan import BYTES, choose_owners
 from .calls import PlannedCall
 
 #: From so many ranks on, a matrix is looked at with vectors.
@@ -33,7 +31,7 @@ class _Share:
         of: elements by rank, from the first rank that holds any.
         vector: the same, where they are many.
         total, holders: elements over all ranks; how many ranks hold any.
-        evenly: all of them hold the same.
+        evenly: every rank of the group holds the same.
     """
 
     of: list[int]
@@ -68,7 +66,32 @@ class _Shares:
             ends = [where.before(rank * part) for rank in range(count + 1)]
             of = [after - before for before, after in pairwise(ends)]
         vector = torch.tensor(of) if count >= LARGE else None
-        return _Share(of, vector, sum(of), sum(n > 0 for n in of), len(set(of)) == 1)
+        return _Share(of, vector, sum(of), sum(n > 0 for n in of), count == self.world and len(set(of)) == 1)
+
+    def held_by(self, number: int, rank: int) -> int:
+        first, share = self[number]
+        return share.of[rank - first] if 0 <= rank - first < len(share.of) else 0
+
+    def totals(self, number: int) -> tuple[int, int]:
+        share = self[number][1]
+        return share.total, share.holders
+
+    def evenly(self, number: int) -> bool:
+        return self[number][1].evenly
+
+    def best(self, number: int, load: Sequence[int], most: int) -> int | None:
+        first, share = self[number]
+        mine = load[first : first + len(share.of)]
+        if share.vector is None:
+            room = [(-held, of_rank, first + i) for i, (held, of_rank) in enumerate(zip(share.of, mine)) if held]
+            room = [entry for entry in room if entry[1] <= most]
+            return min(room)[2] if room else None
+        loads = torch.tensor(mine)
+        has_room = (share.vector > 0) & (loads <= most)
+        if not bool(has_room.any()):
+            return None
+        largest = torch.where(has_room, share.vector, -1).max()
+        return first + int(torch.where(has_room & (share.vector == largest), loads, LAST).argmin())
 
 
 def counts(call: PlannedCall, flops: Callable[[int, int], int], scalars: int) -> tuple[list[int], list[int]]:
@@ -81,66 +104,16 @@ def counts(call: PlannedCall, flops: Callable[[int, int], int], scalars: int) ->
     """
     matrices, world = call.matrices, call.dp
     shares, costs = _Shares(call), [flops(m.rows, m.cols) for m in matrices]
-    bound = max(sum(costs) / world, max(costs))
-    tried = []
-    for slack in SLACKS:
-        owners, load = _assign(costs, shares, world, bound * slack)
-        moved = 0
-        for number, owner in enumerate(owners):
-            share, own = _owned(shares, number, owner)
-            moved += matrices[number].numel + share.total - 2 * own + scalars * (share.holders - (own > 0))
-        tried.append((max(load), moved, owners, load))
-    evenest = min(busiest for busiest, *_ in tried)
-    _, _, owners, load = min((t for t in tried if t[0] <= evenest * TOLERANCE), key=lambda t: t[1])
-    return load, _sent(shares, owners, world, scalars)
-
-
-def _owned(shares: _Shares, number: int, owner: int) -> tuple[_Share, int]:
-    """(What the ranks hold of a matrix, what its owner does)."""
-    first, share = shares[number]
-    return share, share.of[owner - first] if 0 <= owner - first < len(share.of) else 0
-
-
-def _assign(costs: Sequence[int], shares: _Shares, world: int, capacity: float) -> tuple[list[int], list[int]]:
-    """`plan._assign`: the holder of most of a matrix that still has room, else the least loaded rank."""
-    load = [0] * world
-    heap = [(0, rank) for rank in range(world)]
-    owners = [0] * len(costs)
-    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        cost = costs[number]
-        first, share = shares[number]
-        evenly = share.evenly and len(share.of) == world
-        owner = None if evenly else _best(first, share, load, math.floor(capacity) - cost)
-        if owner is None:
-            while heap[0][0] != load[heap[0][1]]:
-                heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
-            owner = heap[0][1]
-        load[owner] += cost
-        owners[number] = owner
-    return owners, load
-
-
-def _best(first: int, share: _Share, load: Sequence[int], most: int) -> int | None:
-    """Of the holders with at most so much load, the one that holds most; then the least loaded; then the first."""
-    mine = load[first : first + len(share.of)]
-    if share.vector is None:
-        room = [(-held, of_rank, first + i) for i, (held, of_rank) in enumerate(zip(share.of, mine)) if held]
-        room = [entry for entry in room if entry[1] <= most]
-        return min(room)[2] if room else None
-    loads = torch.tensor(mine)
-    room_mask = (share.vector > 0) & (loads <= most)
-    if not bool(room_mask.any()):
-        return None
-    largest = torch.where(room_mask, share.vector, -1).max()
-    return first + int(torch.where(room_mask & (share.vector == largest), loads, LAST).argmin())
+    owners = choose_owners(costs, [m.numel for m in matrices], shares, world, scalars)
+    return owners.load, _sent(shares, owners.of, world, scalars)
 
 
 def _sent(shares: _Shares, owners: Sequence[int], world: int, scalars: int) -> list[int]:
     sent = torch.zeros(world, dtype=torch.int64)
     few = [0] * world
     for number, owner in enumerate(owners):
-        first = shares[number][0]
-        share, own = _owned(shares, number, owner)
+        first, share = shares[number]
+        own = shares.held_by(number, owner)
         if share.vector is not None and not shares.replicas:
             sent[first : first + len(share.of)] += BYTES * share.vector
         elif not shares.replicas:
