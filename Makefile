@@ -27,7 +27,7 @@ test: lint .venv/megatron .venv/older_deepspeed slurm  ## everything that CI run
 	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadfile --durations=25
 
 slurm:  ## for its tests, which are skipped without it: installed by apt, as root where there is apt
-	$(PYTHON) tests/slurm_cluster.py install
+	$(PYTHON) tests/support/slurm_cluster.py install
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ bench-megatron: .venv/emerging_optimizers  ## Megatron 0.19.2's own Muon, ours a
 	$(BIN)/python benchmarks/into_readme.py
 
 gpu: .venv/gpu  ## the checks and the benchmarks on CUDA devices
-	env -u DS_ACCELERATOR REQUIRE_RELEASES=1 $(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_engines.py
+	env -u DS_ACCELERATOR REQUIRE_RELEASES=1 $(BIN)/python -m pytest tests/gpu
 	env -u DS_ACCELERATOR $(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.md
 	env -u DS_ACCELERATOR $(BIN)/python benchmarks/deepspeed_muon.py --device cuda
 	env -u DS_ACCELERATOR $(BIN)/python benchmarks/megatron_muon.py --device cuda

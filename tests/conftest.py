@@ -1,36 +1,73 @@
 import os
-import tempfile
 
 import pytest
-from ranks import Ranks
 
-# DeepSpeed compiles kernels at first use. A build elsewhere that was killed leaves a lock on which all later ones wait.
-os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp()
+from tests.support import session
+from tests.support.ranks import Ranks
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist, which inherit the environment
+        session.begin()
+        # DeepSpeed compiles kernels at first use. A build elsewhere that was killed leaves a lock on which all later
+        # ones wait.
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(session.folder() / "extensions")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        session.end()
+
+
+class Pools:
+    """Pools of ranks for the tests; those of other engines than the last one asked for are closed."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[int, str | None, str | None, str | None], Ranks] = {}
+
+    def __call__(
+        self, size: int, megatron: str | None = None, deepspeed: str | None = None, apart: str | None = None
+    ) -> Ranks:
+        key = size, megatron, deepspeed, apart
+        for other in [k for k in self._pools if k[1:] != key[1:]]:
+            self._pools.pop(other).close()
+        if key not in self._pools or not self._pools[key].alive:
+            self._pools[key] = Ranks(size, megatron, deepspeed)
+        return self._pools[key]
+
+    def alone(self, function, *args, megatron=None, deepspeed=None, apart=None):
+        """What `function(0, *args)` returns in one process; computed once in a run of the tests, for all workers."""
+        key = repr((function.__module__, function.__qualname__, args, megatron, deepspeed))
+        return session.once(key, lambda: self(1, megatron, deepspeed, apart).run(function, *args)[0])
+
+    def forked(self, function, *args, megatron=None, **kwargs):
+        """`function(0, *args, **kwargs)` in a process of its own without process groups, which ends with it."""
+        process = Ranks(1, megatron, group=False)
+        try:
+            return process.run(function, *args, **kwargs)[0]
+        finally:
+            process.close()
+
+    def close(self) -> None:
+        for started in self._pools.values():
+            started.close()
 
 
 @pytest.fixture(scope="session")
 def ranks():
-    """`ranks(n)`: a pool of n processes, started at its first use.
+    """`ranks(n)`: a pool of n processes, forked at its first use from one that has imported the engine.
 
     `ranks(n, "0.19.2")`: with that Megatron-Core; `ranks(n, deepspeed="0.18.9")`: with that DeepSpeed;
     `ranks(n, apart="pipeline")`: for tests whose process groups DeepSpeed keeps for good.
+    `ranks.alone(function, *arguments)`: what one process returns, computed once for all tests of a run.
+    `ranks.forked(function, *arguments)`: in a process of its own, without process groups.
     """
-    pools: dict[tuple[int, str | None, str | None, str | None], Ranks] = {}
-
-    def pool(size: int, megatron: str | None = None, deepspeed: str | None = None, apart: str | None = None) -> Ranks:
-        key = size, megatron, deepspeed, apart
-        for other in [k for k in pools if k[1:] != key[1:]]:  # tests of one engine stand together: memory for one
-            pools.pop(other).close()
-        if key not in pools or not pools[key].alive:
-            pools[key] = Ranks(size, megatron, deepspeed)
-        return pools[key]
-
-    yield pool
-    for started in pools.values():
-        started.close()
+    pools = Pools()
+    yield pools
+    pools.close()
 
 
 @pytest.fixture(scope="session", params=["0.16.1", "0.19.2"])
 def release(request):
-    """Each Megatron-Core that must work; all tests of one before those of the next, since pools take long to start."""
+    """Each Megatron-Core that must work."""
     return request.param

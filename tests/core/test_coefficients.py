@@ -1,0 +1,106 @@
+"""A coefficient set is one iteration alone, under DeepSpeed, under Megatron and in Emerging-Optimizers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from muon_plugin.core.orthogonalize import COEFFICIENT_SETS, NewtonSchulz, coefficients_for
+from muon_plugin.core.settings import Settings
+from muon_plugin.megatron.settings import Settings as MegatronSettings
+from tests.support.ranks import ROOT
+
+STEPS = range(5, 11)
+#: The folder in which `make bench-megatron` installs the package whose sets Megatron uses.
+EMERGING_OPTIMIZERS = ROOT / ".venv" / "megatron-core" / "emerging-optimizers-0.3.0"
+#: Prints the triples that each of its sets takes in so many steps, by running its iteration on a small matrix.
+THEIRS = """
+import json, typing
+import torch, typing_extensions
+if not hasattr(typing, "override"):  # it is written for Python 3.12
+    typing.override = typing_extensions.override
+from emerging_optimizers.orthogonalized_optimizers import muon_utils
+seen = []
+def step(x, a, b, c, **_):
+    seen.append((a, b, c))
+    return x
+muon_utils.newton_schulz_step = step
+found = {}
+for name in muon_utils._COEFFICIENT_SETS:
+    for steps in range(1, 21):
+        seen.clear()
+        muon_utils.newton_schulz(torch.ones(2, 3), steps, name)
+        found[f"{name} {steps}"] = list(seen)
+print("triples:", json.dumps(found))
+"""
+
+
+def from_megatron(name: str, steps: int) -> Any:
+    config = SimpleNamespace(
+        muon_momentum=0.9,
+        muon_num_ns_steps=steps,
+        muon_coefficient_type=name,
+        muon_scale_mode="spectral",
+        muon_extra_scale_factor=1.0,
+        muon_split_qkv=True,
+    )
+    return MegatronSettings.from_config(config).newton_schulz.coefficients
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name", COEFFICIENT_SETS)
+def test_a_set_is_the_same_iteration_under_both_engines(name, steps):
+    ours = Settings.from_dict({"ns_steps": steps, "ns_coefficients": name}).newton_schulz.coefficients
+    assert len(ours) == steps
+    assert from_megatron(name, steps) == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "last"),
+    [
+        ("simple", 7, (3.4445, -4.7750, 2.0315)),
+        ("aol", 5, (4.0098, -7.0585, 2.4635)),
+        ("aol", 8, (2.7215, -3.0494, 1.3169)),
+        ("quintic", 6, (4.0848, -6.8946, 2.9270)),
+        ("quintic", 10, (2.8366, -3.0525, 1.2012)),
+        ("polar_express", 9, (1.8750, -1.2500, 0.3750)),
+        ("cans", 6, (2.2737, -1.6447, 0.4162)),
+        ("deepseekv4", 11, (2.0, -1.5, 0.5)),
+    ],
+)
+def test_a_set_starts_over_or_repeats_its_last_triple(name, steps, last):
+    assert coefficients_for(steps, name)[-1] == last
+
+
+@pytest.mark.parametrize(("name", "steps"), [("aol", 4), ("quintic", 5)])
+def test_auto_takes_the_standard_form_once_a_set_starts_over(name, steps):
+    """The step that starts over magnifies errors: see test_orthogonalize's comparison with float64 for "aol"."""
+    forms = [NewtonSchulz(coefficients_for(n, name)) for n in (steps, steps + 1)]
+    standard = [NewtonSchulz(form.coefficients, "standard") for form in forms]
+    assert forms[0].flops(64, 256) < standard[0].flops(64, 256)
+    assert forms[1].flops(64, 256) == standard[1].flops(64, 256)
+
+
+def test_a_users_own_triples_repeat_the_last():
+    own = [list(triple) for triple in coefficients_for(4, "aol")]
+    assert coefficients_for(6, own)[3:] == (tuple(own[-1]),) * 3
+
+
+def test_the_sets_are_those_of_emerging_optimizers():
+    """All of its sets, for 1 to 20 steps."""
+    if not EMERGING_OPTIMIZERS.is_dir():
+        pytest.skip(f"{EMERGING_OPTIMIZERS} is not there (make bench-megatron installs it)")
+    environment = {**os.environ, "PYTHONPATH": str(EMERGING_OPTIMIZERS)}
+    command = [sys.executable, "-c", THEIRS]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    theirs = json.loads(ran.stdout.partition("triples: ")[2])
+    assert {key.split()[0] for key in theirs} == set(COEFFICIENT_SETS)
+    ours = {f"{name} {steps}": coefficients_for(steps, name) for name in COEFFICIENT_SETS for steps in range(1, 21)}
+    assert ours == {key: tuple(map(tuple, triples)) for key, triples in theirs.items()}

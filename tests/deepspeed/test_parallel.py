@@ -1,0 +1,287 @@
+"""Under DeepSpeed with more than data parallelism: the same bits at every TP degree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.support.combinations import FULL, covering
+from tests.support.deepspeed_runs import convert
+from tests.support.integers import build, config, differing, gradient
+from tests.support.integers import trained as trained_on_integers
+from tests.support.monitored import written
+from tests.support.parallel_models import Block, Experts, Stage, described, in_a_pipeline, with_experts
+from tests.support.ranks import RankError
+
+CUT = {
+    "layer_specs": [
+        {"patterns": [r".*down\.weight$"], "partition_type": "row"},
+        {"patterns": [r".*up\.weight$"], "partition_type": "column"},
+        {"patterns": [r".*qkv\.weight$"], "partition_type": "column", "shape": (3, -1), "partition_dim": 0},
+        {"patterns": [r".*router\.weight$"], "partition_type": "skip"},
+    ],
+    "use_default_specs": False,
+}
+
+
+def built(rank: int, settings: dict[str, Any], tp: int) -> Any:
+    if tp > 1:
+        settings = {**settings, "tensor_parallel": {"autotp_size": tp, "partition_config": CUT}}
+    engine = build(rank, settings, Block())
+    engine.module.cut = tp > 1
+    assert (described(engine.module.down.weight) is not None) is (tp > 1)
+    return engine
+
+
+def steps(engine: Any, rank: int, tp: int, first: int, last: int) -> None:
+    gas, dp = engine.gradient_accumulation_steps(), engine.dp_world_size
+    dp_rank = dist.get_rank(engine.data_parallel_group) if tp > 1 else rank
+    for step in range(first, last):
+        for micro in range(gas):
+            engine.backward(engine(step, micro, dp_rank, dp, gas))
+            engine.step()
+
+
+def trained(rank: int, settings: dict[str, Any], tp: int) -> dict[str, Tensor]:
+    """Ten steps: whole weights."""
+    engine = built(rank, settings, tp)
+    steps(engine, rank, tp, 0, 10)
+    return gathered(engine, tp)
+
+
+def gathered(engine: Any, tp: int) -> dict[str, Tensor]:
+    import deepspeed
+    from deepspeed.utils import groups
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        found = {}
+        for name, p in engine.module.named_parameters():
+            if described(p):
+                shards: list[Any] = [None] * tp
+                dist.all_gather_object(shards, p.detach().clone(), group=groups.get_tensor_model_parallel_group())
+                found[name] = described(p).rebuild(dict(enumerate(shards)))
+            else:
+                found[name] = p.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "offload", "gas"),
+    covering((0, 1, 2, 3), (2, 4), (False, True), (1, 4), valid=lambda stage, _, offload, gas: stage or not offload),
+)
+def test_autotp_changes_no_bit(ranks, stage, world, offload, gas):
+    """DeepSpeed #8437: each shard is orthogonalized alone, and the update depends on the TP degree."""
+    alone = ranks.alone(trained, config(0, "bf16"), 1, apart="autotp")
+    zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+    for found in ranks(world, apart="autotp").run(trained, config(stage, "bf16", gas=gas, zero_optimization=zero), 2):
+        assert differing(found, alone) == []
+
+
+def saved(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> None:
+    engine = built(rank, settings, tp)
+    steps(engine, rank, tp, 0, 6)
+    engine.save_checkpoint(str(folder), tag="tag")
+    if rank == 0:
+        convert(folder)
+    dist.barrier()
+
+
+def resumed(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> dict[str, Tensor]:
+    engine = built(rank, {**settings, "checkpoint": {"load_universal": True}}, tp)
+    engine.load_checkpoint(str(folder))
+    steps(engine, rank, tp, 6, 10)
+    return gathered(engine, tp)
+
+
+def test_resumed_at_another_tp_degree(ranks, tmp_path):
+    """By DeepSpeed's own converter, from every layout to every other; FULL=1 for more of them."""
+    layouts = {2: [(1, 2), (3, 4)], 1: [(2, 4)]}  # (stage, world) by TP degree
+    if FULL:
+        layouts = {2: [(1, 2), (2, 4), (3, 4)], 1: [(1, 1), (2, 4), (3, 2)]}
+    folders = [tmp_path / f"{stage} {world} {tp}" for tp in layouts for stage, world in layouts[tp]]
+
+    def pool(world: int, tp: int) -> Any:  # DeepSpeed keeps TP groups for good
+        return ranks(world, apart="autotp" if tp > 1 else None)
+
+    def save_all(tp: int) -> None:
+        for stage, world in layouts[tp]:
+            pool(world, tp).run(saved, config(stage, "bf16"), tp, tmp_path / f"{stage} {world} {tp}")
+
+    def resume_all(tp: int) -> None:
+        for stage, world in layouts[tp]:
+            for folder in folders:
+                found = pool(world, tp).run(resumed, config(stage, "bf16"), tp, folder)[0]
+                assert differing(found, alone) == [], f"from {folder.name} to {stage} {world} {tp}"
+
+    save_all(2)
+    alone = ranks.alone(trained, config(0, "bf16"), 1)
+    save_all(1)
+    resume_all(1)
+    resume_all(2)
+
+
+def watched(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> None:
+    monitor = {"enabled": True, "output_path": str(folder / str(tp)), "job_name": "run"}
+    trained(rank, {**settings, "steps_per_print": 5, "csv_monitor": monitor}, tp)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_sizes_that_a_user_watches_are_the_same_at_every_tp_degree(ranks, tmp_path, stage):
+    ranks(1, apart="autotp").run(watched, config(stage), 1, tmp_path)
+    ranks(4, apart="autotp").run(watched, config(stage), 2, tmp_path)
+    alone, cut = written(tmp_path / "1"), written(tmp_path / "2")
+    assert alone.keys() == cut.keys()
+    for name in alone:
+        if not name.endswith("share"):
+            assert cut[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+class Grid:
+    """A client's mpu: TP ranks side by side, DP across."""
+
+    def __init__(self, tp: int) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        rows = [list(range(i, i + tp)) for i in range(0, world, tp)]
+        columns = [list(range(i, world, tp)) for i in range(tp)]
+        self.tp = next(g for g, ranks in [(dist.new_group(r), r) for r in rows] if rank in ranks)
+        self.dp = next(g for g, ranks in [(dist.new_group(r), r) for r in columns] if rank in ranks)
+        for kind, group in (("tensor_model", self.tp), ("model", self.tp), ("data", self.dp)):
+            setattr(self, f"get_{kind}_parallel_group", lambda group=group: group)
+            setattr(self, f"get_{kind}_parallel_world_size", lambda group=group: dist.get_world_size(group))
+            setattr(self, f"get_{kind}_parallel_rank", lambda group=group: dist.get_rank(group))
+
+
+class Marked(nn.Module):
+    """Parameters cut by hand and marked as Megatron marks them; gate and up side by side on each rank."""
+
+    CUTS: ClassVar = {"up": (0, 1), "down": (1, 1), "gate_up_proj": (0, 2), "router": None}
+
+    def __init__(self, rank: int, size: int, marked: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.rank, self.size = rank, size
+        for name, cut in self.CUTS.items():
+            self.add_module(name, nn.Linear(24, 32, bias=False))
+            weight = self.get_submodule(name).weight
+            if cut is not None:
+                weight.data = self.part(weight.data, cut).clone()
+                if marked:
+                    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, *cut
+
+    def part(self, whole: Tensor, cut: tuple[int, int] | None) -> Tensor:
+        if cut is None:
+            return whole
+        return torch.cat([half.chunk(self.size, cut[0])[self.rank] for half in whole.chunk(cut[1], cut[0])], cut[0])
+
+    def forward(self, step: int, rank: int, world: int) -> Tensor:
+        loss = torch.zeros(())
+        for number, (name, p) in enumerate(self.named_parameters()):
+            grad = gradient((32, 24), number, step, 0, rank, world, 1)
+            loss = loss + (p.float() * self.part(grad, self.CUTS[name.split(".")[0]])).sum()
+        return loss
+
+
+def with_mpu(rank: int, settings: dict[str, Any], tp: int, marked: bool = True) -> tuple[int, dict[str, Tensor]]:
+    """Five steps: this rank in TP, its parts of the weights."""
+    mpu = Grid(tp) if tp > 1 else None
+    model = Marked(dist.get_rank(mpu.tp) if mpu else 0, tp, marked)
+    engine = build(rank, settings, model, mpu=mpu)
+    dp_rank, dp = (dist.get_rank(mpu.dp), dist.get_world_size(mpu.dp)) if mpu else (0, 1)
+    for step in range(5):
+        engine.backward(engine(step, dp_rank, dp))
+        engine.step()
+    return model.rank, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_clients_mpu_changes_no_bit(ranks, stage):
+    _, alone = ranks.alone(with_mpu, config(0, "bf16"), 1, apart="mpu")
+    for rank, found in ranks(4, apart="mpu").run(with_mpu, config(stage, "bf16"), 2):
+        cut = Marked(rank, 2)
+        parts = {name: cut.part(whole, cut.CUTS[name.split(".")[0]]) for name, whole in alone.items()}
+        assert differing(found, parts) == []
+
+
+def test_parts_that_nobody_marked_are_told(ranks):
+    with pytest.raises(RankError, match=r"disagree about parameters that no tensor parallelism cuts.*Mark what each"):
+        ranks(2, apart="mpu").run(with_mpu, config(1, "bf16"), 2, False)
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_expert_parallelism_changes_no_bit(ranks, stage, world, ep):
+    alone = ranks.alone(with_experts, config(0, "bf16"), 1, apart="experts")
+    seen = set()
+    for found in ranks(world, apart="experts").run(with_experts, config(stage, "bf16"), ep):
+        seen |= set(found)
+        assert differing(found, {name: alone[name] for name in found}) == []
+    assert seen == set(alone)
+
+
+@pytest.mark.parametrize(("world", "stages"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16")])
+def test_a_pipeline_changes_no_bit(ranks, stage, dtype, world, stages):
+    """The first of four stages holds nothing but an embedding: DeepSpeed's ZeRO would hang, with any two groups."""
+    if (stage, stages) == (1, 4):
+        with pytest.raises(RankError, match=r"parameter groups of the pipeline's stages.*to give every stage a matrix"):
+            ranks(world, apart="pipeline").run(in_a_pipeline, config(stage, dtype, gas=2), stages)
+        return
+    settings = config(stage, dtype, gas=2)
+    alone = ranks.alone(in_a_pipeline, settings, 1, apart="pipeline")
+    seen = set()
+    for found in ranks(world, apart="pipeline").run(in_a_pipeline, settings, stages):
+        seen |= set(found)
+        assert differing(found, {name: alone[name] for name in found}) == []
+    assert seen == set(alone)
+
+
+def watched_in_a_pipeline(rank: int, settings: dict[str, Any], stages: int, folder: Path) -> None:
+    """Two steps; the first and the last layer are one."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    deepspeed.init_distributed("gloo")
+    tied = TiedLayerSpec("embed", Stage, 0, 10, 16, tied_weight_attr="embed.weight")
+    layers = [tied, LayerSpec(Stage, 1, 16, 24), LayerSpec(Stage, 2, 24, 20), tied]
+    model = PipelineModule(layers, num_stages=stages, loss_fn=lambda x, _: x[0, 0], partition_method="uniform")
+    monitor = {"enabled": True, "output_path": str(folder / str(stages)), "job_name": "run"}
+    settings = {**settings, "steps_per_print": 1, "csv_monitor": monitor}
+    engine = build(rank, settings, model, model_parameters=list(model.parameters()))
+    for step in range(2):
+        rows = [(torch.tensor([[0.0, step, micro]]).requires_grad_(), torch.zeros(1)) for micro in range(2)]
+        engine.train_batch(iter(rows))
+
+
+def test_sizes_that_a_user_watches_count_what_a_pipeline_ties_once(ranks, tmp_path):
+    for stages in (1, 2):
+        settings = config(0, "fp32", gas=2)
+        ranks(stages, apart="pipeline").run(watched_in_a_pipeline, settings, stages, tmp_path)
+    alone, cut = written(tmp_path / "1"), written(tmp_path / "2")
+    for name in ("weight_rms_adamw", "momentum_norm_adamw", "update_rms_muon", "gradient_norm"):
+        assert cut[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+def test_experts_are_not_converted(ranks, tmp_path):
+    ranks(2, apart="experts").run(saved_with_experts, config(1, "bf16"), tmp_path)
+    with pytest.raises(SystemExit, match=r"experts of deepspeed\.moe.*resume at the world size"):
+        convert(tmp_path)
+
+
+def saved_with_experts(rank: int, settings: dict[str, Any], folder: Path) -> None:
+    engine = build(rank, settings, Experts(2))
+    engine.backward(engine(0))
+    engine.step()
+    engine.save_checkpoint(str(folder), tag="tag")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ulysses_changes_no_bit(ranks, stage):
+    """ZeRO cuts over sequence and data parallel ranks together."""
+    alone = ranks.alone(trained_on_integers, config(0, "bf16"))
+    for found in ranks(2, apart="sequence").run(trained_on_integers, config(stage, "bf16", sequence_parallel_size=2)):
+        assert differing(found, alone) == []

@@ -1,0 +1,124 @@
+"""The oldest DeepSpeed that is supported ends in the bits of the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.combinations import covering
+from tests.support.deepspeed_runs import interrupted, overflow
+from tests.support.integers import build, config, differing, trained
+from tests.support.monitored import check_sizes, watched, written
+from tests.support.ranks import RankError
+
+OLD = "0.18.9"
+
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@pytest.fixture
+def reference(ranks):
+    """The newest release, one process, stage 0: by dtype."""
+    return {dtype: ranks.alone(trained, config(0, dtype)) for dtype in DTYPES}
+
+
+def mended(rank: int, function: Callable[..., Any], *args: Any) -> Any:
+    """`function` in a 0.18.9 that can do over gloo what it can do over NCCL, as later releases, with any optimizer.
+
+    - Where it flattens ZeRO 1's and 2's parameters on the device, the flat buffer carries autograd's history, and gloo
+      refuses to write into it (DeepSpeed #7948).
+    - GatheredParameters waits for the last of its all-gathers only, which over gloo may end in any order: now and then
+      a parameter is read before it has arrived.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as zero
+
+    assert deepspeed.__version__ == OLD
+    flatten, gather = zero.flatten_dense_tensors_aligned, Init._allgather_params_coalesced
+
+    def one_by_one(self: Any, params: list[Any], *args: Any, **kwargs: Any) -> None:
+        for p in params:
+            gather(self, [p], *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "flatten_dense_tensors_aligned", lambda *a, **k: flatten(*a, **k).detach())
+        patch.setattr(Init, "_allgather_params_coalesced", one_by_one)
+        return function(rank, *args)
+
+
+@pytest.mark.parametrize(("dtype", "stage", "world"), covering(DTYPES, (0, 1, 2, 3), (1, 2, 3)))
+def test_ten_steps_end_in_the_same_bits(ranks, reference, dtype, stage, world):
+    for rank, found in enumerate(ranks(world, deepspeed=OLD).run(mended, trained, config(stage, dtype, gas=2))):
+        assert differing(found, reference[dtype]) == [], f"rank {rank}"
+
+
+OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "overlap_comm": (2, {"zero_optimization": {"overlap_comm": True}}),
+    "round_robin_gradients": (1, {"zero_optimization": {"round_robin_gradients": True}}),
+    "small buckets": (2, {"zero_optimization": {"reduce_bucket_size": 500, "allgather_bucket_size": 500}}),
+    "fp32 gradients, stage 1": (
+        1,
+        {"data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"immediate_grad_update": True}},
+    ),
+    "fp32 gradients, stage 2": (2, {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "offload, stage 1": (1, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    "offload, stage 3": (3, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    "sub-groups": (3, {"zero_optimization": {"sub_group_size": 300}}),
+    "no parameter persists": (3, {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_zero_options_change_no_bit(ranks, reference, option):
+    stage, sections = OPTIONS[option]
+    found = ranks(2, deepspeed=OLD).run(mended, trained, config(stage, "bf16", gas=2, **sections))[0]
+    assert differing(found, {name: reference["bf16"][name] for name in found}) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_monitor_shows_the_same_sizes(ranks, tmp_path, stage):
+    ranks(2, deepspeed=OLD).run(mended, watched, config(stage, "fp32"), tmp_path)
+    check_sizes(written(tmp_path))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_resuming_is_bit_exact(ranks, tmp_path, stage):
+    straight = ranks(2, deepspeed=OLD).run(mended, trained, config(stage, "bf16"), 6)
+    resumed = ranks(2, deepspeed=OLD).run(mended, interrupted, config(stage, "bf16"), str(tmp_path))
+    for a, b in zip(straight, resumed):
+        assert differing(a, b) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_overflow_leaves_every_byte_alone(ranks, stage):
+    for same, differs, moved in ranks(2, deepspeed=OLD).run(mended, overflow, config(stage, "fp16")):
+        assert (same, differs, bool(moved)) == (True, [], True)
+
+
+REFUSED = [
+    (config(3, zero_optimization={"mics_shard_size": 1}), "mics_shard_size=1 is not supported"),
+    # DeepSpeed #7985: each rank's last micro-batch would stay out of the average, with any optimizer.
+    (config(1, "bf16", data_types={"grad_accum_dtype": "fp32"}), "with stage 1='fp32' is not supported"),
+]
+
+
+@pytest.mark.parametrize(("settings", "match"), REFUSED, ids=["MiCS", "BF16_Optimizer"])
+def test_what_it_cannot_do_is_refused(ranks, settings, match):
+    with pytest.raises(RankError) as caught:
+        ranks(2, deepspeed=OLD).run(build, settings)
+    for kind, message in caught.value.errors:
+        assert (kind, match in message) == ("ValueError", True), message
+
+
+@pytest.mark.parametrize("name", ["Muon", "AdamW"])
+def test_over_gloo_its_stages_1_and_2_need_one_rank_with_any_optimizer(ranks, name):
+    """What `mended` mends, so that it does not outlive its reason."""
+    settings = config(1)
+    if name == "AdamW":
+        settings["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
+    with pytest.raises(RankError, match="is a view and is being modified inplace"):
+        ranks(2, deepspeed=OLD).run(trained, settings, 1)

@@ -1,0 +1,77 @@
+"""Each patch, applied to the release it names, does what the hook does."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.integers import differing
+from tests.support.megatron_model import Layout, build, config_for, full_masters, full_weights, step, trained
+from tests.support.ranks import release
+
+RELEASES = ("0.16.1", "0.19.2")
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def patched(request, tmp_path_factory):
+    """(release, a patched copy of it)."""
+    folder = tmp_path_factory.mktemp("patched")
+    shutil.copytree(release(request.param) / "megatron", folder / "megatron")
+    diff = ROOT / "patches" / f"megatron-core-{request.param}.patch"
+    subprocess.run(["patch", "-p1", "--forward", "-i", str(diff)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return request.param, folder
+
+
+def without_hooks(rank: int, layout: Layout, steps: int) -> dict:
+    """As `trained`, in a Megatron of one's own that is patched."""
+    import muon_plugin
+
+    muon_plugin.unregister()
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    assert get_megatron_optimizer.__module__ == "megatron.core.optimizer"
+    chunks = build(layout)
+    optimizer = get_megatron_optimizer(config_for(layout), chunks)
+    for number in range(steps):
+        step(chunks, optimizer, layout, number)
+    return full_weights(chunks, layout) | full_masters(chunks, optimizer, layout)
+
+
+def test_a_patched_tree_ends_in_the_same_bits(ranks, patched):
+    version, folder = patched
+    hooked = ranks.alone(trained, Layout(), 5, megatron=version)
+    found = ranks(4, str(folder)).run(without_hooks, Layout(tp=2), 5)[0]
+    assert differing(found, hooked) == []
+
+
+def test_the_patched_command_line(patched):
+    """0.19.2's wheel has the training code: its parser gets the plugin's flags, its checks let Muon through."""
+    version, folder = patched
+    if version == "0.16.1":
+        pytest.skip("0.16.1's wheel has no megatron.training")
+    checked = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMMAND_LINE],
+        env={"PYTHONPATH": f"{folder}:{ROOT}"} | {"RANK": "0", "WORLD_SIZE": "4", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert "muon True 0.95 simple" in checked.stdout, checked.stderr
+
+
+COMMAND_LINE = """
+import sys
+from muon_plugin.megatron import on_cpu
+on_cpu.install()
+from megatron.training.arguments import parse_args, validate_args
+sys.argv = ("pretrain_gpt.py --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8 "
+    "--max-position-embeddings 8 --micro-batch-size 1 --train-iters 1 --lr 0.1 --tokenizer-type NullTokenizer "
+    "--vocab-size 8 --optimizer muon --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+    "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --muon-paper --bf16").split()
+args = parse_args()
+validate_args(args)
+print(args.optimizer, args.use_distributed_optimizer, args.muon_momentum, args.muon_coefficient_type)
+"""

@@ -1,0 +1,412 @@
+"""The planner counts what a real run does, and plans the largest jobs in seconds, in little memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from muon_plugin import planner
+from muon_plugin.core.layout import Partition
+from muon_plugin.core.orthogonalize import NewtonSchulz, coefficients_for
+from muon_plugin.core.plan import make_plan
+from muon_plugin.core.routing import route
+from muon_plugin.megatron import on_cpu
+from muon_plugin.planner import cost, spread
+from muon_plugin.planner.calls import Zero, zero_calls
+from muon_plugin.planner.command import run
+from muon_plugin.planner.tables import as_json
+from tests.support import ROOT
+from tests.support.counted import bytes_sent
+from tests.support.integers import build, config
+from tests.support.jobs import environment
+from tests.support.ranks import release
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 42,
+    "intermediate_size": 87,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": 97,
+    "max_position_embeddings": 32,
+}
+#: FLOPs, bytes sent and bytes of state that each rank really computed, sent and holds.
+Counts = list[tuple[int, int, int]]
+
+
+def by_rank(found: dict[str, Any]) -> Counts:
+    """The planner's counts of all ranks of the job, pipeline stage by pipeline stage."""
+    stages: dict[int, Counts] = {}
+    for stage in found["stages"]:
+        of = stage["by_rank"]
+        for number in stage["numbers"]:
+            stages[number] = list(zip(of["flops"], of["bytes_sent"], of["state_bytes"]))
+    return [counts for number in sorted(stages) for counts in stages[number]]
+
+
+def state_bytes(states: Any) -> int:
+    return sum(v.nbytes for state in states for k, v in state.items() if isinstance(v, Tensor) and k != "step")
+
+
+# Under DeepSpeed.
+
+
+@pytest.mark.parametrize(("world", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (4, 1), (4, 3)])
+def test_deepspeeds_counts_are_those_of_a_real_run(ranks, tmp_path, world, stage):
+    options: dict[str, Any] = {"sub_group_size": 5_000} if stage == 3 else {}
+    if (world, stage) == (4, 1):
+        options = {"round_robin_gradients": True, "parameter_alignment": True}
+    settings = config(stage, "bf16", params={"adjust_lr_fn": "update_norm"}, zero_optimization=options)
+    for name, content in (("config", LLAMA), ("ds", settings)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    arguments = ["--hf", str(tmp_path), "--deepspeed", str(tmp_path / "ds.json"), "--nodes", "1"]
+    planned = as_json(run([*arguments, "--gpus-per-node", str(world)]))
+    assert by_rank(planned) == ranks(world).run(deepspeed_counts, settings)
+    assert (len(planned["stages"][0]["calls"]) > 2) is (stage == 3)  # a sub-group is a call of its own
+
+
+def deepspeed_counts(rank: int, settings: dict[str, Any]) -> tuple[int, int, int]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    engine = build(rank, settings, LlamaForCausalLM(LlamaConfig(**LLAMA)))
+    tokens = torch.arange(32)[None] % LLAMA["vocab_size"]
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    with FlopCounterMode(display=False) as counter, bytes_sent() as sent:
+        engine.step()
+    found = counter.get_total_flops(), sum(sent.values()), state_bytes(engine.basic_optimizer.state.values())
+    engine.destroy()
+    return found
+
+
+# Under Megatron.
+
+#: The arguments of megatron_model.py's models.
+MODEL = shlex.split("""
+    --num-layers 4 --hidden-size 24 --ffn-hidden-size 40 --num-attention-heads 8 --group-query-attention
+    --num-query-groups 4 --kv-channels 6 --swiglu --normalization RMSNorm --disable-bias-linear --seq-length 16
+    --position-embedding-type rope --max-position-embeddings 16 --untie-embeddings-and-output-weights --mock-data
+    --vocab-size 64 --make-vocab-size-divisible-by 32 --tokenizer-type NullTokenizer --bf16 --micro-batch-size 1
+    --global-batch-size 4 --train-iters 10 --lr 0.01 --optimizer muon --use-distributed-optimizer
+""")
+MOE = shlex.split("""
+    --num-experts 4 --moe-ffn-hidden-size 20 --moe-shared-expert-intermediate-size 20 --moe-router-topk 2
+    --moe-token-dispatcher-type allgather
+""")
+BUCKETS, OVERLAP = (
+    ["--overlap-grad-reduce", "--ddp-bucket-size", "2000"],
+    {"overlap_grad_reduce": True, "bucket_size": 2000},
+)
+
+
+@pytest.fixture
+def megatron(tmp_path, monkeypatch):
+    """`megatron(own, arguments)`: what the planner is given for Megatron 0.19.2 on two nodes of two GPUs."""
+    monkeypatch.setenv("PYTHONPATH", f"{release('0.19.2')}:{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+
+    def given(own: list[str], arguments: list[str]) -> list[str]:
+        file = tmp_path / "arguments.txt"
+        file.write_text(f"# of a test\n{' '.join(arguments)}\n")
+        return ["--megatron", str(file), "--nodes", "2", "--gpus-per-node", "2", *own]
+
+    return given
+
+
+def planned_by_megatron(rank: int, arguments: list[str]) -> dict[str, Any]:
+    on_cpu.install = lambda: None  # done before Megatron was imported
+    return as_json(run(arguments))
+
+
+@pytest.mark.parametrize(
+    ("own", "extra", "layout"),
+    [
+        (["--tp", "2"], BUCKETS, {"tp": 2, **OVERLAP}),
+        (["--ep", "2"], MOE, {"model": "moe", "ep": 2}),
+        (["--pp", "2"], [*MOE, *BUCKETS], {"model": "moe", "pp": 2, **OVERLAP}),
+    ],
+    ids=["tp2-dp2", "moe-ep2", "moe-pp2-dp2"],
+)
+def test_megatrons_counts_are_those_of_a_real_run(ranks, megatron, own, extra, layout):
+    planned = ranks.forked(planned_by_megatron, megatron(own, [*MODEL, *extra]), megatron="0.19.2")
+    assert by_rank(planned) == ranks(4, "0.19.2").run(megatron_counts, layout)
+
+
+def megatron_counts(rank: int, layout: dict[str, Any]) -> tuple[int, int, int]:
+    from tests.support.megatron_model import Layout, optimizer_for, set_gradients
+    from tests.support.megatron_model import build as build_megatron
+
+    if layout.get("pp", 1) == 2 and rank > 1:  # as Megatron's training code: one bucket on later stages
+        layout = {**layout, "bucket_size": None}
+    of = Layout(**layout)
+    chunks = build_megatron(of)
+    optimizer = optimizer_for(chunks, of)
+    set_gradients(chunks, of, 0)
+    with FlopCounterMode(display=False) as counter, bytes_sent() as sent:
+        optimizer.step()
+    inner = [part.optimizer for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    states = [state for optimizer in inner for state in optimizer.state.values()]
+    found = counter.get_total_flops(), sum(sent.values()), state_bytes(states)
+    gc.collect()
+    return found
+
+
+def test_python_gets_megatrons_plan_from_a_process_of_its_own(ranks, megatron):
+    arguments = megatron(["--tp", "2"], MODEL)
+    expected = ranks.forked(planned_by_megatron, arguments, megatron="0.19.2")
+    assert json.loads(planner.report([*arguments, "--json"])) == json.loads(json.dumps(expected))
+
+
+def test_a_rank_of_a_stage_knows_its_place_in_each_group():
+    """Megatron counts TP first, then EP, then DP: ranks 0, 1, 4 and 5 hold the experts of the first EP rank."""
+    (call,) = zero_calls("experts", [], [], Zero(1), dp=2, tp=2, copies=2)
+    assert [call.position(rank) for rank in range(8)] == [0, 1, 0, 1, 2, 3, 2, 3]
+    (call,) = zero_calls("dense layers", [], [], Zero(1), dp=4, tp=2)
+    assert [call.position(rank) for rank in range(8)] == list(range(8))
+
+
+# The largest jobs.
+
+
+def largest(arguments: list[str], **variables: str) -> tuple[dict[str, Any], int]:
+    """What the command prints as JSON, and the most memory that its process had, in bytes."""
+    process = subprocess.Popen(
+        arguments, env=environment(release("0.19.2"), **variables), stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return json.loads(text), usage.ru_maxrss * 1024
+
+
+def even_and_thrifty(found: dict[str, Any]) -> None:
+    """A step's busiest ranks have at most 1.05 of the bound, traffic grows by at most 2%, no reason is missing."""
+    for stage in found["stages"]:
+        calls = [call for call in stage["calls"] if call["matrices"]]
+        bounds = [max(call["flops"] / call["ranks"], call["costliest_matrix_flops"]) for call in calls]
+        assert sum(call["busiest_flops"] for call in calls) <= 1.05 * sum(bounds)
+        for call, bound in zip(calls, bounds):
+            told = any(f"{call['call']}: the busiest rank has" in reason for reason in found["reasons"])
+            assert (call["busiest_flops"] > 1.05 * bound) is told
+    assert 1 < found["totals"]["times_paper"] < found["totals"]["times_engine"] <= 1.02
+
+
+def test_moonlight_at_dp_64():
+    script = str(ROOT / "examples" / "megatron" / "launch" / "moonlight_16b_a3b.sh")
+    found, memory = largest(["bash", script], PLAN="1", PLAN_ARGS="--json", NUM_NODES="8", PYTHON=sys.executable)
+    assert (found["ranks"], found["layout"]["dp"], found["layout"]["ep"]) == (64, 64, 8)
+    assert memory < 2 * 10**9
+    even_and_thrifty(found)
+    assert len(found["stages"][0]["by_rank"]["flops"]) == 64
+
+
+def test_a_mixture_of_1t_parameters_at_8192_ranks():
+    module = [sys.executable, "-W", "ignore", "-m", "muon_plugin.planner"]
+    arguments = ["--megatron", "configs/planner_kimi_k2.txt", "--nodes", "1024", "--gpus-per-node", "8", "--json"]
+    found, memory = largest(module + arguments)
+    assert found["layout"] == {"tp": 8, "pp": 16, "ep": 16, "etp": 1, "cp": 1, "dp": 64, "edp": 32}
+    assert memory < 2 * 10**9
+    even_and_thrifty(found)
+    assert sorted(number for stage in found["stages"] for number in stage["numbers"]) == list(range(16))
+    # 4 bytes for each of a trillion elements of matrices, over all ranks.
+    state = sum(len(stage["numbers"]) * sum(stage["by_rank"]["state_bytes"]) for stage in found["stages"])
+    assert 4.0e12 < state < 4.3e12
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_tens_of_thousands_of_ranks_that_all_hold_a_part_of_everything(tmp_path, stage):
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | large))
+    arguments = ["--hf", str(tmp_path), "--nodes", "5000", "--gpus-per-node", "8", "--zero-stage", str(stage)]
+    found = as_json(run(arguments))
+    numel = found["stages"][0]["calls"][0]["state_bytes_a_rank"] / 4 * (1 if stage == 0 else 40_000)
+    sent = found["totals"]["exchange_bytes"]
+    if stage == 0:  # 2 bytes an element to all others
+        assert sent == 2 * 39_999 * numel
+    else:  # to the owner and back, but what it holds
+        assert 0.99 * 4 * numel < sent < 4 * numel
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("scalars", [0, 2])
+def test_many_ranks_are_counted_as_the_plan_counts_them(monkeypatch, stage, scalars):
+    """At thousands of ranks nothing is written down; the owners and the counts are those of `make_plan`."""
+    monkeypatch.setattr(spread, "LARGE", 6)
+    flops = NewtonSchulz(coefficients_for(5, "simple")).flops
+    shapes = {f"layers.{i}.w": (7 + 5 * i, 64 - 3 * i) for i in range(9)}
+    shapes |= {f"layers.{i}.experts.gate_up_proj": (3, 24 + 2 * i, 11) for i in range(4)}
+    shapes |= {f"layers.{i}.fused": (48, 16) for i in range(3)}
+    matrices = route(shapes, split={"fused": {"sizes": [1, 2], "groups": 16}}).matrices
+    parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
+    for world in (1, 2, 3, 7, 16, 100):
+        (call,) = zero_calls("all", parameters, matrices, Zero(stage), world)
+        plan = make_plan(matrices, cost._index(call), flops, scalars)
+        assert tuple(map(tuple, spread.counts(call, flops, scalars))) == (plan.flops, plan.bytes_sent)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_planner_at_many_ranks_searches_for_balance_as_a_run_does(stage):
+    """0.1.0 chose owners anew above cost.MANY ranges, without the best-fit search of `make_plan`."""
+    flops = NewtonSchulz(coefficients_for(5, "simple")).flops
+    shapes = {f"layers.{i}.{j}.w": (16 + 8 * (j % 3), 32 + 16 * (j % 5)) for i in range(20) for j in range(32)}
+    matrices = route(shapes).matrices
+    parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
+    (call,) = zero_calls("all", parameters, matrices, Zero(stage), 256)
+    plan = make_plan(matrices, cost._index(call), flops, 0)
+    found, sent = spread.counts(call, flops, 0)
+    assert (tuple(found), tuple(sent)) == (plan.flops, plan.bytes_sent)
+    costs = sorted((flops(m.rows, m.cols) for m in matrices), reverse=True)
+    longest_first = [0] * 256  # what there was without the search
+    for each in costs:
+        longest_first[longest_first.index(min(longest_first))] += each
+    assert max(found) < max(longest_first)
+
+
+# Names and shapes.
+
+SHAPES = {
+    "embed_tokens.weight": {"shape": [96, 40], "tp": 0},
+    "layers.*.q_proj.weight": {"shape": [40, 40], "count": 4, "tp": 0},
+    "layers.*.o_proj.weight": {"shape": [40, 40], "count": 4, "tp": 1},
+    "layers.*.experts.*.up.weight": {"shape": [24, 40], "count": [2, 8], "first": 2, "tp": 0},
+    "layers.*.experts.*.down.weight": {"shape": [40, 24], "count": [2, 8], "first": 2, "tp": 1},
+    "layers.*.norm.weight": {"shape": [40], "count": 4},
+    "lm_head.weight": [96, 40],
+}
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    def planned(content: Any, *arguments: str) -> dict[str, Any]:
+        (tmp_path / "shapes.json").write_text(json.dumps(content))
+        return as_json(run(["--shapes", str(tmp_path / "shapes.json"), "--nodes", "2", *arguments]))
+
+    return planned
+
+
+def test_shapes_are_planned_as_the_model_that_has_them(shapes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    model = run(["--hf", str(tmp_path), "--nodes", "2", "--gpus-per-node", "4"])
+    whole = {p.name: list(p.shape) for load in model.stages[0].loads for p in load.call.parameters}
+    order = ["model.embed_tokens.weight", *(n for n in whole if "layers" in n), "model.norm.weight", "lm_head.weight"]
+    assert by_rank(shapes({n: whole[n] for n in order}, "--gpus-per-node", "4")) == by_rank(as_json(model))
+
+
+def test_shapes_are_cut_by_tp_pp_and_ep(shapes):
+    alone = shapes(SHAPES, "--gpus-per-node", "1")
+    assert alone["stages"][0]["calls"][0]["matrices"] == 8 + 32
+    found = shapes(SHAPES, "--gpus-per-node", "8", "--tp", "2", "--pp", "2", "--ep", "2")
+    assert found["layout"] == {"tp": 2, "pp": 2, "ep": 2, "cp": 1, "dp": 4, "edp": 2}
+    assert [stage["numbers"] for stage in found["stages"]] == [[0], [1]]
+    experts = [c for stage in found["stages"] for c in stage["calls"] if c["call"] == "experts"]
+    # Only the layers of the second stage have experts; an EP rank has half of them.
+    assert [(c["matrices"], c["groups"], c["ranks"]) for c in experts] == [(16, 2, 4)]
+    assert found["totals"]["newton_schulz_flops"] == alone["totals"]["newton_schulz_flops"]
+    alike = shapes({k: v for k, v in SHAPES.items() if "layers.*.q" in k}, "--gpus-per-node", "4", "--pp", "2")
+    assert [stage["numbers"] for stage in alike["stages"]] == [[0, 1]]
+
+
+# What is printed, and what is refused.
+
+
+def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
+    (tmp_path / "shapes.json").write_text(json.dumps(SHAPES))
+    arguments = ["--shapes", str(tmp_path / "shapes.json"), "--nodes", "1", "--gpus-per-node", "4"]
+    text = " ".join(planner.report([*arguments, "--zero-stage", "0", "--plot", str(tmp_path / "plan.png")]).split())
+    assert "every rank holds everything, and gets every update that it does not compute" in text
+    assert "the paper's count" in text
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    planned = run([*arguments, "--tflops", "1e-3"])
+    slow, fast = (
+        replace(planned, rates=replace(planned.rates, tflops=t)).stages[0].seconds(cost.Rates(t), planned.model.traffic)
+        for t in (1e-3, 2e-3)
+    )
+    assert slow["newton_schulz"] == 2 * fast["newton_schulz"] == max(planned.stages[0].loads[0].flops) / 1e9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "--nodes, --gpus-per-node"),
+        (["--nodes", "0"], "argument --nodes: '0' is not valid; allowed: a whole number from 1 on"),
+        (["--tflops", "fast"], "'fast' is not valid; allowed: a number above 0"),
+        (["--gb-per-s", "-1"], "'-1' is not valid"),
+        (["--speed", "3"], "--speed 3"),
+        (["--nodes", "2", "--gpus-per-node", "8"], "no model is given; allowed: one of --megatron, --hf, --shapes"),
+        (["--hf", "a", "--shapes", "b"], "given by --hf and --shapes"),
+        (["--hf", "nowhere"], "--hf nowhere: there is no nowhere; allowed: a config.json or its folder"),
+        (["--megatron", "nowhere"], "--megatron nowhere: No such file"),
+        (["--megatron", "x", "--zero-stage", "1"], "--zero-stage 1 with Megatron's arguments"),
+        (["--shapes", "SHAPES", "--tp", "3"], "--tp 3 does not divide dimension 0 of layers.0.q_proj.weight [40, 40]"),
+        (["--shapes", "SHAPES", "--ep", "3"], "--ep 3 does not divide the 8 experts"),
+        (["--shapes", "SHAPES", "--pp", "5"], "--pp 5: the names have 4 layers"),
+        (["--shapes", "SHAPES", "--tp", "5", "--pp", "2"], "--tp 5 does not divide"),
+        (["--shapes", "SHAPES", "--cp", "3"], "2 ranks; allowed: a multiple of 3 (TP 1, PP 1, EP 1, CP 3)"),
+        (["--shapes", "SHAPES", "--zero-stage", "4"], "zero_optimization.stage=4; allowed: 0, 1, 2, 3"),
+        (["--shapes", "SHAPES", "--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: allowed"),
+        (["--hf", "SHAPES"], "has no model_type; allowed: the config.json of a causal language model"),
+        (["--hf", "PICTURES"], "allowed: a causal language model"),
+        (["--shapes", "COMMENTED.jsonc"], "allowed: a JSON object without comments, such as "),
+        (["--hf", "SHAPES", "--tp", "2"], "--tp 2 --pp 1 --ep 1 with --hf; allowed: 1"),
+        (["--shapes", "LIST"], "holds a list; allowed: a JSON object"),
+        (["--shapes", "TEXT"], "is not JSON"),
+        (["--shapes", "STARS"], "the count None for its 1 stars"),
+        (["--shapes", "KEY"], "w has shard=1; allowed: shape, count, tp, first"),
+        (["--shapes", "SHAPE"], "w has the shape [4, 0]; allowed: a list of whole numbers from 1 on"),
+        (["--shapes", "SHAPES", "--deepspeed", "ADAM"], "optimizer.type='Adam' in the DeepSpeed JSON"),
+        (["--shapes", "SHAPES", "--deepspeed", "TYPO"], "momentun=0.9 is not a setting of Muon"),
+        (
+            ["--shapes", "SHAPES", "--deepspeed", "FLAT"],
+            "zero_optimization=2 in the DeepSpeed JSON",
+        ),
+        (["--shapes", "SHAPES", "--deepspeed", "SUB"], "zero_optimization.sub_group_size=0; allowed: a number from 1"),
+    ],
+)
+def test_a_bad_argument_is_one_clear_line(tmp_path, arguments, told):
+    files = {
+        "SHAPES": SHAPES,
+        "PICTURES": {"model_type": "vit"},
+        "COMMENTED.json": {},
+        "LIST": [1],
+        "STARS": {"l.*.w": [4, 4]},
+        "KEY": {"w": {"shape": [4], "shard": 1}},
+        "SHAPE": {"w": [4, 0]},
+        "ADAM": {"optimizer": {"type": "Adam"}},
+        "TYPO": {"optimizer": {"type": "Muon", "params": {"momentun": 0.9}}},
+        "FLAT": {"zero_optimization": 2},
+        "SUB": {"zero_optimization": {"stage": 3, "sub_group_size": 0}},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    broken = ("TEXT", "COMMENTED.jsonc")
+    for name in broken:
+        (tmp_path / name).write_text("{")
+    given = [str(tmp_path / a) if a in {*files, *broken} else a for a in arguments]
+    if arguments and "--nodes" not in arguments:
+        given = ["--nodes", "1", "--gpus-per-node", "2", *given]
+    with pytest.raises(ValueError, match=r".") as error:
+        run(given)
+    assert told in str(error.value)
+
+
+def test_the_commands_exit_code_is_2_and_python_gets_a_value_error(megatron):
+    command = [sys.executable, "-m", "muon_plugin.planner", "--nodes", "many", "--gpus-per-node", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "'many' is not valid; allowed: a whole number from 1 on" in done.stderr
+    with pytest.raises(ValueError, match="--tensor-model-parallel-sise"):
+        planner.report(megatron([], [*MODEL, "--tensor-model-parallel-sise", "2"]))

@@ -1,0 +1,374 @@
+"""Megatron's real GPTModel with the gradients of integers.py: no forward is run, only what follows backward.
+
+On the CPU under `on_cpu`, else on a GPU.
+
+Weights and gradients are drawn for whole parameters, by name, and cut as the layout asks: so all layouts train the
+same model, and what they end in must not differ by a bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.support.integers import gradient
+
+VOCAB, SEQUENCE = 64, 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is cut, in Megatron's words; what is left over of the ranks is data parallel."""
+
+    model: str = "dense"
+    tp: int = 1
+    pp: int = 1
+    vp: int | None = None
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    instances: int = 1
+    dtype: str = "bf16"
+    grad_reduce_in_fp32: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_size: int | None = None
+    tied: bool = False
+    muon: dict[str, Any] = field(default_factory=dict, hash=False)
+    ddp: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+def _config(layout: Layout) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    half = {"bf16": {"bf16": True}, "fp16": {"fp16": True}, "fp32": {}}[layout.dtype]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[layout.dtype]
+    options: dict[str, Any] = dict(
+        num_layers=4,
+        hidden_size=24,
+        ffn_hidden_size=40,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=6,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp or layout.tp,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **half,
+    )
+    swiglu = {
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "dense": swiglu,
+        "few_groups": {**swiglu, "num_query_groups": 2},
+        "gelu": {"num_query_groups": 8},
+        "gated_attention": {**swiglu, "attention_output_gate": True},
+        "moe": {
+            **swiglu,
+            "num_moe_experts": 4,
+            "moe_ffn_hidden_size": 20,
+            "moe_shared_expert_intermediate_size": 20,
+            "moe_token_dispatcher_type": "allgather",
+            "moe_router_topk": 2,
+        },
+    }
+    return TransformerConfig(**(options | kinds[layout.model]))
+
+
+def parallel(layout: Layout) -> None:
+    """Megatron's process groups for this layout, in place of those before."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):  # hundreds of gloo's threads would pile up
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp or layout.tp,
+        num_distributed_optimizer_instances=layout.instances,
+    )
+
+
+def build(layout: Layout, freeze: bool = False) -> list[Any]:
+    """This rank's model chunks in Megatron's DistributedDataParallel, filled by name, perhaps frozen."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.module import Float16Module
+
+    parallel(layout)
+    config = _config(layout)
+    chunks: list[Any] = []
+    for stage in range(layout.vp or 1):
+        vp = stage if layout.vp else None
+        ends = {"ignore_virtual": False, "vp_stage": vp}
+        model = GPTModel(
+            config,
+            get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp),
+            VOCAB,
+            SEQUENCE,
+            pre_process=mpu.is_pipeline_first_stage(**ends),
+            post_process=mpu.is_pipeline_last_stage(**ends),
+            share_embeddings_and_output_weights=layout.tied,
+            position_embedding_type="learned_absolute" if layout.model == "gelu" else "rope",
+            vp_stage=vp,
+        )
+        model.cuda()
+        fill(model, layout)
+        model.requires_grad_(not freeze)
+        if layout.dtype != "fp32":
+            model = Float16Module(config, model)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=layout.grad_reduce_in_fp32,
+            overlap_grad_reduce=layout.overlap_grad_reduce,
+            overlap_param_gather=layout.overlap_param_gather,
+            bucket_size=layout.bucket_size,
+            num_distributed_optimizer_instances=layout.instances,
+            **layout.ddp,
+        )
+        extra = {}
+        if hasattr(DistributedOptimizer, "compute_full_param_layout"):  # 0.19.2 wants the cut beforehand
+            extra["full_param_layout"] = DistributedOptimizer.compute_full_param_layout(
+                [p for p in model.parameters() if p.requires_grad],
+                layout.bucket_size,
+                mpu.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True).size(),
+                ddp,
+                expert_data_parallel_world_size=mpu.get_expert_data_parallel_group(
+                    partial_expert_data_parallel=True
+                ).size(),
+            )
+        disable = {"disable_bucketing": stage > 0 or layout.bucket_size is None}
+        chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=model, **disable, **extra))
+    return chunks
+
+
+def config_for(layout: Layout, **options: Any) -> Any:
+    """Megatron's OptimizerConfig for Muon under the distributed optimizer, without clipping (its norm rounds)."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[layout.dtype]
+    values: dict[str, Any] = {
+        "optimizer": "muon",
+        "lr": 0.01,
+        "min_lr": 0.01,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "clip_grad": 0.0,
+        "use_distributed_optimizer": True,
+        "bf16": layout.dtype == "bf16",
+        "fp16": layout.dtype == "fp16",
+        "initial_loss_scale": 16.0,
+        "params_dtype": dtype,
+        "overlap_param_gather": layout.overlap_param_gather,
+        **layout.muon,
+        **options,
+    }
+    known = set(OptimizerConfig.__dataclass_fields__)
+    config = OptimizerConfig(**{key: value for key, value in values.items() if key in known})
+    for key in set(values) - known:  # a release that lacks the field; the plugin reads it all the same
+        setattr(config, key, values[key])
+    return config
+
+
+def optimizer_for(chunks: list[Any], layout: Layout, **options: Any) -> Any:
+    """Megatron's optimizer with Muon registered."""
+    import muon_plugin
+
+    muon_plugin.register("megatron")
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    return get_megatron_optimizer(config_for(layout, **options), chunks)
+
+
+def named(chunks: list[Any]) -> list[tuple[str, Any, Any]]:
+    """(Name that is the same in every layout, parameter, module)."""
+    from megatron.core import parallel_state as mpu
+
+    found = []
+    for chunk in chunks:
+        numbers = {}
+        for path, module in chunk.named_modules():
+            if hasattr(module, "layer_number") and path.rpartition(".")[2].isdigit():
+                numbers[path] = module.layer_number - 1
+        for path, module in chunk.named_modules():
+            for leaf, p in module.named_parameters(recurse=False):
+                parts, prefix, out = f"{path}.{leaf}".split("."), "", []
+                for part in parts:
+                    prefix = f"{prefix}.{part}" if prefix else part
+                    if prefix in numbers:
+                        part = str(numbers[prefix])
+                    elif out and out[-1] == "local_experts":
+                        local = len(chunk.get_submodule(prefix.rpartition(".")[0]))
+                        part = str(mpu.get_expert_model_parallel_rank() * local + int(part))
+                    out.append(part)
+                while out[0] == "module":
+                    out.pop(0)
+                found.append((".".join(out), p, module))
+    return found
+
+
+def _cut(name: str, p: Any, module: Any) -> tuple[int | None, int, int, int]:
+    """(Dimension that TP cuts or None, stride, this rank in TP, its size)."""
+    from megatron.core import parallel_state as mpu
+
+    expert = ".experts." in name
+    size = mpu.get_expert_tensor_parallel_world_size() if expert else mpu.get_tensor_model_parallel_world_size()
+    rank = mpu.get_expert_tensor_parallel_rank() if expert else mpu.get_tensor_model_parallel_rank()
+    dim = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
+    gated = "linear_fc1" in name and module.config.gated_linear_unit
+    return dim, 2 if gated else 1, rank, size
+
+
+def part_of(whole: Tensor, dim: int | None, stride: int, rank: int, size: int) -> Tensor:
+    """What TP rank `rank` holds."""
+    if dim is None:
+        return whole
+    return torch.cat([part.chunk(size, dim)[rank] for part in whole.chunk(stride, dim)], dim)
+
+
+def whole_of(parts: list[Tensor], dim: int | None, stride: int) -> Tensor:
+    """TP ranks' parts put together."""
+    if dim is None:
+        return parts[0]
+    chunks = [part.chunk(stride, dim) for part in parts]
+    return torch.cat([torch.cat([mine[i] for mine in chunks], dim) for i in range(stride)], dim)
+
+
+def _whole_shape(p: Any, dim: int | None, size: int) -> tuple[int, ...]:
+    return tuple(n * size if d == dim else n for d, n in enumerate(p.shape))
+
+
+def _tied(name: str, layout: Layout) -> str:
+    return "embedding.word_embeddings.weight" if layout.tied and name == "output_layer.weight" else name
+
+
+@torch.no_grad()
+def fill(model: Any, layout: Layout) -> None:
+    for name, p, module in named([model]):
+        dim, stride, rank, size = _cut(name, p, module)
+        generator = torch.Generator().manual_seed(zlib.crc32(_tied(name, layout).encode()))
+        whole = torch.randn(_whole_shape(p, dim, size), generator=generator) * 0.1
+        p.copy_(part_of(whole, dim, stride, rank, size))
+
+
+@torch.no_grad()
+def set_gradients(chunks: list[Any], layout: Layout, step: int, scale: float = 1.0) -> None:
+    """As if backward had run: small integers in the gradient buffers, reduced by Megatron."""
+    from megatron.core import parallel_state as mpu
+
+    dense = mpu.get_data_parallel_group(with_context_parallel=True)
+    experts = mpu.get_expert_data_parallel_group()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    for name, p, module in named(chunks):
+        if not p.requires_grad:
+            continue
+        dim, stride, rank, size = _cut(name, p, module)
+        group = dense if getattr(p, "allreduce", True) else experts
+        number = zlib.crc32(_tied(name, layout).encode())
+        shape = _whole_shape(p, dim, size)
+        whole = gradient(shape, number, step, 0, group.rank(), group.size(), 1)
+        # Megatron divides by the dense DP size: the gradients of an expert come from more ranks than hold it.
+        whole *= scale * dense.size() / group.size()
+        p.main_grad.copy_(part_of(whole, dim, stride, rank, size))
+    for chunk in chunks:
+        chunk.finish_grad_sync()
+
+
+def step(chunks: list[Any], optimizer: Any, layout: Layout, number: int) -> Any:
+    scale = float(optimizer.get_loss_scale()) if layout.dtype == "fp16" else 1.0
+    set_gradients(chunks, layout, number, scale)
+    done = optimizer.step()
+    if layout.overlap_param_gather:  # otherwise the next forward would gather
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
+    return done
+
+
+def full_weights(chunks: list[Any], layout: Layout) -> dict[str, Tensor]:
+    """Every parameter whole, by name, on every rank."""
+    mine = {}
+    for name, p, module in named(chunks):
+        dim, stride, rank, size = _cut(name, p, module)
+        mine[name] = (rank, size, dim, stride, p.detach().to("cpu", torch.float32, copy=True))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found: dict[str, dict[int, Any]] = {}
+    for theirs in everyone:
+        for name, (rank, size, dim, stride, part) in theirs.items():
+            held = found.setdefault(name, {}).setdefault(rank, (part, size, dim, stride))
+            assert torch.equal(held[0], part), f"replicas of {name} differ"
+    weights = {}
+    for name, parts in found.items():
+        _, size, dim, stride = parts[0]
+        weights[name] = whole_of([parts[r][0] for r in range(size)] if dim is not None else [parts[0][0]], dim, stride)
+    if layout.tied and "output_layer.weight" in weights:
+        assert torch.equal(weights.pop("output_layer.weight"), weights["embedding.word_embeddings.weight"])
+    return weights
+
+
+def full_masters(chunks: list[Any], optimizer: Any, layout: Layout) -> dict[str, Tensor]:
+    """The fp32 main parameters of the distributed optimizer, written over the model's, then gathered."""
+    saved = [(p, p.data) for _, p, _ in named(chunks)]
+    from megatron.core import parallel_state as mpu
+
+    for _, p, _ in named(chunks):
+        p.data = torch.zeros(p.shape)
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        for models, masters in (
+            (part.model_fp32_groups, part.shard_fp32_groups),
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+        ):
+            for of_models, of_masters in zip(models, masters):
+                for model, master in zip(of_models, of_masters):
+                    held = part._get_model_param_range_map(model)["param"]
+                    model.data.view(-1)[held.start : held.end] = master.detach()
+    for _name, p, _ in named(chunks):
+        expert = not getattr(p, "allreduce", True)
+        group = (
+            mpu.get_expert_data_parallel_group(partial_expert_data_parallel=True)
+            if expert
+            else mpu.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True)
+        )
+        dist.all_reduce(p.data, group=group)
+    found = full_weights(chunks, layout)
+    for p, data in saved:
+        p.data = data
+    return {f"{name} (fp32)": value for name, value in found.items()}
+
+
+def trained(rank: int, layout: Layout, steps: int = 10, **options: Any) -> dict[str, Tensor]:
+    """Steps from scratch: the whole weights, and the fp32 masters, that they end in."""
+    chunks = build(layout)
+    optimizer = optimizer_for(chunks, layout, **options)
+    for number in range(steps):
+        step(chunks, optimizer, layout, number)
+    return full_weights(chunks, layout) | full_masters(chunks, optimizer, layout)

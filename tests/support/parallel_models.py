@@ -1,0 +1,147 @@
+"""Models for DeepSpeed's AutoTP, experts and pipelines, with the gradients of integers.py."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.support.integers import build, gradient
+
+
+class Block(nn.Module):
+    """Rows and columns that divide by 2, one layer that nobody cuts, a fused projection, biases, an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed = nn.Embedding(10, 24)
+        self.up = nn.Linear(24, 40)
+        self.down = nn.Linear(40, 24)
+        self.qkv = nn.Linear(24, 48, bias=False)
+        self.router = nn.Linear(24, 6, bias=False)
+        self.norm = nn.LayerNorm(24)
+
+    def forward(self, step: int, micro: int, rank: int, world: int, gas: int) -> Tensor:
+        from deepspeed.utils import groups
+
+        parts, index = dist.get_world_size() // world, groups.get_tensor_model_parallel_rank() if self.cut else 0
+        loss = torch.zeros(())
+        assert parts == 1 or self.cut
+        for number, (_, p) in enumerate(self.named_parameters()):
+            whole = gradient(shape_of(p), number, step, micro, rank, world, gas)
+            loss = loss + (p.float() * part_of(p, whole, index)).sum()
+        return loss
+
+    cut = False
+
+
+def described(p: Any) -> Any:
+    """DeepSpeed's own description of a parameter that AutoTP cut."""
+    from deepspeed.checkpoint.affine import ParamAffineMap
+
+    meta = getattr(p, "ds_autotp_universal_checkpoint_meta", None)
+    return ParamAffineMap.from_dict(meta["conversion"]["affine_map"]) if meta else None
+
+
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    return described(p).logical_shape if described(p) else tuple(p.shape)
+
+
+def part_of(p: Tensor, whole: Tensor, index: int) -> Tensor:
+    return described(p).extract(whole, index) if described(p) else whole
+
+
+class Experts(nn.Module):
+    """A router, four experts over `ep` ranks, and a dense layer."""
+
+    def __init__(self, ep: int) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        torch.manual_seed(8)
+        expert = nn.ModuleDict({"up": nn.Linear(16, 20), "down": nn.Linear(20, 16)})
+        self.moe = MoE(16, expert, num_experts=4, ep_size=ep)
+        self.dense = nn.Linear(16, 24)
+
+    def forward(self, step: int) -> Tensor:
+        loss = torch.zeros(())
+        for name, p, group, scale in self.placed():
+            rank, size = dist.get_rank(group), dist.get_world_size(group)
+            grad = gradient(p.shape, zlib.crc32(name.encode()), step, 0, rank, size, 1)
+            loss = loss + (p.float() * grad * scale).sum()
+        return loss
+
+    def placed(self) -> Any:
+        """(Name with the expert's number among all, parameter, its DP group, what DeepSpeed's averaging divides by)."""
+        from deepspeed.utils import groups
+
+        for name, p in self.named_parameters():
+            if "deepspeed_experts" not in name:
+                yield name, p, groups._get_data_parallel_group(), 1.0
+                continue
+            before, number, after = re.split(r"deepspeed_experts\.(\d+)", name)
+            first = groups._get_expert_parallel_rank(p.group_name) * self.moe.num_local_experts
+            group = groups._get_expert_data_parallel_group(p.group_name)
+            scale = dist.get_world_size() / dist.get_world_size(group)
+            yield f"{before}{first + int(number)}{after}", p, group, scale
+
+
+def with_experts(rank: int, settings: dict[str, Any], ep: int) -> dict[str, Tensor]:
+    """Five steps: the weights on this rank, experts by their number among all. (They start as copies of one.)"""
+    model = Experts(ep)
+    engine = build(rank, settings, model)
+    if dist.get_world_size() > 1:
+        table = engine.basic_optimizer.summary()
+        assert re.search(rf"dense layers: Newton-Schulz a step: .*FLOP over {dist.get_world_size()} ranks", table)
+        assert re.search(rf"ep_size_{ep}: Newton-Schulz a step: .*FLOP over {dist.get_world_size() // ep} rank", table)
+    for step in range(5):
+        engine.backward(engine(step))
+        engine.step()
+    return {name: p.detach().clone() for name, p, *_ in engine.module.placed()}
+
+
+class Stage(nn.Module):
+    """A layer of a pipeline: hands on the loss so far, and which step and micro-batch this is."""
+
+    def __init__(self, number: int, *shape: int) -> None:
+        super().__init__()
+        torch.manual_seed(number)
+        self.number = number
+        if number == 0:
+            self.embed = nn.Embedding(*shape)
+        else:
+            self.linear = nn.Linear(*shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from deepspeed.utils import groups
+
+        group = groups._get_data_parallel_group()
+        step, micro = int(x[0, 1]), int(x[0, 2])
+        total = x[0, 0]
+        for number, p in enumerate(self.parameters()):
+            grad = gradient(
+                p.shape, 10 * self.number + number, step, micro, dist.get_rank(group), dist.get_world_size(group), 2
+            )
+            total = total + (p.float() * grad).sum()
+        return torch.stack([total, x[0, 1], x[0, 2]]).view(1, 3)
+
+
+def in_a_pipeline(rank: int, settings: dict[str, Any], stages: int) -> dict[str, Tensor]:
+    """Five steps of two micro-batches: the weights of this rank's stage."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.init_distributed("gloo")
+    shapes = [(10, 16), (16, 24), (24, 20), (20, 33)]
+    layers = [LayerSpec(Stage, number, *shape) for number, shape in enumerate(shapes)]
+    model = PipelineModule(layers, num_stages=stages, loss_fn=lambda x, _: x[0, 0], partition_method="uniform")
+    engine = build(rank, settings, model, model_parameters=list(model.parameters()))
+    for step in range(5):
+        rows = [(torch.tensor([[0.0, step, micro]]).requires_grad_(), torch.zeros(1)) for micro in range(2)]
+        engine.train_batch(iter(rows))
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
