@@ -21,48 +21,60 @@ import sys
 import time
 import uuid
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from .. import watchdog
+from ..command_line import Parser, positive, positive_number, split_at_dashes
 from ..watchdog.nodes import node_name
 from . import disk, facts, links, table
 from .rounds import GRACE, Rounds, Stop, rendezvous
+from .table import counted
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process in the job, as the launcher's environment tells it.
+
+    Attributes:
+        rank, world: among all processes.
+        host, port: where rank 0's store is.
+    """
+
+    rank: int
+    world: int
+    host: str
+    port: int
 
 
 def main() -> None:
     began = time.monotonic()
     warnings.simplefilter("ignore", FutureWarning)  # newer names of collectives that torch 2.6 does not have
-    arguments = sys.argv[1:]
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = _parser()
-    own = parser.parse_args(arguments[:cut])
-    rank, world = _number(parser, "RANK", "SLURM_PROCID"), _number(parser, "WORLD_SIZE", "SLURM_NTASKS")
-    if world % (own.tp * own.pp):
-        parser.error(f"--tp {own.tp} x --pp {own.pp} does not divide the {world} ranks of this job")
+    mine, planned = split_at_dashes(sys.argv[1:])
+    try:
+        own = _parser().parse_args(mine)
+        place = _place(own)
+    except ValueError as error:
+        print(f"preflight: {error}", file=sys.stderr)  # once a rank: one line
+        raise SystemExit(2) from None
     check = None
     try:
-        host, port = os.environ.get("MASTER_ADDR", "localhost"), _number(parser, "MASTER_PORT", default=29500)
-        check = Check(rendezvous(rank, world, host, port, own.rendezvous), own, arguments[cut + 1 :])
+        check = Check(rendezvous(place.rank, place.world, place.host, place.port, own.rendezvous), own, planned)
         check.run()
         _leave(check.conclude(began))
     except Stop as stop:
         if str(stop):
-            _say(f"problem: rank {rank} ({node_name()}) {stop}", sys.stderr)
+            _say(f"problem: rank {place.rank} ({node_name()}) {stop}", sys.stderr)
             _leave(1)
         # A launcher ends all of a node's ranks with the first that fails: not before rank 0 has spoken.
         _leave(check.conclude(began) if check is not None else 1)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"preflight: {message} (--help tells what is allowed)\n")  # once a rank: one line
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         "python -m muon_plugin.preflight",
         allow_abbrev=False,
         description=__doc__,
@@ -70,18 +82,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoints", type=Path, help="the folder for checkpoints, shared by all nodes")
     parser.add_argument("--checkpoint-bytes", type=_bytes, default=0, help="of one checkpoint, such as 240G")
-    parser.add_argument("--tp", type=_positive, default=1, help="tensor parallel size")
-    parser.add_argument("--pp", type=_positive, default=1, help="pipeline parallel size")
-    parser.add_argument("--ranks-per-node", type=_positive, help="where neither torchrun nor Slurm tells it")
-    parser.add_argument("--rendezvous", type=float, default=60.0, help="seconds in which all ranks must come (60)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for each kind of check (60)")
+    parser.add_argument("--tp", type=positive, default=1, help="tensor parallel size")
+    parser.add_argument("--pp", type=positive, default=1, help="pipeline parallel size")
+    parser.add_argument("--ranks-per-node", type=positive, help="where neither torchrun nor Slurm tells it")
+    parser.add_argument(
+        "--rendezvous", type=positive_number, default=60.0, help="seconds in which all ranks must come (60)"
+    )
+    parser.add_argument("--timeout", type=positive_number, default=60.0, help="seconds for each kind of check (60)")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed: a whole number from 1 on")
-    return int(text)
+def _place(own: argparse.Namespace) -> Place:
+    """This process's place, out of the environment.
+
+    Raises:
+        ValueError: for a variable that is not set as a launcher does, or a layout that does not fit the ranks.
+    """
+    rank, world = _number("RANK", "SLURM_PROCID"), _number("WORLD_SIZE", "SLURM_NTASKS")
+    if world % (own.tp * own.pp):
+        raise ValueError(f"--tp {own.tp} x --pp {own.pp} does not divide the {counted(world, 'rank')} of this job")
+    return Place(rank, world, os.environ.get("MASTER_ADDR", "localhost"), _number("MASTER_PORT", default=29500))
 
 
 def _bytes(text: str) -> int:
@@ -90,15 +110,22 @@ def _bytes(text: str) -> int:
     try:
         return round(float(number) * units[unit])
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed: bytes, or with K, M, G, T, such as 240G") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not valid; allowed: bytes, or with K, M, G, T, such as 240G"
+        ) from None
 
 
-def _number(parser: argparse.ArgumentParser, *names: str, default: int | None = None) -> int:
+def _number(*names: str, default: int | None = None) -> int:
+    """The first of these environment variables that is set.
+
+    Raises:
+        ValueError: if that is no number, or none is set and there is no default.
+    """
     text = next((os.environ[name] for name in names if os.environ.get(name)), None)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdigit():
-        parser.error(f"{' or '.join(names)} is {text!r}: run this under torchrun or srun, which set it to a number")
+    if text is None or not text.isdecimal():
+        raise ValueError(f"{' or '.join(names)} is {text!r}: run this under torchrun or srun, which set it to a number")
     return int(text)
 
 
@@ -147,9 +174,8 @@ class Check:
             print(table.text(self.found, self.nodes), flush=True)
         for problem in self.problems:
             _say(f"problem: {problem}")
-        count = len(self.problems)
-        outcome = f"{count} problem{'s' * (count != 1)}: the job must not start" if code else "all is well"
-        _say(f"{self.world} ranks, {len(set(self.nodes))} nodes, {time.monotonic() - began:.0f} s: {outcome}")
+        outcome = f"{counted(len(self.problems), 'problem')}: the job must not start" if code else "all is well"
+        _say(f"{self._size()}, {time.monotonic() - began:.0f} s: {outcome}")
         self.rounds.tell("conclusion", code)
         time.sleep(1)  # the store may be this process's: the others must read it first
         return code
@@ -200,7 +226,11 @@ class Check:
         self.rounds.tell("here", [] if missing else self.nodes)
         if missing:
             raise Stop
-        _say(f"all {self.world} ranks are here, on {len(set(self.nodes))} nodes", sys.stderr)
+        everyone = f"all {self.world} ranks are" if self.world > 1 else "the only rank is"
+        _say(f"{everyone} here, on {counted(len(set(self.nodes)), 'node')}", sys.stderr)
+
+    def _size(self) -> str:
+        return f"{counted(self.world, 'rank')}, {counted(len(set(self.nodes)), 'node')}"
 
     def _expected(self, missing: list[int]) -> str:
         """Ranks that did not come, with the node they would be on."""
@@ -291,15 +321,16 @@ class Check:
             argparse.ArgumentError: for one without its number.
         """
         count = len(set(self.nodes))
+        each = self.world // count
         layout = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         layout.add_argument("--nodes", default=str(count))
-        layout.add_argument("--gpus-per-node", default=str(self.world // count))
+        layout.add_argument("--gpus-per-node", default=str(each))
         found, rest = layout.parse_known_args(planned)
         sizes = ["--nodes", found.nodes, "--gpus-per-node", found.gpus_per_node]
-        if sizes[1::2] != [str(count), str(self.world // count)]:
+        if sizes[1::2] != [str(count), str(each)]:
             raise ValueError(
-                f"the planner's {' '.join(sizes)}: this job has {count} nodes of {self.world // count} ranks; allowed: "
-                "these, or neither argument"
+                f"the planner's {' '.join(sizes)}: this job has {counted(count, 'node')} of {counted(each, 'rank')}; "
+                "allowed: these, or neither argument"
             )
         return [*sizes, *rest]
 

@@ -22,6 +22,11 @@ class Found:
     plan: str = ""
 
 
+def counted(number: int, what: str) -> str:
+    """``1 node``, ``2 nodes``."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def who(ranks: Iterable[int], nodes: Sequence[str]) -> str:
     """``ranks 0-1 (node0)``."""
     ranks = list(ranks)

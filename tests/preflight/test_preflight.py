@@ -36,7 +36,7 @@ def test_all_is_well_on_two_ranks_with_tp_2(tmp_path):
         r"^1: node0 +0-1 .* 0\.1\.0 \(" + source()[0] + rf"\) .* {re.escape(torch.__version__)} ", log, re.M
     )
     assert re.search(r"^TP +1 x 2 +(\d+\.\d\d \([01]\) +){4}", log, re.M), log
-    assert re.search(r"2 ranks, 1 nodes?, \d+ s: all is well", log), log
+    assert re.search(r"2 ranks, 1 node, \d+ s: all is well", log), log
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert f"{tmp_path / 'checkpoints'} was not there, and has been made" in log
 
@@ -63,7 +63,7 @@ def test_the_plan_must_be_of_this_job(tmp_path):
         job = Job(tmp_path, 2, [*PREFLIGHT, "--", "--shapes", str(shapes), f"--nodes={size}"])
         job.ends()
         assert job.codes == [code, code], job.all_logs()
-        assert any("this job has 1 nodes of 2 ranks" in problem for problem in problems(job)) is (code == 1)
+        assert any("this job has 1 node of 2 ranks" in problem for problem in problems(job)) is (code == 1)
         assert ("2 ranks = 1 node x 2 GPUs" in job.log(0)) is (code == 0)
 
 
@@ -196,8 +196,8 @@ def test_every_rank_is_in_one_group_of_each_kind(tp, pp):
     ("arguments", "text"),
     [
         (["--tp", "3"], "--tp 3 x --pp 1 does not divide the 4 ranks of this job"),
-        (["--tp", "0"], "'0': allowed: a whole number from 1 on"),
-        (["--checkpoint-bytes", "much"], "'much': allowed: bytes, or with K, M, G, T"),
+        (["--tp", "0"], "'0' is not valid; allowed: a whole number from 1 on"),
+        (["--checkpoint-bytes", "much"], "'much' is not valid; allowed: bytes, or with K, M, G, T"),
         (["--checkpoint", "x"], "unrecognized arguments: --checkpoint x"),
     ],
 )
