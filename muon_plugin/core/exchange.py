@@ -183,7 +183,7 @@ class Exchange:
         sends = {}
         for rank, blocks in this.gather_to.items():
             buffer = self._buffer(sum(local.numel for _, local in blocks), self.device)
-            for (tensor, local), part in zip(blocks, buffer.split([local.numel for _, local in blocks])):
+            for (tensor, local), part in zip(blocks, torch.split(buffer, [local.numel for _, local in blocks])):
                 read(tensor, local, part.view(local.count, local.run))
             sends[rank] = buffer
         sizes = {rank: sum(inside.numel for _, inside in parts) for rank, parts in this.gather_from.items()}
@@ -193,7 +193,7 @@ class Exchange:
             found: dict[int, list[tuple[Strided, Tensor]]] = {}
             for rank, buffer in wait().items():
                 parts = this.gather_from[rank]
-                for (matrix, inside), part in zip(parts, buffer.split([inside.numel for _, inside in parts])):
+                for (matrix, inside), part in zip(parts, torch.split(buffer, [inside.numel for _, inside in parts])):
                     found.setdefault(matrix, []).append((inside, part))
             return found
 
@@ -223,7 +223,7 @@ class Exchange:
                     size = sum(local.numel for _, local in blocks)
                     flat, buffer = buffer[:size], buffer[size:]
                     scale, buffer = (_unpack_scale(buffer), buffer[extra:]) if extra else (None, buffer)
-                    for (tensor, local), part in zip(blocks, flat.split([local.numel for _, local in blocks])):
+                    for (tensor, local), part in zip(blocks, torch.split(flat, [local.numel for _, local in blocks])):
                         write(tensor, local, matrix, part.view(local.count, local.run), scale)
             for done in waits:
                 done()
@@ -249,7 +249,7 @@ class Exchange:
                 work.wait()
             if source == self.rank:
                 return
-            for matrix, flat in zip(numbers, buffer.to(self.device).split(sizes)):
+            for matrix, flat in zip(numbers, torch.split(buffer.to(self.device), sizes)):
                 scale = _unpack_scale(flat[-extra:]) if extra else None
                 self._write_own(matrix, flat[: self.matrices[matrix].numel], scale, write)
 

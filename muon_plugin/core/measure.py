@@ -231,7 +231,9 @@ def _shares(part: Part, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]
 
 def _parts(shard: Shard, tensor: Tensor) -> Iterable[Tensor]:
     whole = shard.local.view(tensor.detach().reshape(-1))
-    return whole.split(max(1, CHUNK // whole.shape[1])) if whole.shape[0] > 1 else whole.view(-1).split(CHUNK)
+    if whole.shape[0] == 1:
+        return torch.split(whole.view(-1), CHUNK)
+    return torch.split(whole, max(1, CHUNK // whole.shape[1]))
 
 
 def _adamw_update(shard: Shard, state: Mapping[str, Any], group: Mapping[str, Any]) -> Iterable[Tensor]:

@@ -66,8 +66,8 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})
 
     params, options = together(prepare)
-    cuts = together(lambda: tensor_parallel.cuts(engine, engine.param_names))
-    shapes = {name: cut.shape for name, cut in cuts.items()}
+    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, engine.param_names))
+    shapes = {name: partition.shape for name, partition in engine._muon_partitions.items()}
     stage = engine.seq_data_parallel_group if engine.pipeline_parallelism else None
     muon = Muon(params, model=engine.module, process_group=stage, host=HOST, shapes=shapes, **options)
     if engine.pipeline_parallelism and engine.zero_optimization():
@@ -99,10 +99,14 @@ def _configure_optimizer(
     if not isinstance(muon, Muon):
         return
     names, tp = engine.param_names, tensor_parallel.group_of(engine)
-    cuts = together(lambda: tensor_parallel.cuts(engine, names))
+    partitions = getattr(
+        engine, "_muon_partitions", None
+    )  # on all ranks, or none: a client's own optimizer has none yet
+    if partitions is None:
+        partitions = together(lambda: tensor_parallel.cuts(engine, names))
     tensor_parallel.compare_replicas(names, tp)
     found = together(lambda: calls(engine, names))
-    muon.attach(holdings(found, names, cuts, tp), torch.device(engine.device))
+    muon.attach(holdings(found, names, partitions, tp), torch.device(engine.device))
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, found)
     check_before_loading(engine.optimizer, muon)
