@@ -1,11 +1,15 @@
-"""Pieces to their matrix's owner, the orthogonalization, the update's pieces back. Knows no engine.
+"""Shards of each matrix to its owner, the orthogonalization, shards of the update back. Knows no engine.
 
 Both ways bf16, point to point between ranks that share a matrix; where every rank holds the whole matrix (stage 0,
-DDP), nothing is gathered and the update is broadcast. While the pieces of one round fly, matrices that lie whole on
-their owner are orthogonalized::
+DDP), nothing is gathered and the update is broadcast. Matrices that travel go in rounds. While the shards of one round
+are on the network, matrices that lie whole on their owner are orthogonalized::
 
     gather 0 | local | compute 0, send back 0 | local | compute 1, send back 1 | ... | local
                gather 1 flies ................. gather 2 flies .....
+
+Shapes: a matrix is assembled as (rows, cols) in a batch (batch, rows, cols) of equal ones. A message is flat: the parts
+of one or more matrices, each a (count, run) block of a `Strided`, one after the other in an order that both sides
+derive from the plan.
 """
 
 from __future__ import annotations
@@ -33,16 +37,71 @@ Read = Callable[[int, Strided, Tensor], None]
 Write = Callable[[int, Strided, int, Tensor, "Tensor | None"], None]
 
 
+@dataclass(frozen=True)
+class _InTensor:
+    """Elements of one of this rank's tensors, by its number."""
+
+    tensor: int
+    local: Strided
+
+
+@dataclass(frozen=True)
+class _InMatrix:
+    """Elements of a matrix, by its number."""
+
+    matrix: int
+    inside: tuple[Strided, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(part.numel for part in self.inside)
+
+
 @dataclass
 class _Round:
-    """What this rank does in one round. Messages are lists of parts in an order both sides derive alike."""
+    """What this rank does in one round: the matrices it computes, and for each peer the parts of the messages."""
 
     computed: list[int] = field(default_factory=list)
-    gather_to: dict[int, list[tuple[int, Strided]]] = field(default_factory=dict)  # rank -> (tensor, local)
-    gather_from: dict[int, list[tuple[int, Strided]]] = field(default_factory=dict)  # rank -> (matrix, inside)
-    update_to: dict[int, list[tuple[int, list[Strided]]]] = field(default_factory=dict)  # rank -> matrix, inside
-    update_from: dict[int, list[int]] = field(default_factory=dict)  # rank -> matrices
-    broadcast: dict[int, list[int]] = field(default_factory=dict)  # rank -> matrices
+    gather_to: dict[int, list[_InTensor]] = field(default_factory=dict)
+    gather_from: dict[int, list[_InMatrix]] = field(default_factory=dict)
+    update_to: dict[int, list[_InMatrix]] = field(default_factory=dict)
+    update_from: dict[int, list[int]] = field(default_factory=dict)  # matrices
+    broadcast: dict[int, list[int]] = field(default_factory=dict)  # matrices, by their owner
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """The update of one matrix: flat, bf16, and its own fp32 scale where it has one (Eq. 6)."""
+
+    flat: Tensor
+    scale: Tensor | None
+
+    def packed(self, inside: Iterable[Strided]) -> list[Tensor]:
+        """Parts of it, flat, then the scale as two bf16 numbers."""
+        parts = [part.view(self.flat).reshape(-1) for part in inside]
+        return parts if self.scale is None else [*parts, self.scale.view(1).view(torch.bfloat16)]
+
+
+@dataclass
+class _Transfer:
+    """Messages that were posted, one to and one from each peer.
+
+    Attributes:
+        works: (what to wait for, the peer of the default group; None where one piece of work is for all).
+        received: by rank, filled once all works are done.
+        sent: buffers that must outlive the sends.
+    """
+
+    works: list[tuple[Any, int | None]]
+    received: dict[int, Tensor]
+    sent: list[Tensor]
+
+    def wait(self) -> dict[int, Tensor]:
+        for work, peer in self.works:
+            with waiting_for(peer):
+                work.wait()
+        self.sent.clear()
+        return self.received
 
 
 class Exchange:
@@ -70,6 +129,7 @@ class Exchange:
     ) -> None:
         self.matrices, self.plan, self.group, self.device = matrices, plan, group, device
         self.orthogonalize, self.normalize = orthogonalize, normalize
+        self._scalars = 2 * normalize  # bf16 numbers that follow each update
         self.rank, size = world_of(group)
         self._global = [dist.get_global_rank(group, r) if group is not None else r for r in range(size)]
         # gloo moves CPU memory only; every other backend moves the device's own.
@@ -98,17 +158,18 @@ class Exchange:
             return
         for rank, inside in route.sources:
             if rank == me != owner:
-                into.gather_to.setdefault(owner, []).extend(self._blocks(number))
+                into.gather_to.setdefault(owner, []).extend(self._held(number))
             elif rank != me == owner:
-                into.gather_from.setdefault(rank, []).extend((number, part) for part in inside)
+                into.gather_from.setdefault(rank, []).append(_InMatrix(number, inside))
         for rank, inside in route.holders:
             if rank == me != owner:
                 into.update_from.setdefault(owner, []).append(number)
             elif rank != me == owner:
-                into.update_to.setdefault(rank, []).append((number, list(inside)))
+                into.update_to.setdefault(rank, []).append(_InMatrix(number, inside))
 
-    def _blocks(self, number: int) -> list[tuple[int, Strided]]:
-        return [(piece.tensor, block.local) for piece in self._mine.get(number, ()) for block in piece.blocks]
+    def _held(self, number: int) -> list[_InTensor]:
+        """What this rank holds of a matrix, in the order of the route's `inside`."""
+        return [_InTensor(piece.tensor, block.local) for piece in self._mine.get(number, ()) for block in piece.blocks]
 
     def _batches(self, numbers: Iterable[int]) -> list[list[int]]:
         """Matrices of one shape together, up to BATCH_ELEMENTS."""
@@ -124,139 +185,136 @@ class Exchange:
         return batches
 
     def run(self, read: Read, write: Write) -> None:
-        """One step: every piece is read once, every piece of the update written once. Collective over the group."""
-        following = self._gather(0, read)
-        returning: Callable[[], None] = _nothing
+        """One step: every shard is read once, every part of the update is written once. Collective over the group."""
+        gathering = self._gather(0, read)
+        returning: list[_Transfer] = []
         for number, this in enumerate(self._rounds):
-            arriving, following = following, self._gather(number + 1, read)
+            arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's fly meanwhile
             self._local(number, read, write)
-            arrived = arriving()
-            updates: dict[int, tuple[Tensor, Tensor | None]] = {}
+            arrived = self._arrived(this, arriving)
+            computed: dict[int, _Computed] = {}
             for batch in self._batches(this.computed):
-                updates.update(self._compute(batch, read, arrived))
-            sent = self._return(number, updates, write)
-            for matrix, (update, scale) in updates.items():
-                self._write_own(matrix, update, scale, write)
-            returning()
+                computed |= self._compute(batch, read, arrived)
+            sent = self._return(number, computed)
+            for matrix, update in computed.items():
+                self._write_own(matrix, update, write)
+            self._take_back(number - 1, returning, write)  # the updates of the round before, which flew until now
             returning = sent
         self._local(len(self._rounds), read, write)
-        returning()
+        self._take_back(len(self._rounds) - 1, returning, write)
 
     def _local(self, slot: int, read: Read, write: Write) -> None:
+        """Matrices that lie whole on this rank: one of `rounds` + 1 parts of them."""
         for batch in self._fillers[slot]:
-            for matrix, (update, scale) in self._compute(batch, read, {}).items():
-                self._write_own(matrix, update, scale, write)
+            for matrix, update in self._compute(batch, read, {}).items():
+                self._write_own(matrix, update, write)
 
     def _compute(
         self, batch: list[int], read: Read, arrived: dict[int, list[tuple[Strided, Tensor]]]
-    ) -> dict[int, tuple[Tensor, Tensor | None]]:
-        """Puts the matrices of a batch together and orthogonalizes them: number -> flat update, its scale."""
+    ) -> dict[int, _Computed]:
+        """Assembles the matrices of a batch and orthogonalizes them."""
         first = self.matrices[batch[0]]
         x = torch.empty(len(batch), first.rows, first.cols, dtype=torch.bfloat16, device=self.device)
-        sourced = {number for number in batch if self._is_source(number)}
         for slot, number in enumerate(batch):
             flat = x[slot].view(-1)
-            for piece in self._mine.get(number, ()) if number in sourced else ():
+            for piece in self._mine.get(number, ()) if self._is_source(number) else ():
                 for block in piece.blocks:
                     read(piece.tensor, block.local, block.inside.view(flat).view(block.local.count, block.local.run))
             for inside, part in arrived.get(number, ()):
                 inside.view(flat).copy_(part.view(inside.count, inside.run))
         with phase("orthogonalize"):
             updates = [update.reshape(-1) for update in self.orthogonalize(x)]
-        scales = [_one_over_rms(update) if self.normalize else None for update in updates]
-        return {number: (update, scale) for number, update, scale in zip(batch, updates, scales)}
+        return {n: _Computed(u, _one_over_rms(u) if self.normalize else None) for n, u in zip(batch, updates)}
 
     def _is_source(self, number: int) -> bool:
         return any(rank == self.rank for rank, _ in self.plan.routes[number].sources)
 
-    def _write_own(self, number: int, update: Tensor, scale: Tensor | None, write: Write) -> None:
+    def _write_own(self, number: int, update: _Computed, write: Write) -> None:
         for piece in self._mine.get(number, ()):
             for block in piece.blocks:
-                part = block.inside.view(update).reshape(block.local.count, block.local.run)
-                write(piece.tensor, block.local, number, part, scale)
+                part = block.inside.view(update.flat).reshape(block.local.count, block.local.run)
+                write(piece.tensor, block.local, number, part, update.scale)
 
-    def _gather(self, number: int, read: Read) -> Callable[[], dict[int, list[tuple[Strided, Tensor]]]]:
-        """Starts a round's way to the owners; the result waits and says what arrived of each matrix."""
+    def _gather(self, number: int, read: Read) -> _Transfer:
+        """Posts a round's messages to the owners."""
         if number >= len(self._rounds):
-            return dict
+            return _Transfer([], {}, [])
+        this, sends = self._rounds[number], {}
+        for rank, held in this.gather_to.items():
+            sizes = [part.local.numel for part in held]
+            sends[rank] = self._buffer(sum(sizes), self.device)
+            for part, into in zip(held, torch.split(sends[rank], sizes)):
+                read(part.tensor, part.local, into.view(part.local.count, part.local.run))
+        expected = {rank: sum(part.numel for part in parts) for rank, parts in this.gather_from.items()}
+        return self._post(sends, expected, tag=2 * number)
+
+    def _arrived(self, this: _Round, transfer: _Transfer) -> dict[int, list[tuple[Strided, Tensor]]]:
+        """Waits for a round's messages: what came of each matrix, and where it belongs in it."""
+        found: dict[int, list[tuple[Strided, Tensor]]] = {}
+        for rank, buffer in transfer.wait().items():
+            parts = [(part.matrix, inside) for part in this.gather_from[rank] for inside in part.inside]
+            flats = torch.split(buffer.to(self.device), [inside.numel for _, inside in parts])
+            for (matrix, inside), flat in zip(parts, flats):
+                found.setdefault(matrix, []).append((inside, flat))
+        return found
+
+    def _return(self, number: int, computed: dict[int, _Computed]) -> list[_Transfer]:
+        """Posts a round's updates to their holders: broadcasts, owner by owner, then the messages."""
         this = self._rounds[number]
-        sends = {}
-        for rank, blocks in this.gather_to.items():
-            buffer = self._buffer(sum(local.numel for _, local in blocks), self.device)
-            for (tensor, local), part in zip(blocks, torch.split(buffer, [local.numel for _, local in blocks])):
-                read(tensor, local, part.view(local.count, local.run))
-            sends[rank] = buffer
-        sizes = {rank: sum(inside.numel for _, inside in parts) for rank, parts in this.gather_from.items()}
-        wait = self._transfer(sends, sizes, tag=2 * number)
-
-        def arrived() -> dict[int, list[tuple[Strided, Tensor]]]:
-            found: dict[int, list[tuple[Strided, Tensor]]] = {}
-            for rank, buffer in wait().items():
-                parts = this.gather_from[rank]
-                for (matrix, inside), part in zip(parts, torch.split(buffer, [inside.numel for _, inside in parts])):
-                    found.setdefault(matrix, []).append((inside, part))
-            return found
-
-        return arrived
-
-    def _return(
-        self, number: int, updates: dict[int, tuple[Tensor, Tensor | None]], write: Write
-    ) -> Callable[[], None]:
-        """Starts the way back of a round's updates; the result waits and writes what comes to this rank."""
-        this = self._rounds[number]
-        waits = [self._broadcast(source, mine, updates, write) for source, mine in sorted(this.broadcast.items())]
+        posted = [self._broadcast(owner, mine, computed) for owner, mine in sorted(this.broadcast.items())]
         sends = {
-            rank: torch.cat([flat for m, inside in parts for flat in _packed(*updates[m], inside)])
+            rank: torch.cat([flat for part in parts for flat in computed[part.matrix].packed(part.inside)])
             for rank, parts in this.update_to.items()
         }
-        extra = 2 * self.normalize
-        sizes = {
-            rank: sum(local.numel for m in mine for _, local in self._blocks(m)) + extra * len(mine)
+        expected = {
+            rank: sum(part.local.numel for m in mine for part in self._held(m)) + self._scalars * len(mine)
             for rank, mine in this.update_from.items()
         }
-        wait = self._transfer(sends, sizes, tag=2 * number + 1)
+        return [*posted, self._post(sends, expected, tag=2 * number + 1)]
 
-        def finish() -> None:
-            for rank, buffer in wait().items():
-                for matrix in this.update_from[rank]:
-                    blocks = self._blocks(matrix)
-                    size = sum(local.numel for _, local in blocks)
-                    flat, buffer = buffer[:size], buffer[size:]
-                    scale, buffer = (_unpack_scale(buffer), buffer[extra:]) if extra else (None, buffer)
-                    for (tensor, local), part in zip(blocks, torch.split(flat, [local.numel for _, local in blocks])):
-                        write(tensor, local, matrix, part.view(local.count, local.run), scale)
-            for done in waits:
-                done()
+    def _take_back(self, number: int, transfers: list[_Transfer], write: Write) -> None:
+        """Waits for a round's updates from other ranks, the messages first, and applies them."""
+        if not transfers:
+            return
+        *broadcasts, messages = transfers
+        this = self._rounds[number]
+        for rank, buffer in messages.wait().items():
+            rest = buffer.to(self.device)
+            for matrix in this.update_from[rank]:
+                held = self._held(matrix)
+                sizes = [part.local.numel for part in held]
+                flat, scale, rest = self._unpacked(rest, sum(sizes))
+                for part, update in zip(held, torch.split(flat, sizes)):
+                    write(part.tensor, part.local, matrix, update.view(part.local.count, part.local.run), scale)
+        for owner, broadcast in zip(sorted(this.broadcast), broadcasts):
+            rest = broadcast.wait()[owner]
+            if owner == self.rank:
+                continue
+            rest = rest.to(self.device)
+            for matrix in this.broadcast[owner]:
+                flat, scale, rest = self._unpacked(rest, self.matrices[matrix].numel)
+                self._write_own(matrix, _Computed(flat, scale), write)
 
-        return finish
+    def _unpacked(self, buffer: Tensor, size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(The first elements of a message, the scale that follows them, the rest of it)."""
+        after = size + self._scalars
+        # A copy: the scale's two numbers may lie at an odd place, where an fp32 view is refused.
+        scale = buffer[size:after].clone().view(torch.float32)[0] if self._scalars else None
+        return buffer[:size], scale, buffer[after:]
 
-    def _broadcast(
-        self, source: int, numbers: list[int], updates: dict[int, tuple[Tensor, Tensor | None]], write: Write
-    ) -> Callable[[], None]:
+    def _broadcast(self, owner: int, numbers: list[int], computed: dict[int, _Computed]) -> _Transfer:
         """One owner's updates to all ranks; every rank holds these matrices whole."""
-        extra = 2 * self.normalize
-        sizes = [self.matrices[m].numel + extra for m in numbers]
-        if source == self.rank:
-            whole = [[Strided(0, self.matrices[m].numel)] for m in numbers]
-            parts = [flat for m, inside in zip(numbers, whole) for flat in _packed(*updates[m], inside)]
+        sizes = [self.matrices[m].numel for m in numbers]
+        if owner == self.rank:
+            parts = [flat for m, size in zip(numbers, sizes) for flat in computed[m].packed([Strided(0, size)])]
             buffer = torch.cat(parts).to(self._wire)
         else:
-            buffer = self._buffer(sum(sizes), self._wire)
-        work = dist.broadcast(buffer, self._global[source], group=self.group, async_op=True)
+            buffer = self._buffer(sum(sizes) + self._scalars * len(numbers), self._wire)
+        work = dist.broadcast(buffer, self._global[owner], group=self.group, async_op=True)
+        return _Transfer([(work, self._global[owner] if owner != self.rank else None)], {owner: buffer}, [])
 
-        def finish() -> None:
-            with waiting_for(self._global[source] if source != self.rank else None):
-                work.wait()
-            if source == self.rank:
-                return
-            for matrix, flat in zip(numbers, torch.split(buffer.to(self.device), sizes)):
-                scale = _unpack_scale(flat[-extra:]) if extra else None
-                self._write_own(matrix, flat[: self.matrices[matrix].numel], scale, write)
-
-        return finish
-
-    def _transfer(self, sends: dict[int, Tensor], sizes: dict[int, int], tag: int) -> Callable[[], dict[int, Tensor]]:
-        """Posts one message to and from each peer; the result waits and gives what came, by rank."""
+    def _post(self, sends: dict[int, Tensor], sizes: dict[int, int], tag: int) -> _Transfer:
+        """Posts one message to and from each peer."""
         received = {rank: self._buffer(size, self._wire) for rank, size in sorted(sizes.items())}
         sent = {rank: buffer.to(self._wire) for rank, buffer in sorted(sends.items())}
         ops = [dist.P2POp(dist.irecv, b, self._global[r], self.group, tag) for r, b in received.items()]
@@ -264,36 +322,13 @@ class Exchange:
         works = dist.batch_isend_irecv(ops) if ops else []
         # NCCL has one piece of work for all; nobody waits for it here but the device.
         peers = [op.peer for op in ops] if len(works) == len(ops) else [None] * len(works)
-
-        def wait() -> dict[int, Tensor]:
-            for work, peer in zip(works, peers):
-                with waiting_for(peer):
-                    work.wait()
-            sent.clear()  # held until here: the buffers must outlive the sends
-            return {rank: buffer.to(self.device) for rank, buffer in received.items()}
-
-        return wait
+        return _Transfer(list(zip(works, peers)), received, list(sent.values()))
 
     def _buffer(self, size: int, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device=device)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _one_over_rms(update: Tensor) -> Tensor:
     """1 / RMS of one matrix's update, an fp32 scalar; 0 for an update of zeros."""
     rms = update.float().square().mean().sqrt()
     return torch.where(rms > 0, 1 / rms, 0.0)
-
-
-def _packed(update: Tensor, scale: Tensor | None, inside: Sequence[Strided]) -> list[Tensor]:
-    """Parts of a flat update, flat, then its fp32 scale as two bf16 numbers where it has one."""
-    parts = [part.view(update).reshape(-1) for part in inside]
-    return parts if scale is None else [*parts, scale.view(1).view(torch.bfloat16)]
-
-
-def _unpack_scale(two: Tensor) -> Tensor:
-    # A copy: the two numbers may lie at an odd place, where an fp32 view is refused.
-    return two[:2].clone().view(torch.float32)[0]
