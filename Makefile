@@ -23,8 +23,8 @@ paper-runs: .venv/examples  ## the paper's experiments from scratch at the small
 	$(BIN)/python examples/paper/run.py --scale toy
 	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
-test: lint .venv/megatron .venv/older_deepspeed slurm  ## everything that CI runs; three files at a time, since tests wait for processes to start
-	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadfile --durations=25
+test: lint .venv/megatron .venv/older_deepspeed .venv/fused_adam slurm  ## everything that CI runs; FULL=1 for every combination
+	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist worksteal --durations=25
 
 slurm:  ## for its tests, which are skipped without it: installed by apt, as root where there is apt
 	$(PYTHON) tests/support/slurm_cluster.py install
@@ -82,6 +82,12 @@ clean:
 	  DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation --upgrade \
 	    --target .venv/deepspeed/$$release deepspeed==$$release || exit 1; \
 	done
+	touch $@
+
+# DeepSpeed compiles its AdamW at first use, for a minute or two: once for all runs of the tests.
+.venv/fused_adam: .venv/dev
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions $(BIN)/python -c \
+	  'from deepspeed.ops.op_builder import FusedAdamBuilder; FusedAdamBuilder().load(verbose=False)'
 	touch $@
 
 # What Megatron 0.19's own Muon is made of.

@@ -1,17 +1,21 @@
 import os
+import shutil
 
 import pytest
 
-from tests.support import session
+from tests.support import ROOT, session
 from tests.support.ranks import Ranks
 
 
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist, which inherit the environment
         session.begin()
-        # DeepSpeed compiles kernels at first use. A build elsewhere that was killed leaves a lock on which all later
-        # ones wait.
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(session.folder() / "extensions")
+        # DeepSpeed compiles its AdamW at first use; `make test` does so at installation. A copy for each run, since a
+        # start that is killed leaves a lock on which all later ones wait.
+        extensions = session.folder() / "extensions"
+        if (ROOT / ".venv" / "torch_extensions").exists():
+            shutil.copytree(ROOT / ".venv" / "torch_extensions", extensions)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
 
 
 def pytest_unconfigure(config):

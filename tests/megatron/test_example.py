@@ -6,24 +6,31 @@ import json
 import subprocess
 import sys
 import sysconfig
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT
-from tests.support.jobs import environment
+from tests.support.combinations import FULL, in_turn
+from tests.support.forks import Engine
+from tests.support.jobs import Job, environment
 from tests.support.ranks import release
 
 FOLDER = ROOT / "examples" / "megatron"
 
 
-def compare(version: str, out: Path, *options: str) -> str:
-    text = out / "text.txt"  # one text, of which the end is held out
-    out.mkdir(exist_ok=True)
-    source = (
-        Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
-    )  # not our own: an edit there would change what is measured
+def text_in(folder: Path) -> Path:
+    """One text, of which the end is held out."""
+    text = folder / "text.txt"
+    folder.mkdir(exist_ok=True)
+    source = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"  # not our own, which change
     text.write_text("".join(file.read_text() for file in sorted(source.glob("*.py"))) * 3)
+    return text
+
+
+def compare(version: str, out: Path, *options: str) -> str:
+    text = text_in(out)
     command = [sys.executable, str(FOLDER / "compare.py"), "--data", str(text), "--out", str(out), *options]
     own = environment(release(version))
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=own, cwd=ROOT)
@@ -31,10 +38,9 @@ def compare(version: str, out: Path, *options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.19.2"])
-@pytest.mark.parametrize("options", [["--nproc", "2"], ["--nproc", "2", "--moe"]], ids=["TP 2", "experts, EP 2"])
+@pytest.mark.parametrize(("version", "options"), in_turn(("0.16.1", "0.19.2"), ([], ["--moe"])))
 def test_the_example_prints_its_table(version, options, tmp_path):
-    printed = compare(version, tmp_path, "--steps", "3", *options)
+    printed = compare(version, tmp_path, "--steps", "3", "--nproc", "2", *options)
     assert "muon_plugin ---" in printed
     assert "as in the paper" in printed
     assert "final validation loss" in printed
@@ -43,14 +49,30 @@ def test_the_example_prints_its_table(version, options, tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
-def test_loss_curves_at_tp_1_and_2_agree_to_the_forward_passs_rounding(tmp_path):
+def test_loss_curves_at_tp_1_and_2_agree_to_the_forward_passs_rounding(tmp_path, monkeypatch):
     """On real text in fp32: AdamW's own difference between TP 1 and TP 2 is the yardstick."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "llama")
+    import data
+
+    data.prepare(text_in(tmp_path), tmp_path / "data")
     curves = {}
-    for tp in (1, 2):
-        compare("0.19.2", tmp_path / str(tp), "--steps", "20", "--nproc", "2", "--tp", str(tp))
-        for name in ("AdamW", "Muon"):
-            lines = (tmp_path / str(tp) / name / "metrics.jsonl").read_text().splitlines()
-            curves[name, tp] = [json.loads(line)["loss"] for line in lines]
+    for tp, (name, optimizer) in product((1, 2), (("AdamW", "adam"), ("Muon", "muon"))):
+        out = tmp_path / f"{name} {tp}"
+        out.mkdir()
+        arguments = [
+            str(FOLDER / "train.py"),
+            "--optimizer",
+            optimizer,
+            "--tp",
+            str(tp),
+            "--steps",
+            "20" if FULL else "10",
+        ]
+        arguments += ["--lr", "0.001", "--weight-decay", "0.1", "--data", str(tmp_path / "data"), "--out", str(out)]
+        job = Job(out, 2, arguments, engine=Engine(megatron=str(release("0.19.2"))))
+        job.ends()
+        assert job.codes == [0, 0], job.all_logs()
+        curves[name, tp] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     worst = {name: max(abs(a - b) for a, b in zip(curves[name, 1], curves[name, 2])) for name in ("AdamW", "Muon")}
     print(worst)
     # fp32 sums in another order differ by 1e-7 of the loss; Newton-Schulz rounds its input to bf16, where such

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 
 from muon_plugin.moonlight import Stages, gate_scaling_factor, router_bias
 from tests.support import ROOT
-from tests.support.jobs import environment
+from tests.support.forks import Engine
+from tests.support.jobs import Job
 from tests.support.ranks import release as release_folder
 
 STEP = 2048 * 8192  # tokens
@@ -131,22 +131,12 @@ def test_moonlight_scaled_down_trains_with_two_expert_ranks(tmp_path):
     import data
 
     data.prepare(ROOT / "muon_plugin", tmp_path / "data")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [
-        str(ROOT / "examples" / "megatron" / "train.py"),
-        "--moonlight",
-        "--tp",
-        "1",
-        "--ep",
-        "2",
-        "--steps",
-        "12",
-    ]
-    command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path)]
-    own = environment(release_folder("0.19.2"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=own, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "mlp.router.weight" in done.stdout + done.stderr
+    arguments = [str(ROOT / "examples" / "megatron" / "train.py"), "--moonlight", "--tp", "1", "--ep", "2"]
+    arguments += ["--steps", "12", "--data", str(tmp_path / "data"), "--out", str(tmp_path)]
+    job = Job(tmp_path, 2, arguments, engine=Engine(megatron=str(release_folder("0.19.2"))))
+    job.ends()
+    assert job.codes == [0, 0], job.all_logs()
+    assert "mlp.router.weight" in job.log(0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     rates = [line["lr"] for line in lines]

@@ -21,7 +21,6 @@ from muon_plugin.core.layout import Partition
 from muon_plugin.core.orthogonalize import NewtonSchulz, coefficients_for
 from muon_plugin.core.plan import make_plan
 from muon_plugin.core.routing import route
-from muon_plugin.megatron import on_cpu
 from muon_plugin.planner import cost, spread
 from muon_plugin.planner.calls import Zero, zero_calls
 from muon_plugin.planner.command import run
@@ -125,7 +124,6 @@ def megatron(tmp_path, monkeypatch):
 
 
 def planned_by_megatron(rank: int, arguments: list[str]) -> dict[str, Any]:
-    on_cpu.install = lambda: None  # done before Megatron was imported
     return as_json(run(arguments))
 
 

@@ -12,9 +12,6 @@ import sys
 
 def command(rank: int, module: str, arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -m module arguments` with these environment variables: its exit code and what it printed."""
-    from muon_plugin.megatron import on_cpu
-
-    on_cpu.install = lambda: None  # done before Megatron was imported
     os.environ |= variables
     sys.argv = [module, *arguments]
     code: object = 0

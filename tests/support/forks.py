@@ -81,6 +81,7 @@ class Engine:
             warnings.simplefilter("ignore")
             if self.device == "cpu":
                 on_cpu.install()
+                on_cpu.install = lambda: None  # twice would be once too often
             logging.getLogger("megatron").setLevel("ERROR")
             import megatron.core.models.gpt
             import megatron.core.optimizer  # noqa: F401
