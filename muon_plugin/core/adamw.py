@@ -1,14 +1,16 @@
 """AdamW for the parameters that are not matrices: a well-kept implementation, chosen once.
 
-On CPU the default is torch's plain AdamW, whose bits do not depend on where a shard is cut. The fused ones there
-(DeepSpeed's, torch's) do: vector kernels round their tail elements differently (17 of 200,003 elements over 63 cuts
-with DeepSpeed's, 2 with torch's).
+On CPU the default is torch's plain AdamW, whose bits do not depend on where a shard is cut. The bits of fused ones do:
+their vector kernels round tail elements differently (with torch's, 2 of 200,003 elements over 63 cuts).
+
+An engine's folder may `offer` its engine's own.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,25 +20,25 @@ from torch.optim import Optimizer
 Groups = list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Implementation:
+    """An AdamW that a user can choose.
+
+    Attributes:
+        build: makes it for parameter groups; raises an ImportError that says why it cannot be used for them.
+        integer_steps: it counts the steps of each tensor as an int in the tensor's state.
+    """
+
+    build: Callable[[Groups], Optimizer]
+    integer_steps: bool = False
+
+
 def _torch(groups: Groups) -> Optimizer:
     return torch.optim.AdamW(groups)
 
 
 def _torch_fused(groups: Groups) -> Optimizer:
     return torch.optim.AdamW(groups, fused=True)
-
-
-def _deepspeed(groups: Groups) -> Optimizer:
-    if any(len(group["params"]) > 1 for group in groups):
-        # It counts steps on one tensor of a group: wrong where tensors differ in dtype, or one has no gradient.
-        raise ImportError("DeepSpeed's FusedAdam is used for one flat tensor a group, as ZeRO has them")
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.ops.adam import FusedAdam  # compiles its kernel where no wheel has it
-
-    ours, theirs = groups[0]["params"][0].device.type, get_accelerator().device_name()
-    if ours != theirs:
-        raise ImportError(f"DeepSpeed's accelerator is {theirs} (DS_ACCELERATOR), the parameters are on {ours}")
-    return FusedAdam(groups, adam_w_mode=True)
 
 
 def _apex(groups: Groups) -> Optimizer:
@@ -54,13 +56,26 @@ def _apex(groups: Groups) -> Optimizer:
     return apex.optimizers.FusedAdam(groups, adam_w_mode=True)
 
 
-_BUILDERS: dict[str, Callable[[Groups], Optimizer]] = {
-    "deepspeed": _deepspeed,
-    "apex": _apex,
-    "torch_fused": _torch_fused,
-    "torch": _torch,
+#: In the order in which "auto" tries them on CUDA.
+_IMPLEMENTATIONS: dict[str, Implementation] = {
+    "apex": Implementation(_apex),
+    "torch_fused": Implementation(_torch_fused),
+    "torch": Implementation(_torch),
 }
-IMPLEMENTATIONS = ("auto", *_BUILDERS)
+#: Classes of optimizers that were built and count their steps as integers.
+_INTEGER_STEPS: set[type[Optimizer]] = set()
+
+
+def offer(name: str, build: Callable[[Groups], Optimizer], integer_steps: bool = False) -> None:
+    """Adds an implementation, which "auto" tries first on CUDA. For an engine's folder; twice is the same as once."""
+    others = {key: value for key, value in _IMPLEMENTATIONS.items() if key != name}
+    _IMPLEMENTATIONS.clear()
+    _IMPLEMENTATIONS.update({name: Implementation(build, integer_steps), **others})
+
+
+def implementations() -> tuple[str, ...]:
+    """What the setting ``adamw`` may be."""
+    return ("auto", *_IMPLEMENTATIONS)
 
 
 def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
@@ -68,24 +83,27 @@ def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
 
     Args:
         groups: with "params", "lr", "betas", "eps", "weight_decay".
-        which: "auto" (on CUDA the first of DeepSpeed's FusedAdam, apex's, torch's fused; elsewhere torch's plain one)
-            or one of `IMPLEMENTATIONS`.
+        which: one of `implementations`. "auto" is on CUDA the first that can be built of an engine's own, apex's and
+            torch's fused, elsewhere torch's plain one.
 
     Raises:
         ValueError: if the one that was asked for cannot be had.
     """
     on_cuda = _is_cuda(groups)
-    order = [which] if which != "auto" else list(_BUILDERS) if on_cuda else ["torch"]
+    order = [which] if which != "auto" else list(_IMPLEMENTATIONS) if on_cuda else ["torch"]
     for name in order:
+        implementation = _IMPLEMENTATIONS[name]
         try:
-            optimizer = _BUILDERS[name](groups)
+            optimizer = implementation.build(groups)
         except Exception as error:  # a missing package, a kernel that does not build
             if which != "auto":
                 raise ValueError(
                     f"adamw={which!r} cannot be used here: {type(error).__name__}: {error}; "
-                    f"allowed: {', '.join(IMPLEMENTATIONS)}"
+                    f"allowed: {', '.join(implementations())}"
                 ) from error
             continue
+        if implementation.integer_steps:
+            _INTEGER_STEPS.add(type(optimizer))
         inexact = not on_cuda and name != "torch"
         return optimizer, name + (" (not bit-exact over layouts on CPU)" if inexact else "")
     raise RuntimeError("unreachable: torch's AdamW can always be built")
@@ -108,7 +126,7 @@ def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     if isinstance(optimizer, torch.optim.AdamW):
         fused = bool(optimizer.defaults.get("fused"))
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
-    elif type(optimizer).__module__.startswith("deepspeed"):
+    elif type(optimizer) in _INTEGER_STEPS:
         state["step"] = 0  # apex keeps it in the group instead
     return state
 
@@ -117,7 +135,7 @@ def adopt(optimizer: Optimizer, group: dict[str, Any], tensors: Sequence[Tensor]
     """Brings a restored group and its tensors' state to the format of `optimizer`, which may not be what saved them."""
     group.update(own_options(optimizer))
     steps = [state[p]["step"] for p in tensors if "step" in state[p]] or [group.pop("step", 0)]
-    step = max(float(s) for s in steps)  # DeepSpeed's FusedAdam counts on one tensor of a group only
+    step = max(float(s) for s in steps)  # some count on one tensor of a group only
     for p in tensors:
         fresh = new_state(optimizer, p.reshape(-1)[:0])
         if "step" not in fresh:

@@ -1,6 +1,6 @@
 """Where this rank is in the optimizer's step.
 
-The watchdog reads `current` when nothing moves; timers hear of every change; a profiler sees the phases by name.
+Whoever looks for a hung rank reads `current`; timers hear of every change; a profiler sees the phases by name.
 """
 
 from __future__ import annotations

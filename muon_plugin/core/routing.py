@@ -18,7 +18,7 @@ from torch import nn
 from .checks import is_whole
 from .layout import Matrix, Strided
 
-#: Words in the last two parts of a name that say "looked up by token or position" (DeepSpeed's own Muon: "embed").
+#: Words in the last two parts of a name that say "looked up by token or position".
 EMBEDDING_WORDS = ("embed", "wte", "wpe")
 #: Names of an output head wherever it sits, and names that mean one only outside numbered blocks.
 HEADS = {"lm_head", "lm_heads", "embed_out", "output_layer", "qa_outputs"}

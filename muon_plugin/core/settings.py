@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .adamw import IMPLEMENTATIONS
+from .adamw import implementations
 from .checks import BETAS, PATTERN_TABLE, PATTERNS, SWITCH, above, at_least, in_range, one_of, require, whole
 from .orthogonalize import METHODS, NewtonSchulz, coefficients_for
 
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
 #: What a client's parameter group may set for itself.
 GROUP_KEYS = ("lr", "weight_decay", "momentum", "nesterov", "betas", "eps")
-#: What each setting may be; `coefficients_for` checks ns_coefficients. muon_lr and adam_lr may also be None.
+#: What each setting may be. muon_lr and adam_lr may also be None; `coefficients_for` checks ns_coefficients, and adamw
+#: may be what `adamw.implementations` lists by then.
 CHECKS = {
     "lr": at_least(0),
     "muon_lr": at_least(0),
@@ -30,7 +31,6 @@ CHECKS = {
     "eps": above(0),
     "exclude": PATTERNS,
     "split": PATTERN_TABLE,
-    "adamw": one_of(IMPLEMENTATIONS),
 }
 
 
@@ -46,10 +46,10 @@ class Settings:
         adjust_lr_fn: "match_rms_adamw" (Eq. 4: 0.2 sqrt(max(A, B))), "original" (sqrt(max(1, A/B))), "update_norm"
             (Eq. 6: 0.2 / RMS), "none".
         betas, eps: of AdamW.
-        muon_lr, adam_lr: DeepSpeed's names for a learning rate of each half; lr where not given.
+        muon_lr, adam_lr: a learning rate of each half; lr where not given.
         exclude: patterns of names that go to AdamW.
         split: pattern of names -> how a fused projection is taken apart.
-        adamw: the AdamW to use: "auto", or one of `muon_plugin.adamw.IMPLEMENTATIONS`.
+        adamw: the AdamW to use: one of `adamw.implementations`.
 
     Raises:
         ValueError: with the key, its value and what is allowed.
@@ -75,6 +75,8 @@ class Settings:
         for key in CHECKS:
             if key not in ("muon_lr", "adam_lr") or getattr(self, key) is not None:
                 _check(key, getattr(self, key))
+        hint = "an engine's own is known once muon_plugin.register() has found the engine"
+        require(f"adamw={self.adamw!r}", self.adamw, one_of(implementations()), hint)
         coefficients_for(self.ns_steps, self.ns_coefficients)
 
     @classmethod
@@ -93,13 +95,23 @@ class Settings:
         return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method)
 
     def of_group(self, given: Mapping[str, Any], muon: bool, extra: Sequence[str] = ()) -> dict[str, Any]:
-        """Options of one half of a client's group: its own values first, then the half's, then the shared ones."""
+        """Options of one half of a client's group: its own values first, then the half's, then the shared ones.
+
+        Args:
+            given: the keys of the client's group, without its params.
+            muon: the half of the matrices, or that of the rest.
+            extra: further keys that an engine allows there; they are passed on.
+
+        Raises:
+            ValueError: for another key, or a value that is not allowed.
+        """
         for key, value in given.items():
             if key in GROUP_KEYS:
                 _check(key, value, "param group ")
             elif key not in ("name", *extra):
                 raise ValueError(
-                    f"a parameter group sets {key}={value!r}; allowed there: params, name, {', '.join(GROUP_KEYS)}"
+                    f"a parameter group sets {key}={value!r}; allowed there: "
+                    f"{', '.join(('params', 'name', *GROUP_KEYS, *extra))}"
                 )
         half_lr = self.muon_lr if muon else self.adam_lr
         options = {"lr": self.lr if half_lr is None else half_lr, "weight_decay": self.weight_decay}
