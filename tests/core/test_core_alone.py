@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import ROOT
 from torch import nn
 
 from muon_plugin.core import adamw
+from tests.support.ranks import ROOT
 
 CORE = ROOT / "muon_plugin" / "core"
 #: Words of engines, and of what is built around the core.
