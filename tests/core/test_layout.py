@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from muon_plugin.core.layout import Matrix, Shard, Strided, common, pieces
+
+pytestmark = pytest.mark.fast
 
 
 def positions(s: Strided) -> list[int]:
