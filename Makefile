@@ -7,7 +7,7 @@ OLDER_DEEPSPEED ?= 0.18.9
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: train train-megatron paper paper-runs test lint slurm bench bench-megatron gpu clean
+.PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint slurm bench bench-megatron gpu clean
 
 train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; about 8 minutes on 2 cores
 	$(BIN)/python examples/llama/compare.py
@@ -24,7 +24,13 @@ paper-runs: .venv/examples  ## the paper's experiments from scratch at the small
 	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
 test: lint .venv/megatron .venv/older_deepspeed .venv/fused_adam slurm  ## everything that CI runs; FULL=1 for every combination
-	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist worksteal --durations=25
+	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --durations=25
+
+test-fast: .venv/dev .venv/megatron-0.19.2  ## lint, types, the core and one path through each engine; 90 seconds on 2 cores
+	$(MAKE) -j 2 --output-sync=target lint tests-fast
+
+tests-fast: .venv/dev .venv/megatron-0.19.2
+	$(BIN)/python -m pytest -m 'fast and not compiles' -k 'not 0.16.1' tests/core tests/deepspeed/test_exact.py tests/megatron/test_e*.py
 
 slurm:  ## for its tests, which are skipped without it: installed by apt, as root where there is apt
 	$(PYTHON) tests/support/slurm_cluster.py install
@@ -68,12 +74,13 @@ clean:
 	touch $@
 
 # Both releases side by side, each in a folder of its own; pip wants Python 3.12 for 0.19, which runs on 3.11 too.
-.venv/megatron: .venv/dev
+.venv/megatron: $(MEGATRON:%=.venv/megatron-%)
+	touch $@
+
+.venv/megatron-%: .venv/dev
 	$(BIN)/python -m pip install -q triton einops packaging typing_extensions
-	for release in $(MEGATRON); do \
-	  $(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade \
-	    --target .venv/megatron-core/$$release megatron-core==$$release || exit 1; \
-	done
+	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade \
+	  --target .venv/megatron-core/$* megatron-core==$*
 	touch $@
 
 # DeepSpeed has no wheels: 40 seconds, without compiling its kernels.

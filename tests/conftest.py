@@ -23,6 +23,16 @@ def pytest_unconfigure(config):
         session.end()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup`: tests that share what takes long to make stay in one worker; all others go anywhere."""
+    for item in items:
+        shared = sorted(name for name in ("runs", "out", "cluster", "patched") if name in item.fixturenames)
+        if shared:
+            parameter = item.callspec.params.get(shared[0], "") if hasattr(item, "callspec") else ""
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {parameter}"))
+
+
 class Pools:
     """Pools of ranks for the tests; those of other engines than the last one asked for are closed."""
 

@@ -16,6 +16,8 @@ from muon_plugin.core.orthogonalize import COEFFICIENT_SETS
 from tests.support.integers import IntegerModel, differing
 from tests.support.ranks import RankError
 
+pytestmark = pytest.mark.fast
+
 
 def layers() -> nn.ModuleDict:
     torch.manual_seed(0)
@@ -286,7 +288,7 @@ def test_deepspeeds_adamw_is_for_flat_groups():
         Muon(layers().named_parameters(), adamw="deepspeed")
 
 
-@pytest.mark.parametrize("which", ["torch_fused", "deepspeed"])
+@pytest.mark.parametrize("which", ["torch_fused", pytest.param("deepspeed", marks=pytest.mark.compiles)])
 def test_another_adamw_is_a_choice_that_the_table_calls_inexact(which):
     import muon_plugin.deepspeed  # noqa: F401, offers DeepSpeed's
 

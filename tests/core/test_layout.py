@@ -9,6 +9,8 @@ import torch
 
 from muon_plugin.core.layout import Block, Matrix, Partition, Shard, Strided, common, cut_shards, pieces
 
+pytestmark = pytest.mark.fast
+
 
 def positions(s: Strided) -> list[int]:
     return [s.start + i * s.stride + j for i in range(s.count) for j in range(s.run)]

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from muon_plugin.core.orthogonalize import COEFFICIENT_SETS, NewtonSchulz, coefficients_for
 
+pytestmark = pytest.mark.fast
+
 PAPER = coefficients_for(5, "simple")
 
 

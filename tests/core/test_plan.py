@@ -10,6 +10,8 @@ from muon_plugin.core.orthogonalize import NewtonSchulz, coefficients_for
 from muon_plugin.core.plan import make_plan, travels
 from muon_plugin.core.routing import route
 
+pytestmark = pytest.mark.fast
+
 HIDDEN, LAYERS = 1024, 24
 
 

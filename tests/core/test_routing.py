@@ -11,6 +11,8 @@ from torch import nn
 from muon_plugin.core.layout import Shard, Strided, pieces
 from muon_plugin.core.routing import route
 
+pytestmark = pytest.mark.fast
+
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from tests.support import SUPPORT
-from tests.support.clients import CASES, STEPS
+from tests.support.client_runs import CASES, STEPS
 from tests.support.integers import IntegerModel, build, config, differing
-from tests.support.jobs import environment
+from tests.support.jobs import environment, free_port
 from tests.support.ranks import RankError
 
 SCRIPT = SUPPORT / "clients.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29551"]
-DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29552"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--main_process_port", "29553"]
+ACCELERATE += ["--num_machines", "1", "--main_process_port", "PORT"]
 #: client -> how the whole run is launched, and how the one that goes on from its checkpoint
 LAUNCHES = {
     "trainer": ([*TORCHRUN, "-m", "muon_plugin"], DEEPSPEED),
@@ -31,7 +31,9 @@ LAUNCHES = {
 
 def launch(command: list[str], *arguments: str) -> str:
     register = [] if "muon_plugin" in command else ["--register"]
-    command = [*command, str(SCRIPT), *arguments, *register]
+    port = str(free_port())
+    command = [port if word == "PORT" else word for word in command]
+    command += [str(SCRIPT), *arguments, *register]
     own = environment(HF_HUB_OFFLINE="1")
     found = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600, check=False)
     output = found.stdout + found.stderr

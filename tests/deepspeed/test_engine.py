@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.support import ROOT
 from tests.support.integers import IntegerModel, build, config, differing, train, trained, weights
-from tests.support.jobs import environment
+from tests.support.jobs import environment, free_port
 from tests.support.ranks import RankError
 
 
@@ -297,9 +297,9 @@ time.sleep(1)
 @pytest.mark.parametrize(
     "launch",
     [
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT",
          "-m", "muon_plugin"],
-        [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29542",
+        [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT",
          "--module", "muon_plugin"],
     ],
     ids=["torchrun", "deepspeed"],
@@ -308,7 +308,9 @@ def test_a_launcher_needs_no_change_of_code(tmp_path, launch):
     script, settings = tmp_path / "train.py", tmp_path / "ds.json"
     script.write_text(SCRIPT)
     settings.write_text(json.dumps(config(1)))
-    command = [*launch, str(script), str(settings), "last"]
+    port = str(free_port())
+    command = [port if word == "PORT" else word for word in launch]
+    command += [str(script), str(settings), "last"]
     found = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     output = found.stdout + found.stderr
     assert found.returncode == 0, output

@@ -82,6 +82,7 @@ def test_offload_changes_no_bit(ranks, reference, dtype, stage, world, gas):
     assert differing(found, reference[dtype]) == []
 
 
+@pytest.mark.fast
 def test_a_model_built_under_zero_init(ranks):
     """DeepSpeed #8438: every parameter looks one-dimensional there, so the built-in is silently off."""
     alone = ranks.alone(init_under_zero, config(3, "bf16"), False)
@@ -108,6 +109,7 @@ def test_fp32_gradient_accumulation_under_bf16_changes_no_bit(ranks, reference):
         assert differing(ranks(world).run(trained, settings)[0], reference["bf16"]) == [], (stage, world)
 
 
+@pytest.mark.fast
 def test_more_ranks_than_matrices(ranks):
     """Two matrices on four ranks, some of which own nothing, or hold only padding."""
     alone = ranks.alone(small, config(0))

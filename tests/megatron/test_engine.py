@@ -128,6 +128,7 @@ def counted(rank: int, layout: Layout) -> tuple[int, int, int, int, int]:
     return counter.get_total_flops(), flops, sum(sent.values()), planned, most
 
 
+@pytest.mark.fast
 def test_the_same_bits_as_under_deepspeed(ranks, release):
     """The same matrices, the same gradients, the other engine."""
     ours = ranks(2, release).run(trained, Layout(tp=2, dtype="fp32", muon={"muon_extra_scale_factor": 0.2}), 4)[0]

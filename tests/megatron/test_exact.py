@@ -77,6 +77,7 @@ def test_others(ranks, release, case):
     check(ranks, release, *OTHERS[case])
 
 
+@pytest.mark.fast
 def test_gated_attention(ranks, release):
     """Megatron #4731: gated attention's projection is query, gate, key and value of each group, four matrices."""
     check(ranks, release, 4, Layout("gated_attention", tp=2))

@@ -24,11 +24,8 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
+from tests.support.client_runs import CASES, STEPS
 from tests.support.integers import weights
-
-STEPS = 8
-#: stage -> dtype, and whether the JSON names the scheduler or Hugging Face makes it
-CASES = {1: ("no", True), 2: ("fp16", False), 3: ("bf16", True)}
 
 
 def settings(stage: int, scheduler: bool, **params: Any) -> dict[str, Any]:
