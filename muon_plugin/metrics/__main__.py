@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import GROUPS, cut, group_of, rms, singular_values, svd_entropy
 from .checkpoints import matrices, read
+from .groups import GROUPS, cut, group_of
+from .spectra import rms, singular_values, svd_entropy
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
