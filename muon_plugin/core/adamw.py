@@ -53,7 +53,8 @@ def _apex(groups: Groups) -> Optimizer:
         raise ImportError("PyPI's apex is not NVIDIA's apex")
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
         raise ImportError("apex's FusedAdam is used for fp32 parameters; for others its kernel wants fp32 state")
-    return apex.optimizers.FusedAdam(groups, adam_w_mode=True)
+    optimizer: Optimizer = apex.optimizers.FusedAdam(groups, adam_w_mode=True)
+    return optimizer
 
 
 #: In the order in which "auto" tries them on CUDA.

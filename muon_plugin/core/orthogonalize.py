@@ -202,7 +202,7 @@ def coefficients_for(steps: int, which: str | Triple | tuple[Triple, ...]) -> tu
         return COEFFICIENT_SETS[which].expanded(steps)
     try:
         rows = [which] if isinstance(which[0], (int, float)) else list(which)
-        triples = tuple((float(a), float(b), float(c)) for a, b, c in rows)  # type: ignore[misc]
+        triples = tuple((float(a), float(b), float(c)) for a, b, c in rows)
     except (TypeError, ValueError, IndexError, KeyError):
         raise ValueError(f"ns_coefficients={which!r} is not made of triples; allowed: {allowed}") from None
     if not all(math.isfinite(value) for triple in triples for value in triple):
@@ -231,7 +231,8 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     """X / ||X||_F, in memory of its own, which is aligned wherever x lay in a batch; kernels may depend on that."""
     if x.data_ptr() % 16:
         x = x.clone()
-    return x / x.norm().clamp_(min=eps)
+    norm: Tensor = x.norm()
+    return x / norm.clamp_(min=eps)
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:

@@ -65,7 +65,7 @@ class phase:
         self._before = current.name
         self._seen = record_function(f"muon {self._name}") if profiler._is_profiler_enabled else None
         if self._seen is not None:
-            self._seen.__enter__()
+            self._seen.__enter__()  # type: ignore[no-untyped-call]
         _change(self._name)
 
     def __exit__(self, *error: Any) -> None:

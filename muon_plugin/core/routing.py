@@ -83,18 +83,8 @@ def route(
         ValueError: a pattern that matches nothing, or a split that does not fit a shape it matches.
     """
     split = dict(split or {})
-    for key, patterns in (("exclude", exclude), ("split", split)):
-        for pattern in patterns:
-            if not any(_matches(name, pattern) for name in shapes):
-                raise ValueError(
-                    f"{key} pattern {pattern!r} matches no trainable parameter; allowed: a part of a name or a "
-                    f"shell-style pattern. The names here are like {', '.join(list(shapes)[:5])}"
-                )
-    modules = _owners(model)
-    if model is not None and not set(shapes) <= set(modules):
-        missing = sorted(set(shapes) - set(modules))
-        raise ValueError(f"model has no parameter {missing[0]}; allowed: the module whose named_parameters() these are")
-    heads = _tables(model)
+    _check_patterns(shapes, exclude, split)
+    modules, heads = _modules_of(model, shapes), _tables(model)
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
     notes: list[str] = []
@@ -104,38 +94,66 @@ def route(
         if why is not None:
             adamw[name] = why
             continue
-        rows, cols, transposed = _geometry(shape, module)
-        batch = math.prod(shape) // (rows * cols)
-        gate_up = _owner(name).lower() in GATE_UP_NAMES
-        transposed = transposed or (batch > 1 and _stored_in_out(name, rows, cols, config))
-        outputs = cols if transposed else rows
-        asked = next((p for p in split if _matches(name, p)), None)
-        if asked is not None:
-            rule = _asked(name, shape, outputs, asked, split[asked])
-        else:
-            ambiguous = gate_up and batch > 1 and rows == cols
-            known = None if ambiguous else _default_rule(name, outputs, rows if transposed else cols, config)
-            rule = known or Rule((outputs,))
-            if known is None:
-                notes.append(f"{name} looks like a fused projection of an unknown layout and is kept whole; see split")
-        parts = cut(name, batch, rows, cols, rule, transposed)
-        if any(min(part.rows, part.cols) == 1 for part in parts):
-            if asked is not None and min(rows, cols) > 1:
-                raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
+        stored = _stored(name, shape, module, config)
+        asked = _first_match(name, split)
+        rule = _known_rule(name, stored, config) if asked is None else _asked(name, shape, stored, asked, split[asked])
+        if rule is None:
+            notes.append(f"{name} looks like a fused projection of an unknown layout and is kept whole; see split")
+            rule = Rule((stored.outputs,))
+        parts = cut(name, stored.batch, stored.rows, stored.cols, rule, stored.transposed)
+        if all(min(part.rows, part.cols) > 1 for part in parts):
+            matrices += parts
+        elif asked is None or min(stored.rows, stored.cols) == 1:
             adamw[name] = "a vector"
         else:
-            matrices += parts
+            raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
+    _check_splits_cut(split, matrices)
+    return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
+
+
+def _check_patterns(shapes: Iterable[str], exclude: Sequence[str], split: Iterable[str]) -> None:
+    """Refuses a pattern that matches no parameter."""
+    names = list(shapes)
+    for key, patterns in (("exclude", exclude), ("split", split)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in names):
+                raise ValueError(
+                    f"{key} pattern {pattern!r} matches no trainable parameter; allowed: a part of a name or a "
+                    f"shell-style pattern. The names here are like {', '.join(names[:5])}"
+                )
+
+
+def _check_splits_cut(split: Mapping[str, Any], matrices: Sequence[Matrix]) -> None:
+    """Refuses a split pattern that decides about no matrix."""
+    used = {_first_match(matrix.parameter, split) for matrix in matrices}
     for pattern in split:
-        if not any(next((p for p in split if _matches(m.parameter, p)), None) == pattern for m in matrices):
+        if pattern not in used:
             raise ValueError(
                 f"split[{pattern!r}]={split[pattern]!r} cuts nothing: what it matches goes to AdamW, or an earlier "
                 "pattern matches it first; allowed: patterns of parameters that go to Muon"
             )
-    return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
+
+
+def _first_match(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that matches wins."""
+    return next((pattern for pattern in patterns if _matches(name, pattern)), None)
 
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or (not any(c in pattern for c in "*?[") and pattern in name)
+
+
+def _modules_of(model: nn.Module | None, shapes: Iterable[str]) -> dict[str, tuple[nn.Module, Any]]:
+    """`_owners`, where the model holds all these parameters; empty without a model.
+
+    Raises:
+        ValueError: for a parameter that the model does not have.
+    """
+    modules = _owners(model)
+    missing = sorted(set(shapes) - set(modules))
+    if model is not None and missing:
+        raise ValueError(f"model has no parameter {missing[0]}; allowed: the module whose named_parameters() these are")
+    return modules
 
 
 def _owners(model: nn.Module | None) -> dict[str, tuple[nn.Module, Any]]:
@@ -193,6 +211,30 @@ def _not_a_matrix(name: str, shape: tuple[int, ...], module: nn.Module | None, e
     return None
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a parameter holds matrices: `batch` of (rows, cols), (inputs, outputs) if `transposed`."""
+
+    batch: int
+    rows: int
+    cols: int
+    transposed: bool
+
+    @property
+    def outputs(self) -> int:
+        return self.cols if self.transposed else self.rows
+
+    @property
+    def inputs(self) -> int:
+        return self.rows if self.transposed else self.cols
+
+
+def _stored(name: str, shape: tuple[int, ...], module: nn.Module | None, config: Any) -> Stored:
+    rows, cols, transposed = _geometry(shape, module)
+    batch = math.prod(shape) // (rows * cols)
+    return Stored(batch, rows, cols, transposed or (batch > 1 and _stored_in_out(name, rows, cols, config)))
+
+
 def _geometry(shape: tuple[int, ...], module: nn.Module | None) -> tuple[int, int, bool]:
     """(rows, cols, stored in-out) of one matrix of the parameter; leading dimensions are a batch."""
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -210,7 +252,15 @@ def _stored_in_out(name: str, rows: int, cols: int, config: Any) -> bool:
     if hidden is None or rows == cols:
         return False
     gate_or_up = any(word in name for word in ("gate", "up"))
-    return hidden == (rows if gate_or_up else cols)
+    return bool(hidden == (rows if gate_or_up else cols))
+
+
+def _known_rule(name: str, stored: Stored, config: Any) -> Rule | None:
+    """The default cut of a parameter; None where it looks fused and the layout is not known."""
+    square_experts = stored.batch > 1 and stored.rows == stored.cols  # whether stored (in, out), nobody can tell
+    if square_experts and _owner(name).lower() in GATE_UP_NAMES:
+        return None
+    return _default_rule(name, stored.outputs, stored.inputs, config)
 
 
 def _default_rule(name: str, outputs: int, inputs: int, config: Any) -> Rule | None:
@@ -242,8 +292,9 @@ def _default_rule(name: str, outputs: int, inputs: int, config: Any) -> Rule | N
     return Rule((heads * width, groups * width, groups * width))
 
 
-def _asked(name: str, shape: tuple[int, ...], outputs: int, pattern: str, value: Any) -> Rule:
+def _asked(name: str, shape: tuple[int, ...], stored: Stored, pattern: str, value: Any) -> Rule:
     """The rule a user wrote, checked against the shape."""
+    outputs = stored.outputs
     where = f"split[{pattern!r}]={value!r} for {name} of shape {list(shape)}"
 
     def positive(number: Any) -> bool:
