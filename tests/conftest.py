@@ -14,7 +14,8 @@ def pytest_configure(config):
         # start that is killed leaves a lock on which all later ones wait.
         extensions = session.folder() / "extensions"
         if (ROOT / ".venv" / "torch_extensions").exists():
-            shutil.copytree(ROOT / ".venv" / "torch_extensions", extensions)
+            # without the lock that a build which was killed leaves behind, on which every later one waits
+            shutil.copytree(ROOT / ".venv" / "torch_extensions", extensions, ignore=shutil.ignore_patterns("lock"))
         os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
 
 
