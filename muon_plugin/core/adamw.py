@@ -9,13 +9,15 @@ An engine's folder may `offer` its engine's own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .phases import phase
 
 Groups = list[dict[str, Any]]
 
@@ -144,3 +146,42 @@ def adopt(optimizer: Optimizer, group: dict[str, Any], tensors: Sequence[Tensor]
             state[p].pop("step", None)
         else:
             state[p]["step"] = fresh["step"].fill_(step) if isinstance(fresh["step"], Tensor) else int(step)
+
+
+class AdamWHalf:
+    """The tensors that hold no matrices.
+
+    Args:
+        optimizer: an AdamW, which is given the tensors and their state for each step; None if there are no tensors.
+        label: what the start-up table calls it.
+        tensors: that follow it.
+    """
+
+    name = "AdamW"
+
+    def __init__(self, optimizer: Any, label: str, tensors: Iterable[Tensor]) -> None:
+        self.optimizer, self.label = optimizer, label
+        self._tensors = dict.fromkeys(tensors)
+
+    @property
+    def tensors(self) -> Iterable[Tensor]:
+        return self._tensors.keys()
+
+    def new_state(self, p: Tensor) -> dict[str, Any]:
+        return new_state(self.optimizer, p.detach())
+
+    def adopt(self, group: dict[str, Any], tensors: Sequence[Tensor], state: Any) -> None:
+        """Brings restored state to the format of this AdamW, which may be another implementation's."""
+        adopt(self.optimizer, group, tensors, state)
+
+    def step(self, groups: Sequence[MutableMapping[str, Any]], state: Any) -> None:
+        """Steps these groups' tensors."""
+        parts = [({**g, "params": [p for p in g["params"] if p in self._tensors]}, g) for g in groups]
+        parts = [(part, group) for part, group in parts if part["params"]]
+        if not parts:
+            return
+        self.optimizer.state, self.optimizer.param_groups = state, [part for part, _ in parts]
+        with phase("adamw"):
+            self.optimizer.step()
+        for part, group in parts:  # some count their steps in the group
+            group.update({key: value for key, value in part.items() if key != "params"})

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import adamw
+from .adamw import AdamWHalf
 from .layout import Shard
 from .measure import Measure
-from .phases import phase
 from .plan import Plan
 from .update import Update
 
@@ -121,50 +120,6 @@ class MuonHalf:
         for p in group_of:
             if "step" in state[p]:
                 state[p]["step"] += 1
-
-
-class AdamWHalf:
-    """Everything else.
-
-    Args:
-        optimizer: an AdamW, which is given the tensors and their state for each step; None if there are no tensors.
-        label: what the start-up table calls it.
-        tensors: that follow it.
-    """
-
-    name = "AdamW"
-
-    def __init__(self, optimizer: Optimizer | None, label: str, tensors: Iterable[Tensor]) -> None:
-        self.optimizer, self.label = optimizer, label
-        self._tensors = dict.fromkeys(tensors)
-
-    @property
-    def tensors(self) -> Iterable[Tensor]:
-        return self._tensors.keys()
-
-    def new_state(self, p: Tensor) -> dict[str, Any]:
-        return adamw.new_state(self._optimizer, p.detach())
-
-    def adopt(self, group: dict[str, Any], tensors: Sequence[Tensor], state: State) -> None:
-        """Brings restored state to the format of this AdamW, which may be another implementation's."""
-        adamw.adopt(self._optimizer, group, tensors, state)
-
-    def step(self, groups: Groups, state: State) -> None:
-        parts = [({**g, "params": [p for p in g["params"] if p in self._tensors]}, g) for g in groups]
-        parts = [(part, group) for part, group in parts if part["params"]]
-        if not parts:
-            return
-        self._optimizer.state, self._optimizer.param_groups = state, [part for part, _ in parts]  # type: ignore[assignment]
-        with phase("adamw"):
-            self._optimizer.step()
-        for part, group in parts:  # some count their steps in the group
-            group.update({key: value for key, value in part.items() if key != "params"})
-
-    @property
-    def _optimizer(self) -> Optimizer:
-        if self.optimizer is None:
-            raise RuntimeError("no AdamW was built, since no tensor was left for it")
-        return self.optimizer
 
 
 class Halves:

@@ -6,9 +6,7 @@ Here are the parameter groups, their checks and their checkpoints. `halves` has 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,34 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import adamw, report
+from .adamw import AdamWHalf
 from .agreement import agree, together, world_of
-from .halves import AdamWHalf, Call, Halves, MuonHalf
+from .groups import Host, layout_digest, named_groups, parameter_groups, whole_shape
+from .halves import Call, Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
 from .routing import Routing, route
 from .settings import Settings, scale_for
 from .update import Update
-
-
-def _no_name(group: Mapping[str, Any]) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Host:
-    """What an engine around the optimizer needs otherwise. The defaults are for no engine.
-
-    Attributes:
-        momentum: the momentum's name in the state.
-        advice: what to do about a checkpoint of other parameter groups.
-        group_keys: further keys that a parameter group may have.
-        experts: the name under which the engine shares a group of experts apart from all others; it is kept.
-    """
-
-    momentum: str = "momentum_buffer"
-    advice: str = "load the weights alone"
-    group_keys: tuple[str, ...] = ()
-    experts: Callable[[Mapping[str, Any]], str | None] = _no_name
 
 
 class Muon(Optimizer):
@@ -105,8 +84,8 @@ class Muon(Optimizer):
 
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
             checked = Settings.from_dict(settings)
-            groups = _named_groups(params)
-            whole = {name: _shape(name, p) for group in groups for name, p in group["params"]} | dict(shapes or {})
+            groups = named_groups(params)
+            whole = {name: whole_shape(name, p) for group in groups for name, p in group["params"]} | dict(shapes or {})
             routing = route(whole, model=model, exclude=checked.exclude, split=checked.split)
             one_of_many = host is not None and process_group is not None  # a stage of a pipeline
             if not routing.matrices and not checked.exclude and not one_of_many:
@@ -128,7 +107,7 @@ class Muon(Optimizer):
         super().__init__(groups, {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay})
         self._complete = True
         for group, members in zip(self.param_groups, groups):
-            group["layout"] = _layout_digest([names[p] for p in members["params"]], self.routing.shapes)
+            group["layout"] = layout_digest([names[p] for p in members["params"]], self.routing.shapes)
         if host is None:
             self.attach([_whole(i, group["params"], names, process_group) for i, group in enumerate(self.param_groups)])
             self._check_replicas = True
@@ -247,13 +226,6 @@ class Muon(Optimizer):
             f"parameter groups), or {self.host.advice}"
         )
 
-    def set_step(self, call: Call, step: float) -> None:
-        """Tells AdamW how many steps the moments of these tensors have behind them."""
-        if self.halves is not None:
-            for p in call.tensors:
-                self.state[p]["step"] = step
-            self.halves.adamw.adopt(self.param_groups[call.group], call.tensors, self.state)
-
     @property
     def plans(self) -> list[Plan]:
         """One plan for each call with matrices, in order."""
@@ -273,74 +245,3 @@ class Muon(Optimizer):
 def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:
     shards = tuple(Shard.of_range(names[p], 0, p.numel(), p) for p in tensors)
     return Call(group, tuple(tensors), shards, process_group)
-
-
-def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """The client's parameter groups, their "params" as (name, parameter) pairs, frozen parameters left out."""
-    given = list(params)
-    if not given:
-        raise ValueError("params is empty: Muon needs model.named_parameters(), or parameter groups of such pairs")
-    groups = [dict(item) for item in given] if isinstance(given[0], dict) else [{"params": given}]
-    seen: set[Tensor] = set()
-    for group in groups:
-        pairs = list(group.get("params", ()))
-        for pair in pairs:
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise ValueError(
-                    f"params holds a {type(pair).__name__} without a name; allowed: (name, parameter) pairs such as "
-                    "model.named_parameters(), whose names tell embeddings and heads from matrices"
-                )
-        group["params"] = [(name, p) for name, p in pairs if p.requires_grad]
-        for name, p in group["params"]:
-            if p in seen:
-                raise ValueError(f"parameter {name} is in params twice; allowed: each parameter once")
-            seen.add(p)
-    if not seen:
-        raise ValueError("params holds no trainable parameter (requires_grad is false for all of them)")
-    return groups
-
-
-def _shape(name: str, p: Tensor) -> tuple[int, ...]:
-    if p.is_complex() or not p.is_floating_point() or p.is_sparse:
-        raise ValueError(f"parameter {name} is {p.dtype}, {p.layout}; allowed: dense real floating-point parameters")
-    if type(p.data).__name__ == "DTensor":
-        raise ValueError(f"parameter {name} is a DTensor; allowed: whole tensors (one process, plain DDP) or an engine")
-    if not p.is_contiguous():
-        raise ValueError(f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters")
-    return tuple(p.shape)
-
-
-def _layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Which parameters a group holds, in order: ZeRO keeps a group as one flat tensor that does not say."""
-    lines = "\n".join(f"{name} {list(shapes[name])}" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
-
-
-def parameter_groups(
-    groups: Iterable[Mapping[str, Any]], routing: Routing, settings: Settings, host: Host | None = None
-) -> list[dict[str, Any]]:
-    """Each client group as a group of matrices and one of the rest, in an order that depends on the model alone.
-
-    Groups with equal options are merged: balance and overlap hold within a group, since ZeRO steps group by group.
-    The order may not depend on the world size: flat groups are resumed by position.
-
-    Args:
-        groups: the client's, their "params" as (name, parameter) pairs.
-        routing: which names are matrices.
-        settings: what the groups do not set for themselves.
-        host: the engine's keys of groups.
-    """
-    host = host or Host()
-    merged: dict[str, dict[str, Any]] = {}
-    for group in groups:
-        given = {key: value for key, value in group.items() if key != "params"}
-        for muon in (True, False):
-            members = [p for name, p in group["params"] if (name not in routing.adamw) is muon]
-            options = settings.of_group(given, muon, host.group_keys)
-            label = "-".join([*([given["name"]] if "name" in given else []), "muon" if muon else "adamw"])
-            label = host.experts(given) or label
-            key = repr((label, options))
-            if members:
-                into = merged.setdefault(key, {"params": [], "use_muon": muon, "name": label, **options})
-                into["params"] += members
-    return list(merged.values())

@@ -10,7 +10,8 @@ from typing import Any
 
 from .adamw import implementations
 from .checks import BETAS, PATTERN_TABLE, PATTERNS, SWITCH, above, at_least, in_range, one_of, require, whole
-from .orthogonalize import METHODS, NewtonSchulz, coefficients_for
+from .coefficients import coefficients_for
+from .orthogonalize import METHODS, NewtonSchulz
 
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
 #: What a client's parameter group may set for itself.

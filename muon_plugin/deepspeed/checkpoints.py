@@ -152,10 +152,12 @@ def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> None:
     states = saved.get(OPTIMIZER_STATE_DICT, {}).get("state", {})  # from ZeRO-3; from 1 and 2, a file for a parameter
     steps = [state["step"] for state in states.values() if "step" in state]
     for call in muon.calls:
-        if not muon.param_groups[call.group]["use_muon"]:
+        if muon.halves is not None and not muon.param_groups[call.group]["use_muon"]:
             files = [zero / shard.parameter / "step.pt" for shard in call.shards]
             found = steps + [torch.load(file, weights_only=True) for file in files if file.exists()]
-            muon.set_step(call, max(map(float, found), default=0.0))
+            for p in call.tensors:
+                muon.state[p]["step"] = max(map(float, found), default=0.0)
+            muon.halves.adamw.adopt(muon.param_groups[call.group], call.tensors, muon.state)
 
 
 def _read(path: Path) -> Any:

@@ -13,7 +13,8 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from .. import watchdog
 from ..core import phases
 from ..core.agreement import agree, together, world_of
-from ..core.muon import Host, Muon
+from ..core.groups import Host
+from ..core.muon import Muon
 from ..core.settings import Settings
 from . import tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam

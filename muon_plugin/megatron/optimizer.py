@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..core import adamw
-from ..core.halves import AdamWHalf, Halves, MuonHalf
+from ..core.adamw import AdamWHalf
+from ..core.halves import Halves, MuonHalf
 from ..core.update import Update
 from .settings import Settings
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..core.checks import SWITCH, above, in_range, one_of, require, whole
+from ..core.coefficients import COEFFICIENT_SETS, coefficients_for
 from ..core.layout import Matrix
-from ..core.orthogonalize import COEFFICIENT_SETS, METHODS, NewtonSchulz, coefficients_for
+from ..core.orthogonalize import METHODS, NewtonSchulz
 
 #: The paper's settings in Megatron's terms (Eqs. 1, 2 and 4): what ``--muon-paper`` sets.
 PAPER: dict[str, Any] = {

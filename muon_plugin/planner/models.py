@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.groups import parameter_groups
 from ..core.layout import Partition
-from ..core.muon import parameter_groups
 from ..core.orthogonalize import NewtonSchulz
 from ..core.routing import route
 from ..core.settings import Settings

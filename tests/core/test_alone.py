@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from muon_plugin import Muon
-from muon_plugin.core.orthogonalize import COEFFICIENT_SETS
+from muon_plugin.core.coefficients import COEFFICIENT_SETS
 from tests.support.integers import IntegerModel, differing
 from tests.support.ranks import RankError
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from muon_plugin.core.orthogonalize import COEFFICIENT_SETS, NewtonSchulz, coefficients_for
+from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
+from muon_plugin.core.orthogonalize import NewtonSchulz
 from muon_plugin.core.settings import Settings
 from muon_plugin.megatron.settings import Settings as MegatronSettings
 from tests.support.ranks import ROOT

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
-from muon_plugin.core.orthogonalize import COEFFICIENT_SETS, NewtonSchulz, coefficients_for
+from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
+from muon_plugin.core.orthogonalize import NewtonSchulz
 
 pytestmark = pytest.mark.fast
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from muon_plugin.core.coefficients import coefficients_for
 from muon_plugin.core.layout import Matrix, Shard, Strided, pieces
-from muon_plugin.core.orthogonalize import NewtonSchulz, coefficients_for
+from muon_plugin.core.orthogonalize import NewtonSchulz
 from muon_plugin.core.plan import make_plan, travels
 from muon_plugin.core.routing import route
 

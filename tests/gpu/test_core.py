@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from muon_plugin import Muon
 from muon_plugin.core import adamw
+from muon_plugin.core.groups import Host
 from muon_plugin.core.halves import Call
 from muon_plugin.core.layout import Shard
 from muon_plugin.core.settings import Settings
@@ -190,7 +191,7 @@ def _replicas(rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
 def _halves(rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
     """Each group's parameters one after the other in a flat tensor, of which a rank holds its part, as under ZeRO-1."""
     whole = _parameters(device)
-    muon = Muon(whole.items(), engine="test", **SETTINGS)
+    muon = Muon(whole.items(), host=Host(), **SETTINGS)
     names = {p: name for name, p in whole.items()}
     parts, calls, all_shards = [], [], []
     for group in muon.param_groups:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from muon_plugin import planner
+from muon_plugin.core.coefficients import coefficients_for
 from muon_plugin.core.layout import Partition
-from muon_plugin.core.orthogonalize import NewtonSchulz, coefficients_for
+from muon_plugin.core.orthogonalize import NewtonSchulz
 from muon_plugin.core.plan import make_plan
 from muon_plugin.core.routing import route
 from muon_plugin.planner import cost, spread

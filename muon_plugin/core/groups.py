@@ -1,0 +1,105 @@
+"""Parameter groups: what a client gave, checked, and the same as groups of the two halves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .routing import Routing
+from .settings import Settings
+
+
+def _no_name(group: Mapping[str, Any]) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Host:
+    """What an engine around the optimizer needs otherwise. The defaults are for no engine.
+
+    Attributes:
+        momentum: the momentum's name in the state.
+        advice: what to do about a checkpoint of other parameter groups.
+        group_keys: further keys that a parameter group may have.
+        experts: the name under which the engine shares a group of experts apart from all others; it is kept.
+    """
+
+    momentum: str = "momentum_buffer"
+    advice: str = "load the weights alone"
+    group_keys: tuple[str, ...] = ()
+    experts: Callable[[Mapping[str, Any]], str | None] = _no_name
+
+
+def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """The client's parameter groups, their "params" as (name, parameter) pairs, frozen parameters left out."""
+    given = list(params)
+    if not given:
+        raise ValueError("params is empty: Muon needs model.named_parameters(), or parameter groups of such pairs")
+    groups = [dict(item) for item in given] if isinstance(given[0], dict) else [{"params": given}]
+    seen: set[Tensor] = set()
+    for group in groups:
+        pairs = list(group.get("params", ()))
+        for pair in pairs:
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise ValueError(
+                    f"params holds a {type(pair).__name__} without a name; allowed: (name, parameter) pairs such as "
+                    "model.named_parameters(), whose names tell embeddings and heads from matrices"
+                )
+        group["params"] = [(name, p) for name, p in pairs if p.requires_grad]
+        for name, p in group["params"]:
+            if p in seen:
+                raise ValueError(f"parameter {name} is in params twice; allowed: each parameter once")
+            seen.add(p)
+    if not seen:
+        raise ValueError("params holds no trainable parameter (requires_grad is false for all of them)")
+    return groups
+
+
+def whole_shape(name: str, p: Tensor) -> tuple[int, ...]:
+    if p.is_complex() or not p.is_floating_point() or p.is_sparse:
+        raise ValueError(f"parameter {name} is {p.dtype}, {p.layout}; allowed: dense real floating-point parameters")
+    if type(p.data).__name__ == "DTensor":
+        raise ValueError(f"parameter {name} is a DTensor; allowed: whole tensors (one process, plain DDP) or an engine")
+    if not p.is_contiguous():
+        raise ValueError(f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters")
+    return tuple(p.shape)
+
+
+def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Which parameters a group holds, in order: ZeRO keeps a group as one flat tensor that does not say."""
+    lines = "\n".join(f"{name} {list(shapes[name])}" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def parameter_groups(
+    groups: Iterable[Mapping[str, Any]], routing: Routing, settings: Settings, host: Host | None = None
+) -> list[dict[str, Any]]:
+    """Each client group as a group of matrices and one of the rest, in an order that depends on the model alone.
+
+    Groups with equal options are merged: balance and overlap hold within a group, since ZeRO steps group by group.
+    The order may not depend on the world size: flat groups are resumed by position.
+
+    Args:
+        groups: the client's, their "params" as (name, parameter) pairs.
+        routing: which names are matrices.
+        settings: what the groups do not set for themselves.
+        host: the engine's keys of groups.
+    """
+    host = host or Host()
+    merged: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        given = {key: value for key, value in group.items() if key != "params"}
+        for muon in (True, False):
+            members = [p for name, p in group["params"] if (name not in routing.adamw) is muon]
+            options = settings.of_group(given, muon, host.group_keys)
+            label = "-".join([*([given["name"]] if "name" in given else []), "muon" if muon else "adamw"])
+            label = host.experts(given) or label
+            key = repr((label, options))
+            if members:
+                into = merged.setdefault(key, {"params": [], "use_muon": muon, "name": label, **options})
+                into["params"] += members
+    return list(merged.values())
