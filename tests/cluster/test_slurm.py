@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests.support.jobs import environment
 from tests.support.ranks import release
 
 STEPS = 8
-TIMEOUT = 300  # seconds; a job that hangs must end a test, not the suite
+TIMEOUT = 900  # seconds; a job that hangs must end a test, not the suite
 TRAINING = ["--steps", str(STEPS), "--eval-every", "100"]
 FITS = ["--nodes=2", "--gpus-per-node=1", "--time=30"]
 
@@ -108,12 +109,12 @@ def cluster() -> Iterator[dict[str, str]]:
     slurm_cluster.stop(folder)
 
 
-@pytest.fixture
-def submit(cluster, tmp_path) -> Iterator[Submit]:
-    """`submit(script, *arguments, **environment)`: a job of examples/slurm; none outlives its test."""
-    jobs = []
+@contextmanager
+def submitting(cluster: dict[str, str]) -> Iterator[Submit]:
+    """`submit(script, *arguments, **environment)`: a job of examples/slurm; none outlives the context."""
+    jobs: list[Submitted] = []
 
-    def submitted(script: str, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> Submitted:
+    def submit(script: str, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> Submitted:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = environment(release("0.19.2")) | cluster | {"PATH": path, "PREFLIGHT": "0", "SAVE_EVERY": "2"} | variables
         out = Path(variables["OUTPUT"]) / "slurm.out"
@@ -124,10 +125,16 @@ def submit(cluster, tmp_path) -> Iterator[Submit]:
         jobs.append(Submitted(done.stdout.strip(), out, own))
         return jobs[-1]
 
-    yield submitted
+    yield submit
     for job in jobs:
         job.slurm("scancel", job.number)
         job.until("the job to leave its nodes", lambda job=job: job.number not in job.slurm("squeue", "-h"))
+
+
+@pytest.fixture
+def submit(cluster) -> Iterator[Submit]:
+    with submitting(cluster) as submit:
+        yield submit
 
 
 @pytest.fixture(scope="module")
@@ -188,17 +195,18 @@ def asked_to_stop(job: Submitted, *ask: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def sweep(cluster, folder):
-    """Where an array of two learning rates trains: its first run is the undisturbed one of the tests below."""
+def sweep(cluster, folder) -> Path:
+    """Two learning rates, trained by an array of three tasks: the first is the undisturbed run of the tests below."""
+    variables = {"LRS": "0.001 0.002", "DATA": str(folder / "data"), "OUTPUT": str(folder / "sweep")}
+    with submitting(cluster) as submit:
+        job = submit("deepspeed", *TRAINING, options=("--array=0-2",), **variables)
+        for task, state in enumerate(["COMPLETED", "COMPLETED", "FAILED"]):
+            Submitted(f"{job.number}_{task}", job.out, job.environment).ended(state)
     return folder / "sweep"
 
 
-def test_an_array_sweeps_learning_rates(submit, sweep, folder):
-    variables = {"LRS": "0.001 0.002", "DATA": str(folder / "data"), "OUTPUT": str(sweep)}
-    job = submit("deepspeed", *TRAINING, options=("--array=0-2",), **variables)
-    for task, state in enumerate(["COMPLETED", "COMPLETED", "FAILED"]):
-        Submitted(f"{job.number}_{task}", job.out, job.environment).ended(state)
-    assert "array task 2: LRS='0.001 0.002' has 2 learning rates" in job.printed
+def test_an_array_sweeps_learning_rates(sweep):
+    assert "array task 2: LRS='0.001 0.002' has 2 learning rates" in (sweep / "slurm.out").read_text()
     assert differing(*(deepspeed_state(sweep / f"lr_{lr}") for lr in ("0.001", "0.002")))
 
 
@@ -266,7 +274,9 @@ def test_a_bug_is_not_requeued_for_ever_and_a_cancelled_job_not_at_all(submit, t
     long.slurm("scancel", long.number)
     long.ended("CANCELLED")
     bug.ended("FAILED")
-    assert bug.printed.count("the reason") == 4  # on two nodes, twice
+    starts = bug.printed.split("start 2")
+    assert len(starts) == 2
+    assert all("the reason" in start for start in starts)  # of one node or both: the first to fail ends the other
     assert "2 times in a row without a new checkpoint: not requeued" in bug.printed
     assert (bug.restarts, long.restarts) == (1, 0)
 
@@ -336,7 +346,7 @@ exec {torchrun} "${{@/$shared/$other}}"
 def test_the_preflight_stops_a_job_whose_node_is_not_fit(submit, tmp_path):
     """Another version, a folder that is not the shared one, a peer out of reach: each is told, none is requeued."""
     shutil.copytree(ROOT / "muon_plugin", tmp_path / "other" / "muon_plugin")
-    with open(tmp_path / "other" / "muon_plugin" / "plan.py", "a") as file:
+    with open(tmp_path / "other" / "muon_plugin" / "core" / "plan.py", "a") as file:
         file.write("# an older version\n")
     (tmp_path / "env.sh").write_text(ON_NODE2.format(folder=tmp_path))
     torchrun, out = Path(sys.executable).parent / "torchrun", tmp_path / "shared"

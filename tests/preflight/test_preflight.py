@@ -16,7 +16,7 @@ import torch
 from muon_plugin.preflight import links
 from muon_plugin.preflight.facts import source
 from tests.support import ROOT
-from tests.support.jobs import Job, environment, free_port
+from tests.support.jobs import TIMEOUT, Job, environment, free_port
 
 PREFLIGHT = ["-m", "muon_plugin.preflight"]
 
@@ -85,7 +85,7 @@ def test_all_is_well_under_torchrun_on_four_ranks_with_tp_2(tmp_path):
         str(free_port()),
     ]
     command += [*PREFLIGHT, "--tp", "2", "--checkpoints", str(tmp_path)]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     assert run.returncode == 0, run.stdout + run.stderr
     for label, groups in (("TP", "2 x 2"), ("DP", "2 x 2"), ("DP x TP", "1 x 4")):
         assert re.search(rf"^{label} +{groups} +\d", run.stdout, re.M), run.stdout
@@ -102,7 +102,7 @@ def test_under_torchrun_rank_0_speaks_before_the_launcher_ends_all(tmp_path):
         str(free_port()),
     ]
     run = subprocess.run(
-        [*command, *PREFLIGHT, "--timeout", "0.01"], env=environment(), capture_output=True, text=True, timeout=100
+        [*command, *PREFLIGHT, "--timeout", "0.01"], env=environment(), capture_output=True, text=True, timeout=TIMEOUT
     )
     assert run.returncode == 1
     assert "): no end within 0 s: versions and GPUs" in run.stdout, run.stdout + run.stderr
@@ -163,14 +163,14 @@ def test_ranks_that_do_not_come_are_named_and_one_that_cannot_reach_the_master_s
 
 @pytest.mark.parametrize("what", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_stops_answering_is_named(tmp_path, what):
-    job = Job(tmp_path, 3, [*PREFLIGHT, "--timeout", "5"])
-    until = time.monotonic() + 60
+    job = Job(tmp_path, 3, [*PREFLIGHT, "--timeout", "10"])
+    until = time.monotonic() + TIMEOUT
     while "all 3 ranks are here" not in job.log(0) and time.monotonic() < until:
         time.sleep(0.02)
     os.kill(job.processes[2].pid, what)
     job.ends(0, 1)
     assert job.codes[:2] == [1, 1], job.all_logs()
-    assert re.match(r"rank 2 \(node1\) did not answer within 5 s \(.*\): the process died or stands", problems(job)[0])
+    assert re.match(r"rank 2 \(node1\) did not answer within 10 s \(.*\): the process died or stands", problems(job)[0])
 
 
 def lied_to(rank: int, kind: str) -> bool:
@@ -204,7 +204,7 @@ def test_every_rank_is_in_one_group_of_each_kind(tp, pp):
 def test_arguments_that_cannot_be(arguments, text):
     where = environment(RANK="1", WORLD_SIZE="4")
     run = subprocess.run(
-        [sys.executable, *PREFLIGHT, *arguments], env=where, capture_output=True, text=True, timeout=60
+        [sys.executable, *PREFLIGHT, *arguments], env=where, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert run.returncode == 2
     assert text in run.stderr, run.stderr
