@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +83,25 @@ COEFFICIENT_SETS: dict[str, CoefficientSet] = {
     # Eight steps of "simple", then Newton-Schulz proper.
     "deepseekv4": CoefficientSet("DeepSeek-V4", ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2),
 }
+
+
+def notes(triples: Sequence[Triple]) -> tuple[str, ...]:
+    """For the start-up table: on an iteration that leaves singular values far from 1.
+
+    "aol" beyond its 4 triples and "quintic" beyond its 5 do, since they start over; "aol" also turns values above 0.88
+    negative, since its source scales the matrix otherwise.
+    """
+    values = [x / 1000 for x in range(100, 1001)]
+    for a, b, c in triples:
+        values = [a * x + b * x**3 + c * x**5 for x in values]
+    low, high = min(values), max(values)
+    if low > 0.5 and high < 1.5:
+        return ()
+    reversed_ = "; where they are negative, the update is reversed" if low < 0 else ""
+    return (
+        f"these {len(triples)} Newton-Schulz steps take singular values of 0.1 to 1 (relative to the Frobenius "
+        f"norm) to {low:.2f} to {high:.2f}, not to about 1{reversed_}",
+    )
 
 
 def coefficients_for(steps: int, which: str | Triple | tuple[Triple, ...]) -> tuple[Triple, ...]:

@@ -7,6 +7,7 @@ Here are the parameter groups, their checks and their checkpoints. `halves` has 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class Muon(Optimizer):
         """
         self.detach()
         self.calls = tuple(calls)
-        muon = MuonHalf(self.host.momentum)
+        muon = MuonHalf(self.host.momentum, offload=self.settings.offload)
         for call in self.calls:
             if self.param_groups[call.group]["use_muon"]:
                 update = Update(
@@ -239,7 +240,8 @@ class Muon(Optimizer):
         groups = [self.param_groups[call.group] for call in self.calls]
         for group, plan in zip((group for group in groups if group["use_muon"]), self.plans, strict=True):
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(plan)
-        return report.table(self.routing, report.options(self.settings, self.param_groups), [self.halves], plans)
+        routing = replace(self.routing, notes=(*self.routing.notes, *self.settings.notes))
+        return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
 
 
 def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:

@@ -83,7 +83,9 @@ def options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
     if isinstance(settings.ns_coefficients, str):
         method += f", {settings.ns_coefficients}"
     each = "; ".join(f"{label(g, groups)} lr {g['lr']:g} decay {g['weight_decay']:g}" for g in groups)
-    return f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({method}); {each}"
+    momentum = f"momentum {settings.momentum:g}{' in CPU memory' if settings.offload else ''}"
+    steps = f"{settings.ns_steps} steps ({method})"
+    return f"{settings.adjust_lr_fn}, {momentum}, {steps}; {each}"
 
 
 def label(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .adamw import implementations
 from .checks import BETAS, PATTERN_TABLE, PATTERNS, SWITCH, above, at_least, in_range, one_of, require, whole
-from .coefficients import coefficients_for
+from .coefficients import coefficients_for, notes
 from .orthogonalize import METHODS, NewtonSchulz
 
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
@@ -30,6 +30,7 @@ CHECKS = {
     "adjust_lr_fn": one_of(ADJUST_LR_FNS),
     "betas": BETAS,
     "eps": above(0),
+    "offload": SWITCH,
     "exclude": PATTERNS,
     "split": PATTERN_TABLE,
 }
@@ -47,6 +48,8 @@ class Settings:
         adjust_lr_fn: "match_rms_adamw" (Eq. 4: 0.2 sqrt(max(A, B))), "original" (sqrt(max(1, A/B))), "update_norm"
             (Eq. 6: 0.2 / RMS), "none".
         betas, eps: of AdamW.
+        offload: the momentum of the matrices is kept in pinned CPU memory between steps, and their gradients are
+            overwritten in the step. The same bits.
         muon_lr, adam_lr: a learning rate of each half; lr where not given.
         exclude: patterns of names that go to AdamW.
         split: pattern of names -> how a fused projection is taken apart.
@@ -68,6 +71,7 @@ class Settings:
     eps: float = 1e-8
     muon_lr: float | None = None
     adam_lr: float | None = None
+    offload: bool = False
     exclude: tuple[str, ...] = ()
     split: Mapping[str, Any] = field(default_factory=dict)
     adamw: str = "auto"
@@ -94,6 +98,11 @@ class Settings:
     @property
     def newton_schulz(self) -> NewtonSchulz:
         return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the start-up table says of these settings beside their values."""
+        return notes(self.newton_schulz.coefficients)
 
     def of_group(self, given: Mapping[str, Any], muon: bool, extra: Sequence[str] = ()) -> dict[str, Any]:
         """Options of one half of a client's group: its own values first, then the half's, then the shared ones.

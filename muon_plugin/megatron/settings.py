@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..core.checks import SWITCH, above, in_range, one_of, require, whole
-from ..core.coefficients import COEFFICIENT_SETS, coefficients_for
+from ..core.coefficients import COEFFICIENT_SETS, coefficients_for, notes
 from ..core.layout import Matrix
 from ..core.orthogonalize import METHODS, NewtonSchulz
 
@@ -63,7 +63,7 @@ class Settings:
         scale_mode, extra_scale_factor: the factor on the update.
         split_qkv: attention's fused projections are taken apart.
         offload: the momentum lives in CPU memory (``--muon-offload``).
-        notes: flags that were set and do nothing here, and why.
+        ignored: flags that were set and do nothing here, and why.
 
     Raises:
         ValueError: with the flag, its value and what is allowed.
@@ -78,7 +78,7 @@ class Settings:
     split_qkv: bool
     method: str
     offload: bool
-    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         values = {
@@ -103,7 +103,7 @@ class Settings:
             config: of 0.16.1 or 0.19.2; what a release does not have gets the default of 0.19.2.
             arguments: Megatron's command line, for the flags that the OptimizerConfig does not know.
         """
-        notes = []
+        ignored = []
         if config is not arguments:
             _check_names(config)
         if getattr(config, "muon_paper", False):  # set from Python; the command line sets what it stands for
@@ -115,11 +115,11 @@ class Settings:
         mode = getattr(config, "muon_tp_mode", "blockwise")
         require(f"--muon-tp-mode {mode}", mode, one_of(TP_MODES))
         if mode != "blockwise":  # the default, so perhaps not asked for
-            notes.append(f"--muon-tp-mode {mode} does nothing: every matrix is orthogonalized whole, once")
+            ignored.append(f"--muon-tp-mode {mode} does nothing: every matrix is orthogonalized whole, once")
         precision = getattr(config, "muon_fp32_matmul_prec", "medium")
         require(f"--muon-fp32-matmul-prec {precision}", precision, one_of(PRECISIONS))
         if precision != "medium":
-            notes.append(f"--muon-fp32-matmul-prec {precision} does nothing: Newton-Schulz runs in bf16")
+            ignored.append(f"--muon-fp32-matmul-prec {precision} does nothing: Newton-Schulz runs in bf16")
         return cls(
             momentum=config.muon_momentum,
             nesterov=getattr(config, "muon_nesterov", getattr(config, "muon_use_nesterov", False)),
@@ -130,12 +130,17 @@ class Settings:
             split_qkv=config.muon_split_qkv,
             method=ours("muon_ns_method", "auto"),
             offload=ours("muon_offload", False),
-            notes=tuple(notes),
+            ignored=tuple(ignored),
         )
 
     @property
     def newton_schulz(self) -> NewtonSchulz:
         return NewtonSchulz(coefficients_for(self.steps, self.coefficients), self.method)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the start-up table says of these settings beside their values."""
+        return (*self.ignored, *notes(self.newton_schulz.coefficients))
 
     def scale(self, matrix: Matrix) -> float:
         return SCALE_MODES[self.scale_mode](*matrix.out_in) * self.extra_scale_factor

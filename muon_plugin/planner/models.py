@@ -178,7 +178,7 @@ def deepspeed(
     return Model(
         f"{title} under DeepSpeed, {ways[zero.stage]}",
         f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({settings.ns_method})",
-        tuple(note for kind in kinds for note in kind.routing.notes),
+        (*settings.notes, *(note for kind in kinds for note in kind.routing.notes)),
         settings.newton_schulz,
         2 * (settings.adjust_lr_fn == "update_norm"),
         read.traffic,

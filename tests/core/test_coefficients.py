@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from muon_plugin import Muon
 from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
 from muon_plugin.core.orthogonalize import NewtonSchulz
 from muon_plugin.core.settings import Settings
@@ -42,8 +45,8 @@ print("triples:", json.dumps(found))
 """
 
 
-def from_megatron(name: str, steps: int) -> Any:
-    config = SimpleNamespace(
+def megatron_config(name: str, steps: int) -> Any:
+    return SimpleNamespace(
         muon_momentum=0.9,
         muon_num_ns_steps=steps,
         muon_coefficient_type=name,
@@ -51,7 +54,10 @@ def from_megatron(name: str, steps: int) -> Any:
         muon_extra_scale_factor=1.0,
         muon_split_qkv=True,
     )
-    return MegatronSettings.from_config(config).newton_schulz.coefficients
+
+
+def from_megatron(name: str, steps: int) -> Any:
+    return MegatronSettings.from_config(megatron_config(name, steps)).newton_schulz.coefficients
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -105,3 +111,31 @@ def test_the_sets_are_those_of_emerging_optimizers():
     assert {key.split()[0] for key in theirs} == set(COEFFICIENT_SETS)
     ours = {f"{name} {steps}": coefficients_for(steps, name) for name in COEFFICIENT_SETS for steps in range(1, 21)}
     assert ours == {key: tuple(map(tuple, triples)) for key, triples in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "reaches"),
+    [
+        ("simple", 5, None),
+        ("quintic", 5, None),
+        ("polar_express", 5, None),
+        ("cans", 5, None),
+        ("deepseekv4", 10, None),
+        ("quintic", 6, (0.06, 0.16)),
+        ("aol", 5, (-1.20, 1.21)),
+        (((1.5, -0.5, 0.0),), 2, (0.22, 1.00)),  # Newton-Schulz' own cubic, too few steps of it
+    ],
+)
+def test_what_leaves_singular_values_far_from_1_is_noted_before_the_first_step(name, steps, reaches):
+    settings = Settings.from_dict({"ns_steps": steps, "ns_coefficients": name})
+    assert len(settings.notes) == (reaches is not None)
+    if reaches is None:
+        return
+    low, high = (float(value) for value in re.search(r"to (-?\d.\d\d) to (\d.\d\d), not", settings.notes[0]).groups())
+    assert (low, high) == pytest.approx(reaches, abs=0.011)
+    model = torch.nn.Linear(4, 4)
+    table = Muon(model.named_parameters(), ns_steps=steps, ns_coefficients=name).summary()
+    assert f"note: {settings.notes[0]}" in table
+    assert ("the update is reversed" in table) == (low < 0)
+    if isinstance(name, str):
+        assert MegatronSettings.from_config(megatron_config(name, steps)).notes == settings.notes

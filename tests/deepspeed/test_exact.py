@@ -82,6 +82,14 @@ def test_offload_changes_no_bit(ranks, reference, dtype, stage, world, gas):
     assert differing(found, reference[dtype]) == []
 
 
+@pytest.mark.parametrize(("dtype", "stage", "world", "nesterov"), covering(DTYPES, (0, 1, 2, 3), (1, 3), (True, False)))
+def test_momentum_in_cpu_memory_changes_no_bit(ranks, dtype, stage, world, nesterov):
+    """On the CPU as well the momentum is copied to and from where it is."""
+    alone = ranks.alone(trained, config(0, dtype, params={"nesterov": nesterov}))
+    offloaded = {"nesterov": nesterov, "offload": True}
+    assert differing(ranks(world).run(trained, config(stage, dtype, params=offloaded))[0], alone) == []
+
+
 @pytest.mark.fast
 def test_a_model_built_under_zero_init(ranks):
     """DeepSpeed #8438: every parameter looks one-dimensional there, so the built-in is silently off."""

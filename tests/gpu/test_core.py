@@ -122,6 +122,22 @@ def test_a_matrix_does_not_depend_on_its_batch(cuda, method, shape):
     assert not any(differing.values()), f"elements of {alone.numel()} that differ from batches of 1, by batch size"
 
 
+def test_offloaded_momentum_lies_in_pinned_cpu_memory_and_changes_no_bit(cuda):
+    found = {}
+    for offload in (False, True):
+        parameters = _parameters(cuda)
+        muon = Muon(parameters.items(), offload=offload, **SETTINGS)
+        for step in range(STEPS):
+            _set_gradients(parameters, step)
+            muon.step()
+        momenta = [state["momentum_buffer"] for state in muon.state.values() if "momentum_buffer" in state]
+        assert {(momentum.device.type, momentum.is_pinned()) for momentum in momenta} == {
+            ("cpu", True) if offload else ("cuda", False)
+        }
+        found[offload] = {name: p.detach().cpu() for name, p in parameters.items()}
+    assert not _differing(found[True], found[False])
+
+
 def test_the_adamw_of_auto_gives_the_same_bits_wherever_a_shard_is_cut(cuda):
     size, cuts = 200_003, 20
     inner = 1 + torch.randperm(size - 1, generator=torch.Generator().manual_seed(1))[:cuts]
