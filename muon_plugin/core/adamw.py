@@ -159,7 +159,7 @@ class AdamWHalf:
 
     name = "AdamW"
 
-    def __init__(self, optimizer: Any, label: str, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, optimizer: Any = None, label: str = "none", tensors: Iterable[Tensor] = ()) -> None:
         self.optimizer, self.label = optimizer, label
         self._tensors = dict.fromkeys(tensors)
 

@@ -76,8 +76,8 @@ class Muon(Optimizer):
     ) -> None:
         self.host = host or Host()
         self._complete = False
-        #: None until the optimizer is attached to its tensors
-        self.halves: Halves | None = None
+        #: empty until the optimizer is attached to its tensors
+        self.halves = Halves(MuonHalf(), AdamWHalf())
         #: what `attach` was given
         self.calls: tuple[Call, ...] = ()
         #: whether the ranks of `_process_group` should be replicas, to be checked at the first step
@@ -140,7 +140,7 @@ class Muon(Optimizer):
 
     def _new_adamw(self, calls: Sequence[Call]) -> AdamWHalf:
         if not calls:
-            return AdamWHalf(None, "none", ())
+            return AdamWHalf()
         groups = [{**self.param_groups[call.group], "params": list(call.tensors)} for call in calls]
         process_group = self.calls[0].process_group
         optimizer, label = together(lambda: adamw.build(groups, self.settings.adamw), process_group)
@@ -152,7 +152,7 @@ class Muon(Optimizer):
     def detach(self) -> None:
         """Lets go of the tensors: until `attach`, a step does nothing."""
         self.state.clear()
-        self.calls, self.halves, self._check_replicas = (), None, False
+        self.calls, self.halves, self._check_replicas = (), Halves(MuonHalf(), AdamWHalf()), False
 
     def hand_over(self, host: Host) -> None:
         """Gives an optimizer that was built without an engine to one, which then attaches it."""
@@ -166,7 +166,7 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.halves is None:
+        if not self.calls:
             return loss  # an engine may step once on zeros while it builds its wrapper: that must change nothing
         if self._check_replicas:
             self._compare_replicas()
@@ -204,7 +204,7 @@ class Muon(Optimizer):
             ValueError: if the saved groups were routed otherwise (another `exclude`, another optimizer).
         """
         self.check_saved(state_dict["param_groups"])
-        if self.halves is None:
+        if not self.calls:
             super().load_state_dict(state_dict)
         else:
             self.halves.load(self, state_dict, super().load_state_dict)
@@ -230,11 +230,11 @@ class Muon(Optimizer):
     @property
     def plans(self) -> list[Plan]:
         """One plan for each call with matrices, in order."""
-        return self.halves.muon.plans if self.halves is not None else []
+        return self.halves.muon.plans
 
     def summary(self) -> str:
         """The start-up table: what goes to Muon and to AdamW, the plan's balance, bytes and memory."""
-        if self.halves is None:
+        if not self.calls:
             return "muon_plugin: not attached to an engine's tensors yet"
         plans: dict[str, list[Plan]] = {}  # experts are shared by other ranks than the dense layers
         groups = [self.param_groups[call.group] for call in self.calls]

@@ -152,7 +152,7 @@ def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> None:
     states = saved.get(OPTIMIZER_STATE_DICT, {}).get("state", {})  # from ZeRO-3; from 1 and 2, a file for a parameter
     steps = [state["step"] for state in states.values() if "step" in state]
     for call in muon.calls:
-        if muon.halves is not None and not muon.param_groups[call.group]["use_muon"]:
+        if not muon.param_groups[call.group]["use_muon"]:
             files = [zero / shard.parameter / "step.pt" for shard in call.shards]
             found = steps + [torch.load(file, weights_only=True) for file in files if file.exists()]
             for p in call.tensors:

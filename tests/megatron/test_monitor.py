@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,22 +107,18 @@ def test_logged_sizes_are_those_of_the_whole_model_and_measuring_changes_no_bit(
     assert differing(weights, ranks(world, "0.19.2").run(trained, layout, STEPS)[0]) == []
 
 
-REFERENCES: dict[str, list[dict[str, float]]] = {}
-
-
 def alone(ranks: Any, layout: Layout) -> list[dict[str, float]]:
     """What one process writes for the same model, without the shares of time."""
-    key = f"{layout.model} {layout.tied}"
-    if key not in REFERENCES:
-        import tempfile
+    wandb = ranks.alone(watched_once, Layout(layout.model, tied=layout.tied), megatron="0.19.2")[1]
+    return [
+        {name.removeprefix("muon/"): v for name, v in values.items() if name.removeprefix("muon/") not in SHARES}
+        for values, _ in wandb
+    ]
 
-        one = Layout(layout.model, tied=layout.tied)
-        wandb = ranks(1, "0.19.2").run(watched, one, tempfile.mkdtemp())[0][1]
-        REFERENCES[key] = [
-            {name.removeprefix("muon/"): v for name, v in values.items() if name.removeprefix("muon/") not in SHARES}
-            for values, _ in wandb
-        ]
-    return REFERENCES[key]
+
+def watched_once(rank: int, layout: Layout) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return watched(rank, layout, folder)
 
 
 def tensorboard(folder: Path) -> dict[int, dict[str, float]]:
