@@ -1,1 +1,1 @@
-"""The tests: a folder for each room of muon_plugin; `tests.support` is what they share."""
+"""The tests: a folder for each package of muon_plugin; `tests.support` is what they share."""

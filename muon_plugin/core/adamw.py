@@ -1,9 +1,10 @@
-"""AdamW for the parameters that are not matrices: a well-kept implementation, chosen once.
+"""AdamW for the parameters that are not matrices: an existing implementation, chosen once.
 
-On CPU the default is torch's plain AdamW, whose bits do not depend on where a shard is cut. The bits of fused ones do:
-their vector kernels round tail elements differently (with torch's, 2 of 200,003 elements over 63 cuts).
+On CPU the default is torch's unfused AdamW, whose result does not depend on where a shard is cut. That of fused
+implementations does: their vector kernels round tail elements differently (with torch's, 2 of 200,003 elements over 63
+cuts).
 
-An engine's folder may `offer` its engine's own.
+An engine's package may `offer` the engine's own implementation.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Implementation:
     """An AdamW that a user can choose.
 
     Attributes:
-        build: makes it for parameter groups; raises an ImportError that says why it cannot be used for them.
-        integer_steps: it counts the steps of each tensor as an int in the tensor's state.
+        build: constructs it over parameter groups; raises an ImportError with the reason if it cannot be used for them.
+        integer_steps: whether it counts the steps of each tensor as an int in the tensor's state.
     """
 
     build: Callable[[Groups], Optimizer]
@@ -48,13 +49,13 @@ def _apex(groups: Groups) -> Optimizer:
 
     if not hasattr(apex, "optimizers"):
         warnings.warn(
-            "the installed package 'apex' is not NVIDIA's: PyPI's apex is another project. The next AdamW is used. "
-            "To get NVIDIA's, uninstall it and build apex from its source repository",
+            "the installed package 'apex' is not NVIDIA's: PyPI's apex is another project. Another AdamW is used. "
+            "To use NVIDIA's, uninstall this package and build apex from NVIDIA's repository",
             stacklevel=2,
         )
         raise ImportError("PyPI's apex is not NVIDIA's apex")
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
-        raise ImportError("apex's FusedAdam is used for fp32 parameters; for others its kernel wants fp32 state")
+        raise ImportError("apex's FusedAdam supports only fp32 parameters here, since its kernel requires fp32 state")
     optimizer: Optimizer = apex.optimizers.FusedAdam(groups, adam_w_mode=True)
     return optimizer
 
@@ -70,7 +71,7 @@ _INTEGER_STEPS: set[type[Optimizer]] = set()
 
 
 def offer(name: str, build: Callable[[Groups], Optimizer], integer_steps: bool = False) -> None:
-    """Adds an implementation, which "auto" tries first on CUDA. For an engine's folder; twice is the same as once."""
+    """Adds an engine's own implementation, which "auto" tries first on CUDA. Idempotent."""
     others = {key: value for key, value in _IMPLEMENTATIONS.items() if key != name}
     _IMPLEMENTATIONS.clear()
     _IMPLEMENTATIONS.update({name: Implementation(build, integer_steps), **others})
@@ -82,15 +83,15 @@ def implementations() -> tuple[str, ...]:
 
 
 def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
-    """An AdamW over these parameter groups, and what to call it in the log.
+    """An AdamW over these parameter groups, and its name for the log.
 
     Args:
         groups: with "params", "lr", "betas", "eps", "weight_decay".
-        which: one of `implementations`. "auto" is on CUDA the first that can be built of an engine's own, apex's and
-            torch's fused, elsewhere torch's plain one.
+        which: one of `implementations`. On CUDA, "auto" is the first that can be built of the engine's own, apex's and
+            torch's fused AdamW; elsewhere it is torch's unfused AdamW.
 
     Raises:
-        ValueError: if the one that was asked for cannot be had.
+        ValueError: if the requested implementation cannot be used.
     """
     on_cuda = _is_cuda(groups)
     order = [which] if which != "auto" else list(_IMPLEMENTATIONS) if on_cuda else ["torch"]
@@ -117,7 +118,7 @@ def _is_cuda(groups: Groups) -> bool:
 
 
 def own_options(optimizer: Optimizer) -> dict[str, Any]:
-    """What this implementation keeps in a group beside the settings that are ours."""
+    """The options that this implementation keeps in a parameter group, apart from lr, betas, eps and weight_decay."""
     return {
         key: value for key, value in optimizer.defaults.items() if key not in ("lr", "betas", "eps", "weight_decay")
     }
@@ -135,10 +136,10 @@ def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 
 
 def adopt(optimizer: Optimizer, group: dict[str, Any], tensors: Sequence[Tensor], state: Any) -> None:
-    """Brings a restored group and its tensors' state to the format of `optimizer`, which may not be what saved them."""
+    """Converts a restored group and its tensors' state, which another AdamW may have saved, to `optimizer`'s format."""
     group.update(own_options(optimizer))
     steps = [state[p]["step"] for p in tensors if "step" in state[p]] or [group.pop("step", 0)]
-    step = max(float(s) for s in steps)  # some count on one tensor of a group only
+    step = max(float(s) for s in steps)  # some implementations count on only one tensor of a group
     for p in tensors:
         fresh = new_state(optimizer, p.reshape(-1)[:0])
         if "step" not in fresh:
@@ -152,9 +153,9 @@ class AdamWHalf:
     """The tensors that hold no matrices.
 
     Args:
-        optimizer: an AdamW, which is given the tensors and their state for each step; None if there are no tensors.
-        label: what the start-up table calls it.
-        tensors: that follow it.
+        optimizer: an AdamW, which is given the tensors and their state in each step; None if there are no tensors.
+        label: its name in the start-up table.
+        tensors: those that it updates.
     """
 
     name = "AdamW"
@@ -171,7 +172,7 @@ class AdamWHalf:
         return new_state(self.optimizer, p.detach())
 
     def adopt(self, group: dict[str, Any], tensors: Sequence[Tensor], state: Any) -> None:
-        """Brings restored state to the format of this AdamW, which may be another implementation's."""
+        """Converts restored state to the format of this AdamW; another implementation may have saved it."""
         adopt(self.optimizer, group, tensors, state)
 
     def step(self, groups: Sequence[MutableMapping[str, Any]], state: Any) -> None:

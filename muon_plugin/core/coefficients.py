@@ -1,4 +1,4 @@
-"""Coefficients of the Newton-Schulz iteration: the named sets with their sources, and how each goes on."""
+"""Coefficients of the Newton-Schulz iteration: the named sets, their sources, and how each continues."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CoefficientSet:
     Attributes:
         source: where the numbers come from.
         triples: the first steps.
-        after: the steps after these: "cycle" starts over with the first triple, "last" repeats the last one.
+        after: how the set continues after `triples`: "cycle" starts over, "last" repeats the last triple.
     """
 
     source: str
@@ -30,8 +30,8 @@ class CoefficientSet:
         return tuple(self.triples[k % n if self.after == "cycle" else min(k, n - 1)] for k in range(steps))
 
 
-#: The named sets. Numbers and what follows the last one are those of emerging-optimizers 0.3.0, so that a name means
-#: one iteration everywhere.
+#: The named sets. Triples and continuation are those of emerging-optimizers 0.3.0, so that a name means the same
+#: iteration here and there.
 COEFFICIENT_SETS: dict[str, CoefficientSet] = {
     "simple": CoefficientSet(
         "Keller Jordan; the paper's Eq. 2, torch.optim.Muon", ((3.4445, -4.7750, 2.0315),), "cycle"

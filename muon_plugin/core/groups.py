@@ -1,4 +1,4 @@
-"""Parameter groups: what a client gave, checked, and the same as groups of the two halves."""
+"""Parameter groups: checks those that the client passed, and splits them into groups of Muon and of AdamW."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def _no_name(group: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Host:
-    """What an engine around the optimizer needs otherwise. The defaults are for no engine.
+    """What the engine around the optimizer requires of it. The defaults are for use without an engine.
 
     Attributes:
-        momentum: the momentum's name in the state.
-        advice: what to do about a checkpoint of other parameter groups.
+        momentum: name of the momentum in the optimizer's state.
+        advice: ends the error about a checkpoint with other parameter groups: what to do instead.
         group_keys: further keys that a parameter group may have.
-        experts: the name under which the engine shares a group of experts apart from all others; it is kept.
+        experts: returns the engine's name of a group of experts that it shards over other ranks than the rest, which
+            the group keeps; None for other groups.
     """
 
     momentum: str = "momentum_buffer"
@@ -35,7 +36,7 @@ class Host:
 
 
 def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """The client's parameter groups, their "params" as (name, parameter) pairs, frozen parameters left out."""
+    """The client's parameter groups, with "params" as (name, parameter) pairs and without frozen parameters."""
     given = list(params)
     if not given:
         raise ValueError("params is empty: Muon needs model.named_parameters(), or parameter groups of such pairs")
@@ -70,7 +71,7 @@ def whole_shape(name: str, p: Tensor) -> tuple[int, ...]:
 
 
 def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Which parameters a group holds, in order: ZeRO keeps a group as one flat tensor that does not say."""
+    """A digest of the parameters of a group, in order: ZeRO saves a group as one flat tensor, without their names."""
     lines = "\n".join(f"{name} {list(shapes[name])}" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
@@ -78,16 +79,17 @@ def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -
 def parameter_groups(
     groups: Iterable[Mapping[str, Any]], routing: Routing, settings: Settings, host: Host | None = None
 ) -> list[dict[str, Any]]:
-    """Each client group as a group of matrices and one of the rest, in an order that depends on the model alone.
+    """Splits each client group into one of matrices and one of the rest, in an order that depends only on the model.
 
-    Groups with equal options are merged: balance and overlap hold within a group, since ZeRO steps group by group.
-    The order may not depend on the world size: flat groups are resumed by position.
+    Groups with equal options are merged, since ZeRO steps group by group, and ranks are balanced and communication
+    overlaps with computation only within a group. The order must not depend on the world size, because flat groups are
+    resumed by position.
 
     Args:
-        groups: the client's, their "params" as (name, parameter) pairs.
-        routing: which names are matrices.
-        settings: what the groups do not set for themselves.
-        host: the engine's keys of groups.
+        groups: the client's groups, with "params" as (name, parameter) pairs.
+        routing: which parameters are matrices.
+        settings: values for the options that a group does not set.
+        host: the engine, for its group keys and experts.
     """
     host = host or Host()
     merged: dict[str, dict[str, Any]] = {}

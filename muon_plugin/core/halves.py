@@ -1,7 +1,8 @@
 """The two halves of the optimizer: Newton-Schulz for matrices (`MuonHalf`), AdamW for everything else (`AdamWHalf`).
 
-A half is a rule and the tensors that follow it: their new state, their step, what they take over from a checkpoint. The
-optimizers that own parameter groups (`muon.Muon`, and those inside an engine) leave all of that to one `Halves`.
+A half is an update rule with the tensors that it updates. It creates their state, steps them and restores them from a
+checkpoint. The optimizers that own parameter groups (`muon.Muon`, and those inside an engine) delegate all of this to
+one `Halves`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Call:
         tensors: the group's "params" in that call. ZeRO-3 makes one call for each of a group's sub-groups, with one
             flat tensor each; elsewhere a group has one call with all its tensors.
         shards: this rank's part of each parameter.
-        process_group: its ranks together hold every element of every matrix; None is the default group.
+        process_group: the ranks that together hold every element of every matrix; None is the default group.
     """
 
     group: int
@@ -47,10 +48,10 @@ class MuonHalf:
     """The tensors that hold parts of matrices; `Update` has their step.
 
     Args:
-        momentum: its name in the state; fp32, like the tensor in shape.
-        options: what the parameter groups do not set: "momentum", "nesterov".
-        offload: the momentum is kept in pinned CPU memory between steps.
-        beside: further state of a new tensor; a "step" in it counts steps.
+        momentum: name of the momentum in the state: fp32, of the tensor's shape.
+        options: values of "momentum" and "nesterov", where the parameter groups do not have them.
+        offload: whether the momentum is kept in pinned CPU memory between steps.
+        beside: returns further state for a new tensor; a "step" in it is incremented by each step.
     """
 
     name = "Muon"
@@ -67,7 +68,7 @@ class MuonHalf:
         self._update_of: dict[Tensor, Update] = {}
 
     def add(self, update: Update, tensors: Iterable[Tensor]) -> None:
-        """An update to step, and all tensors of its call, also those in which this rank holds no part of a matrix."""
+        """Adds an update with all tensors of its call, including those that hold no part of a matrix on this rank."""
         self.updates.append(update)
         self._update_of |= dict.fromkeys(tensors, update)
 
@@ -86,22 +87,22 @@ class MuonHalf:
         return momentum.cpu().pin_memory() if self.offload and momentum.device.type != "cpu" else momentum
 
     def adopt(self, p: Tensor, state: State, saved: Mapping[str, Any]) -> None:
-        """Takes over a saved state as it was: torch casts state to the parameter's dtype, but momentum stays fp32.
+        """Restores saved state in fp32: torch's own `load_state_dict` casts it to the parameter's dtype.
 
         Raises:
-            ValueError: if the momentum was not saved.
+            ValueError: if the checkpoint has no momentum for this tensor.
         """
         if self.momentum not in saved:
             raise ValueError(
                 f"the checkpoint has no {self.momentum} for a tensor of shape {list(p.shape)} that holds matrices; it "
-                f"has {sorted(saved)}. Load a checkpoint of this optimizer, or the weights alone"
+                f"has {sorted(saved)}. Load a checkpoint that this optimizer saved, or only the weights"
             )
-        # Only what a new state has: a checkpoint may hold more. A step is cloned, since an engine may share one.
+        # Only the keys of a new state: a checkpoint may hold more. `step` is cloned, as engines may share one tensor.
         kept = {key: state[p][key].clone() for key in self.beside(p)}
         state[p] = {**kept, self.momentum: self._placed(saved[self.momentum].to(p.device, torch.float32, copy=True))}
 
     def step(self, groups: Groups, state: State, measure: Measure | None = None) -> None:
-        """Steps the updates of these groups' tensors, and those of which this rank holds nothing. Collective."""
+        """Steps the updates of these groups' tensors, and those in which this rank has no tensors. Collective."""
         group_of = {p: group for group in groups for p in group["params"] if p in self._update_of}
         called = {id(self._update_of[p]) for p in group_of}
         idle = {id(update) for update in self.updates} - {id(update) for update in self._update_of.values()}
@@ -109,7 +110,7 @@ class MuonHalf:
             if id(update) not in called | idle:
                 continue
             for p in update.tensors:
-                if not state[p]:  # its tensor was on NVMe when the optimizer was attached
+                if not state[p]:  # the tensor was on NVMe when the optimizer was attached
                     state[p] = self.new_state(p)
             update.step(
                 [{**group_of[p], **self.options} for p in update.tensors],
@@ -123,10 +124,10 @@ class MuonHalf:
 
 
 class Halves:
-    """Both halves of one optimizer. Every tensor is in exactly one.
+    """Both halves of one optimizer. Every tensor belongs to exactly one of them.
 
     Attributes:
-        measure: set for a step that is to be measured.
+        measure: set during a step that is measured, otherwise None.
     """
 
     def __init__(self, muon: MuonHalf, rest: AdamWHalf) -> None:
@@ -138,20 +139,20 @@ class Halves:
         """The half that a tensor belongs to.
 
         Raises:
-            RuntimeError: if it belongs to none: the engine handed over another tensor than the planned one.
+            RuntimeError: if it belongs to neither, because an engine replaced the tensors after planning.
         """
         try:
             return self._half_of[p]
         except KeyError:
             raise RuntimeError(
-                f"a tensor of shape {list(p.shape)} in Muon's parameter groups is none of those that it planned for: "
-                "an engine replaced them. Call muon_plugin.register() before the engine is built"
+                f"Muon's parameter groups hold a tensor of shape {list(p.shape)} that is not in its plan: an engine "
+                "has replaced the parameters. Call muon_plugin.register() before the engine is built"
             ) from None
 
     def new_states(self, state: State) -> None:
         """Creates the state of every tensor, on every rank before the first step."""
         for p, half in self._half_of.items():
-            if p.numel():  # elsewhere it lies on NVMe, and its state is made when it first comes from there
+            if p.numel():  # an empty tensor is on NVMe; its state is created in the first step
                 state[p] = half.new_state(p)
 
     def step(self, groups: Groups, state: State) -> None:
@@ -164,7 +165,7 @@ class Halves:
             self.adamw.step(groups, state)
 
     def load(self, optimizer: Optimizer, state_dict: Mapping[str, Any], load: Callable[[Any], None]) -> None:
-        """Restores the optimizer that owns the groups with `load`, torch's own; then each half adopts its state."""
+        """Loads a state dict into the optimizer with `load`, torch's own; then each half restores its own state."""
         pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
         saved = {
             p: state_dict["state"].get(i, {})
@@ -181,6 +182,6 @@ class Halves:
                 self.adamw.adopt(group, rest, optimizer.state)
 
     def held(self) -> tuple[int, int]:
-        """Elements on this rank: of matrices, and of the rest."""
+        """Number of elements on this rank: of matrices, of the rest."""
         muon, rest = (sum(p.numel() for p in half.tensors) for half in (self.muon, self.adamw))
         return muon, rest

@@ -1,6 +1,6 @@
-"""The sizes a user watches: of updates, weights, momentum and gradients, by parameter group, over all ranks.
+"""Monitoring: norms of updates, weights, momentum and gradients by parameter group, over all ranks.
 
-Costs nothing but in the steps that ask for it; there, a pass over this rank's shards and one small all-reduce.
+Only steps that are measured pay for it, with one pass over this rank's shards and one small all-reduce.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Part:
-    """Shards of this rank whose sizes are added up under one label.
+    """Shards of this rank whose squares are summed under one label.
 
     Attributes:
-        label: in the names of what is reported: ``update_rms/LABEL``.
+        label: used in the names of the metrics: ``update_rms/LABEL``.
         shards: of this rank; there may be none.
-        process_group: its ranks together hold every element of these parameters.
-        copies: as many such groups hold replicas of them.
+        process_group: the ranks that together hold every element of these parameters.
+        copies: number of such groups that hold replicas of these parameters.
     """
 
     label: str
@@ -52,14 +52,14 @@ class Measure:
     Args:
         parts: all shards of this rank.
         shapes: the whole shape of each parameter, by name.
-        elsewhere: parameters of this rank that other ranks count: tied weights that several pipeline stages hold.
+        elsewhere: parameters of this rank that other ranks count, such as tied weights on several pipeline stages.
     """
 
     def __init__(
         self, parts: Sequence[Part], shapes: Mapping[str, Sequence[int]], elsewhere: Iterable[str] = ()
     ) -> None:
         self._shards: dict[Tensor, list[Shard]] = {}
-        #: by parameter: its label, and what one element counts for on this rank
+        #: by parameter: its label, and the weight of one of its elements on this rank (1 / number of replicas)
         self._label: dict[str, str] = {}
         self._once: dict[str, float] = {}
         counts: dict[str, float] = {}
@@ -75,7 +75,7 @@ class Measure:
         self.clear()
 
     def clear(self) -> None:
-        """Before the next step that is measured."""
+        """Resets the sums; called before each measured step."""
         self._sums: dict[tuple[str, str], Tensor] = {}
         #: whether a step was made: an overflow skips it
         self.stepped = False
@@ -104,7 +104,7 @@ class Measure:
                 yield from ((shard, group) for shard in self._shards.get(p, ()))
 
     def update(self, parameter: str, update: Tensor) -> None:
-        """A part of a scaled update, fp32, as it is applied but for the learning rate."""
+        """Adds an fp32 part of a scaled update, before the learning rate is applied."""
         self._sum("update", parameter, update)
 
     def result(self, device: torch.device) -> dict[str, float]:
@@ -114,7 +114,7 @@ class Measure:
         corrected for their bias. The gradient is the one that the optimizer got, clipped where the engine clips.
 
         Args:
-            device: where the backend of the default process group wants its tensors.
+            device: the device on which the backend of the default process group communicates.
         """
         zero = torch.zeros((), dtype=torch.float64)
         sums = torch.stack([self._sums.get((name, what), zero).to(device) for name in self.groups for what in WHAT])
@@ -141,10 +141,10 @@ class Measure:
 
 
 class Clock:
-    """How much of a step the optimizer takes. Synchronizes the device, so it is for the steps that are measured.
+    """Times the phases of a step. It synchronizes the device, so it is used only in measured steps.
 
     Args:
-        device: whose work is waited for when a phase changes.
+        device: synchronized at each change of phase.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -154,7 +154,7 @@ class Clock:
         self._seconds: dict[str, float] = {}
 
     def begin(self) -> None:
-        """At the end of the step before the one that is measured."""
+        """Starts the clock; called at the end of the step before the measured one."""
         self._began, self._seconds = self._now(), {}
 
     def changed(self, left: str, entered: str) -> None:
@@ -187,13 +187,13 @@ class Measured(Protocol):
 
 
 class Monitor:
-    """Measures the single steps of an engine that its own monitors ask for. Every method is collective over the world.
+    """Measures the steps that an engine's own monitors log. Every method is collective over the world.
 
     Args:
-        halves: of all inner optimizers that the engine steps at once.
-        make: the `Measure` of their parts; called at the first measured step.
-        device: that computes.
-        wire: where the backend of the default process group wants its tensors.
+        halves: those of all inner optimizers that one step of the engine updates.
+        make: constructs the `Measure`; called at the first measured step.
+        device: on which the optimizer computes.
+        wire: the device on which the backend of the default process group communicates.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class Monitor:
         self.clock = Clock(device)
 
     def step(self, take: Callable[[], T]) -> tuple[T, dict[str, float]]:
-        """Makes a step with `take`; its result, and what was measured: nothing, if an overflow left the step out."""
+        """Calls `take`, the step; returns its result and the metrics, which are empty if an overflow skipped it."""
         self._measure = self._measure or self._make()
         self._measure.clear()
         for halves in self._halves:
@@ -221,7 +221,7 @@ class Monitor:
 
 
 def _shares(part: Part, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Parameter -> what one element counts for on this rank: one over the ranks that hold it. Collective."""
+    """Parameter -> the weight of one of its elements on this rank: 1 / number of ranks that hold it. Collective."""
     held: dict[str, int] = {}
     for shard in part.shards:
         held[shard.parameter] = held.get(shard.parameter, 0) + shard.where.numel

@@ -1,7 +1,7 @@
 """Muon for the matrices of a model, AdamW for the rest: one ``torch.optim.Optimizer`` for whole or sharded tensors.
 
-Here are the parameter groups, their checks and their checkpoints. `halves` has what happens to each tensor, and
-`update` the step of the matrices.
+This module defines the optimizer's parameter groups, their checks and their checkpoints. `halves` decides how each
+tensor is updated, and `update` implements the step of the matrices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .update import Update
 
 
 class Muon(Optimizer):
-    r"""Muon as in "Muon is Scalable for LLM Training" (arXiv 2502.16982), with AdamW for what is not a matrix.
+    r"""Muon as in "Muon is Scalable for LLM Training" (arXiv 2502.16982), with AdamW for all other parameters.
 
     For every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda and momentum mu::
 
@@ -42,20 +42,21 @@ class Muon(Optimizer):
 
     Args:
         params: ``model.named_parameters()``, or parameter groups whose ``"params"`` are (name, parameter) pairs. Names
-            decide which parameters are embeddings or heads, so they are needed.
-        model: the module itself, if at hand: module types and ``model.config`` then help to tell embeddings and fused
-            projections.
-        process_group: ranks that hold replicas of the parameters (plain DDP), or an engine's ranks of one pipeline
-            stage; the default group where there is one. Each matrix is orthogonalized once among them.
-        host: for engines, whose hooks pass it: the optimizer waits for `attach`, and its step does nothing until then.
-        shapes: for engines: the whole shape of each parameter that the engine has sharded, by name.
+            are required, because they decide which parameters are embeddings or heads. Parameters are dense,
+            contiguous and of a real floating-point dtype; frozen ones are ignored.
+        model: the module itself, if available: module types and ``model.config`` then help to recognize embeddings
+            and fused projections.
+        process_group: the ranks that hold replicas of the parameters (plain DDP), or, under an engine, the ranks of
+            one pipeline stage; by default the default group. Each matrix is orthogonalized on one of these ranks.
+        host: passed by an engine's hooks: the optimizer then waits for `attach`, and `step` does nothing until then.
+        shapes: passed by an engine's hooks: the whole shape of each parameter that the engine has sharded, by name.
         **settings: see `muon_plugin.core.settings.Settings`: lr, weight_decay, momentum, ...
 
-    State, created on every rank before the first step: ``momentum_buffer`` for tensors with matrices, fp32 and of the
-    tensor's shape (its name is the host's under an engine); ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest.
+    State, created on every rank before the first step: for tensors that hold matrices ``momentum_buffer``, fp32 and of
+    the tensor's shape (under an engine the `host` names it); for the rest ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
     Raises:
-        ValueError: for a bad setting or parameter, with what is allowed; on every rank, if any rank has one.
+        ValueError: for an invalid setting or parameter, with the allowed values; on every rank, if any rank has one.
 
     Example::
 
@@ -80,7 +81,7 @@ class Muon(Optimizer):
         self.halves = Halves(MuonHalf(), AdamWHalf())
         #: what `attach` was given
         self.calls: tuple[Call, ...] = ()
-        #: whether the ranks of `_process_group` should be replicas, to be checked at the first step
+        #: whether to check at the first step that the ranks of `_process_group` hold replicas
         self._check_replicas, self._process_group = False, process_group
 
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
@@ -91,8 +92,8 @@ class Muon(Optimizer):
             one_of_many = host is not None and process_group is not None  # a stage of a pipeline
             if not routing.matrices and not checked.exclude and not one_of_many:
                 raise ValueError(
-                    f"found no hidden-layer matrices among the {len(whole)} parameters, so nothing is left for Muon: "
-                    f"{dict(list(routing.adamw.items())[:5])}. Give whole, unflattened parameters, or use AdamW"
+                    f"found no hidden-layer matrices among the {len(whole)} parameters: "
+                    f"{dict(list(routing.adamw.items())[:5])}. Pass whole, unflattened parameters, or use AdamW"
                 )
             names = {p: name for group in groups for name, p in group["params"]}
             return checked, parameter_groups(groups, routing, checked, self.host), routing, names
@@ -114,11 +115,11 @@ class Muon(Optimizer):
             self._check_replicas = True
 
     def attach(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
-        """Takes the tensors of every call to come, creates the state, and plans. Collective.
+        """Binds the optimizer to the tensors that an engine will step, creates their state and the plans. Collective.
 
         Args:
-            calls: in the order in which the engine will make them.
-            device: where matrices are orthogonalized: where their tensors are, if not given.
+            calls: one for each call of the inner step that the engine will make, in that order.
+            device: where matrices are orthogonalized; by default the device of the call's tensors.
         """
         self.detach()
         self.calls = tuple(calls)
@@ -150,12 +151,12 @@ class Muon(Optimizer):
         return AdamWHalf(optimizer, label, (p for call in calls for p in call.tensors))
 
     def detach(self) -> None:
-        """Lets go of the tensors: until `attach`, a step does nothing."""
+        """Discards the tensors, their state and the plans; `step` does nothing until the next `attach`."""
         self.state.clear()
         self.calls, self.halves, self._check_replicas = (), Halves(MuonHalf(), AdamWHalf()), False
 
     def hand_over(self, host: Host) -> None:
-        """Gives an optimizer that was built without an engine to one, which then attaches it."""
+        """Transfers an optimizer that was built without an engine to `host`, whose hooks then call `attach`."""
         self.detach()
         self.host = host
 
@@ -174,7 +175,7 @@ class Muon(Optimizer):
         return loss
 
     def _compare_replicas(self) -> None:
-        """Once, at the first step (DDP may make the replicas later): ranks with models of their own mix updates."""
+        """At the first step only, as DDP may make the replicas late. Ranks with different models would mix updates."""
         self._check_replicas = False
         if world_of(self._process_group)[1] > 1:
             tensors = [p for g in self.param_groups for p in g["params"]]
@@ -188,20 +189,20 @@ class Muon(Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while the optimizer is built.
+        """Not supported after construction.
 
         Raises:
-            RuntimeError: afterwards: the plan is made once, for all parameters.
+            RuntimeError: after construction, because the plan covers all parameters and is made once.
         """
         if self._complete:
-            raise RuntimeError("Muon plans once, for all parameters: build a new Muon with the added parameter group")
+            raise RuntimeError("Muon cannot add parameter groups after construction: build a new Muon with all of them")
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state that was saved with the same routing.
+        """Loads a state dict that was saved with the same split into Muon's and AdamW's parameters.
 
         Raises:
-            ValueError: if the saved groups were routed otherwise (another `exclude`, another optimizer).
+            ValueError: if the saved groups were split differently (another `exclude`, another optimizer).
         """
         self.check_saved(state_dict["param_groups"])
         if not self.calls:
@@ -210,10 +211,10 @@ class Muon(Optimizer):
             self.halves.load(self, state_dict, super().load_state_dict)
 
     def check_saved(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Refuses the parameter groups of another optimizer, or of another routing.
+        """Checks that saved parameter groups come from this optimizer with the same routing.
 
         Raises:
-            ValueError: with what to do instead.
+            ValueError: if they do not, with what to do instead.
         """
         theirs, ours = ([(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, self.param_groups))
         if theirs == ours:
@@ -223,7 +224,7 @@ class Muon(Optimizer):
         else:
             what = "was saved by another optimizer than muon_plugin's Muon"
         raise ValueError(
-            f"the checkpoint's optimizer {what}: load it with the model and the settings it was saved with (exclude, "
+            f"the checkpoint's optimizer {what}. Load it with the model and settings it was saved with (exclude, "
             f"parameter groups), or {self.host.advice}"
         )
 
@@ -233,10 +234,10 @@ class Muon(Optimizer):
         return self.halves.muon.plans
 
     def summary(self) -> str:
-        """The start-up table: what goes to Muon and to AdamW, the plan's balance, bytes and memory."""
+        """The start-up table: the parameters of Muon and of AdamW, the plan's balance, bytes and memory."""
         if not self.calls:
             return "muon_plugin: not attached to an engine's tensors yet"
-        plans: dict[str, list[Plan]] = {}  # experts are shared by other ranks than the dense layers
+        plans: dict[str, list[Plan]] = {}  # experts are sharded over other ranks than the dense layers
         groups = [self.param_groups[call.group] for call in self.calls]
         for group, plan in zip((group for group in groups if group["use_muon"]), self.plans, strict=True):
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(plan)

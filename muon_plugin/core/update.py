@@ -28,19 +28,19 @@ from .plan import make_plan
 
 
 class Update:
-    """The matrices of one call of the optimizer, planned and ready to step. Building one is collective.
+    """Plans and steps the matrices of one call of the optimizer. Constructing one is collective.
 
     Args:
-        matrices: candidates, the same on every rank; those of which no rank holds a shard are left out.
-        shards: what this rank holds; it may be nothing.
-        process_group: its ranks together hold every element of every matrix; None is the default group.
-        device: where the matrices are put together and orthogonalized. The shards lie there, or (offloaded) on the CPU.
-        newton_schulz: the iteration.
-        scale: the factor on the update of a matrix.
-        normalize: the update's RMS is set to 1 first (Eq. 6).
+        matrices: the same on every rank; matrices of which no rank holds a shard are ignored.
+        shards: the shards of whole parameters that this rank holds; there may be none.
+        process_group: the ranks that together hold every element of every matrix; None is the default group.
+        device: where matrices are assembled and orthogonalized. The shards are there or, if offloaded, on the CPU.
+        newton_schulz: orthogonalizes (batch, rows, cols) bf16 matrices.
+        scale: returns the factor s(A, B) on the update of a matrix.
+        normalize: whether the RMS of each update is first set to 1 (Eq. 6).
 
     Raises:
-        ValueError: on every rank, where the ranks' shards do not make up the matrices, or lie on several devices.
+        ValueError: on every rank, if the shards of all ranks do not make up the matrices, or are on several devices.
     """
 
     def __init__(
@@ -78,15 +78,15 @@ class Update:
         """Updates `tensors` from their gradients. Collective.
 
         Args:
-            groups: for each tensor, its "lr", "weight_decay", "momentum" and "nesterov".
-            momenta: for each tensor, its fp32 momentum.
-            offloaded: the momenta are in CPU memory, one at a time is brought to the gradients.
-            measured: is given each parameter's name and part of the scaled update, fp32.
+            groups: for each of `tensors`, its "lr", "weight_decay", "momentum" and "nesterov".
+            momenta: for each of `tensors`, its momentum: fp32, of the tensor's shape.
+            offloaded: whether the momenta are in CPU memory; one at a time is then copied to its gradient's device.
+            measured: called with a parameter's name and a (count, run) fp32 part of its scaled update.
         """
         self._steps += 1
         current.step = max(current.step, self._steps)
         flat = [p.view(-1) for p in self.tensors]
-        # A parameter without a gradient is left alone, as torch's optimizers do. (The engines fill in zeros.)
+        # A parameter without a gradient is skipped, as in torch's optimizers. (The engines fill in zeros.)
         with phase("momentum"):
             directions = [
                 None if p.grad is None else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group, offloaded)
@@ -109,7 +109,7 @@ class Update:
         def write(tensor: int, local: Strided, matrix: int, update: Tensor, scale: Tensor | None) -> None:
             if directions[tensor] is None:
                 return
-            # Always in this order: u to fp32, times its scale, times the learning rate. Another order rounds otherwise.
+            # Always in this order: u to fp32, times its scale, times the learning rate. Other orders round differently.
             here = flat[tensor].device
             with phase("apply"):
                 change = update.to(here).float().mul_(self._scales[matrix])
@@ -126,9 +126,9 @@ class Update:
 def _direction(
     grad: Tensor, momentum: Tensor, group: Mapping[str, Any], offloaded: bool
 ) -> Callable[[Strided, Tensor], Any]:
-    """Brings the momentum up to date; the result fills in the bf16 direction of some of the elements."""
+    """Updates the momentum in place; returns a function that writes the direction of some elements into a bf16 view."""
     mu, nesterov = group["momentum"], group["nesterov"]
-    if offloaded:  # nothing of the momentum stays on the device: its direction takes the gradient's place
+    if offloaded:  # no momentum stays on the device: the direction overwrites the gradient
         here = momentum.to(grad.device, non_blocking=True, copy=True).lerp_(grad, 1 - mu)
         momentum.copy_(here)
         whole = grad.lerp_(here, mu) if nesterov else grad.copy_(here)
@@ -140,10 +140,10 @@ def _direction(
 
 
 def _fill(out: Tensor, values: Tensor) -> None:
-    out.copy_(values if values.device == out.device else values.bfloat16())  # between devices, bf16 travels
+    out.copy_(values if values.device == out.device else values.bfloat16())  # copies between devices are bf16
 
 
 def _check_device(tensors: Sequence[Tensor], device: torch.device) -> None:
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1 or not devices <= {device, torch.device("cpu")}:
-        raise ValueError(f"one process holds matrices on {sorted(map(str, devices))}; allowed: one device a process")
+        raise ValueError(f"one process holds matrices on {sorted(map(str, devices))}; allowed: one device per process")

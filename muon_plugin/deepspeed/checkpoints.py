@@ -1,9 +1,9 @@
 """Checkpoints: what DeepSpeed's converter to universal checkpoints needs, and loading them under any layout.
 
-The converter (``python -m deepspeed.checkpoint.ds_to_universal``) knows Adam's two moments only. So momentum is saved
-as ``exp_avg``, and beside it an ``exp_avg_sq`` of `NO_SECOND_MOMENT`, which takes no room on disk: it is one element,
-expanded. A universal checkpoint holds each parameter whole, by name, so this Muon reads its shards from there itself,
-whatever the layout that saved it, and whatever the optimizer: from AdamW it takes weights and AdamW's own half.
+The converter (``python -m deepspeed.checkpoint.ds_to_universal``) supports only Adam's two moments. So momentum is
+saved as ``exp_avg``, with an ``exp_avg_sq`` of `NO_SECOND_MOMENT`: one element, expanded, which takes no space on disk.
+A universal checkpoint holds each parameter whole, by name, so this Muon reads its own shards from it, whatever the
+layout and the optimizer that saved it. From AdamW's it restores the weights and the state of AdamW's parameters.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..core.halves import Call
 from ..core.layout import Shard
 from ..core.muon import Muon
 
-#: In the place of the second moment of what has none; Adam's is never negative.
+#: Saved as the second moment of tensors that have none; Adam's is never negative.
 NO_SECOND_MOMENT = -1.0
 
 
 def saved_like_adam(muon: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hook after ``Muon.state_dict``: every state has the keys that DeepSpeed's converter reads."""
+    """A hook after ``Muon.state_dict`` that adds the keys which DeepSpeed's converter reads to every state."""
     states = state_dict["state"]
     step = next((state["step"] for state in states.values() if "step" in state), 0)
     for number, state in states.items():
@@ -41,7 +41,7 @@ def saved_like_adam(muon: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def right_slices(wrapper: Any, calls: Sequence[Call]) -> None:
-    """Where the converter finds each parameter: DeepSpeed's own table walks another order under round-robin."""
+    """Corrects the table in which the converter looks up parameters: DeepSpeed's is wrong under round-robin."""
     if hasattr(wrapper, "_param_slice_mappings"):
         wrapper._param_slice_mappings = [
             {s.parameter: fragment_address(start=s.local.start, numel=s.local.numel) for s in call.shards}
@@ -50,7 +50,7 @@ def right_slices(wrapper: Any, calls: Sequence[Call]) -> None:
 
 
 def check_before_loading(wrapper: Any, muon: Muon) -> None:
-    """Stages 1 and 2 would end another optimizer's checkpoint with words about parameter_alignment."""
+    """Rejects another optimizer's checkpoint, for which stages 1 and 2 would blame parameter_alignment."""
     original = getattr(wrapper, "_load_legacy_checkpoint", None)
     if original is None:
         return
@@ -72,7 +72,7 @@ def load_universal_checkpoint(
 
 
 def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bool:
-    """Loads a universal checkpoint into one of ZeRO's optimizers; false if it is not around this Muon.
+    """Loads a universal checkpoint into one of ZeRO's optimizers; returns False if that does not wrap this Muon.
 
     Raises:
         ValueError: for a checkpoint that lacks a parameter, or has it in another size.
@@ -82,7 +82,7 @@ def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bo
         return False
     zero = Path(folder) / "zero"
     saved = together(lambda: _read(zero / "optimizer_state.pt"))
-    saved.setdefault(DS_VERSION, deepspeed.__version__)  # ZeRO-3 does not record it, the others want it
+    saved.setdefault(DS_VERSION, deepspeed.__version__)  # ZeRO-3 does not save it, the others require it
     stage_3 = hasattr(wrapper, "_load_global_state_stage3")
     (wrapper._load_global_state_stage3 if stage_3 else wrapper._load_global_state)(saved)
     fresh = set().union(*gather(together(lambda: _take(muon, zero, load_optimizer_states)), None))
@@ -93,8 +93,8 @@ def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bo
         wrapper._unflatten_partitioned_parameters(number)
     if fresh:
         logger.warning(  # DeepSpeed 0.19 shows nothing below
-            f"muon_plugin: {folder} was saved by another optimizer, or routed otherwise: weights were taken over, and "
-            f"the optimizer's state starts from zero for {len(fresh)} parameters ({', '.join(sorted(fresh)[:3])}, ...)"
+            f"muon_plugin: {folder} was saved by another optimizer, or with other parameters on Muon: weights "
+            f"restored; the state starts from zero for {len(fresh)} parameters ({', '.join(sorted(fresh)[:3])}, ...)"
         )
     return True
 
@@ -104,7 +104,7 @@ def get_all_ckpt_names(original: Callable[..., Any], engine: Any, checkpoints_pa
 
 
 def any_ckpt_names(engine: Any, checkpoints_path: str, tag: str, names: list[str]) -> list[str]:
-    """ZeRO-3 names the files of the model otherwise than the other stages; of a universal one any will do."""
+    """ZeRO-3 names model files differently from the other stages; for a universal checkpoint either will do."""
     if names or not engine.load_universal_checkpoint() or not isinstance(engine.basic_optimizer, Muon):
         return names
     files = sorted(Path(checkpoints_path, tag).glob("*mp_rank_*_model_states.pt"))
@@ -112,7 +112,7 @@ def any_ckpt_names(engine: Any, checkpoints_path: str, tag: str, names: list[str
 
 
 def offload_states(original: Callable[..., Any], zero: Any, *args: Any, **kwargs: Any) -> Any:
-    """ZeRO-3 asserts that the optimizer is FusedAdam, and then moves what has Adam's names, as our state does."""
+    """ZeRO-3 asserts that the optimizer is FusedAdam, then moves state by Adam's names, which this Muon's state has."""
     if not isinstance(zero.optimizer, Muon):
         return original(zero, *args, **kwargs)
     own, fused_adam.FusedAdam = fused_adam.FusedAdam, Muon
@@ -123,7 +123,7 @@ def offload_states(original: Callable[..., Any], zero: Any, *args: Any, **kwargs
 
 
 def _take(muon: Muon, zero: Path, with_states: bool) -> set[str]:
-    """Fills in this rank's shards; returns the parameters whose saved state has another meaning."""
+    """Fills in this rank's shards; returns the parameters whose saved state does not fit and was reset to zero."""
     fresh = set()
     for call in muon.calls:
         for shard in call.shards:
@@ -144,7 +144,7 @@ def _take(muon: Muon, zero: Path, with_states: bool) -> set[str]:
 
 
 def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> None:
-    """Learning rates and the like where the groups are the same, and AdamW's step."""
+    """Restores the options of groups that match saved ones (learning rates, ...), and AdamW's step."""
     theirs = {(group.get("name"), group.get("layout")): group for group in saved["param_groups"]}
     for group in muon.param_groups:
         same = theirs.get((group["name"], group["layout"]), {})

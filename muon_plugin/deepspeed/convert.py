@@ -109,8 +109,8 @@ def _shard_of_whole(
         offset += shapes[name].numel()
     if offset != momentum.numel():
         raise ValueError(
-            f"the built-in's momentum has {momentum.numel()} elements where its parameters have {offset}: muon_plugin "
-            "does not know this release's layout. Please report the release and the config"
+            f"the built-in's momentum has {momentum.numel()} elements where its parameters have {offset}: the shard "
+            "layout of this release is not supported. Please report the release and the config"
         )
     return shard
 

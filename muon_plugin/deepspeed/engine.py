@@ -1,4 +1,4 @@
-"""What DeepSpeed's wrapped functions do instead; each gets the original first, then its arguments."""
+"""Replacements of the DeepSpeed functions that `hooks` wraps; each takes the original first, then its arguments."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ phases.at_start(watchdog.start)
 
 
 def _experts(group: Mapping[str, Any]) -> str | None:
-    """DeepSpeed's name of an expert parallel group, by which it finds the ranks that share it."""
+    """DeepSpeed's name of an expert parallel group, by which it finds the group's ranks; None for other groups."""
     return str(group["name"]) if group.get("moe") else None
 
 
 #: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.
 HOST = Host(
     momentum="exp_avg",
-    advice="python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run takes over what has "
-    "the same meaning; or load the weights alone (load_module_only=True)",
+    advice="python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run restores the "
+    "state that both optimizers share; or load only the weights (load_module_only=True)",
     group_keys=("moe",),
     experts=_experts,
 )
@@ -46,7 +46,7 @@ def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: 
         return
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:
-        # The engine does so later; a collective before it would put all ranks of a node on one device.
+        # The engine does so later; a collective before that would put all ranks of a node on one device.
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     together(lambda: Settings.from_dict(config_class.optimizer_params or {}))
     if isinstance(model, PipelineModule):
@@ -75,8 +75,8 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         agree(
             "the parameter groups of the pipeline's stages",
             [f"group {group['name']}" for group in muon.param_groups],
-            "ZeRO adds up the gradient norm group by group over the stages, and would wait for ever. Have fewer stages "
-            "or another partition_method, to give every stage a matrix and another parameter; or use ZeRO stage 0",
+            "ZeRO adds up the gradient norm group by group over the stages, and would hang. Use fewer stages or "
+            "another partition_method, so that every stage has a matrix and another parameter; or use ZeRO stage 0",
         )
     return muon
 
@@ -89,7 +89,7 @@ def _configure_optimizer(
             together(lambda: check_supported(engine))
             optimizer.hand_over(HOST)
         else:
-            _refuse_remade(optimizer)  # not together: engines without Muon are left alone, and all ranks do the same
+            _refuse_remade(optimizer)  # not together: no collectives for engines without Muon; all ranks do the same
         return optimizer
 
     if client_optimizer is None or isinstance(client_optimizer, torch.optim.Optimizer):
@@ -102,7 +102,7 @@ def _configure_optimizer(
     names, tp = engine.param_names, tensor_parallel.group_of(engine)
     partitions = getattr(
         engine, "_muon_partitions", None
-    )  # on all ranks, or none: a client's own optimizer has none yet
+    )  # on all ranks or on none: not yet there for a client's own optimizer
     if partitions is None:
         partitions = together(lambda: tensor_parallel.cuts(engine, names))
     tensor_parallel.compare_replicas(names, tp)
@@ -117,11 +117,11 @@ def _configure_optimizer(
 
 
 def _refuse_remade(optimizer: Any) -> None:
-    """accelerate makes a DeepSpeedCPUAdam of any optimizer's groups where offload is on, without a word."""
+    """With offload, accelerate silently replaces any optimizer by a DeepSpeedCPUAdam over the same groups."""
     if any({"use_muon", "layout"} <= set(group) for group in getattr(optimizer, "param_groups", [])):
         raise ValueError(
-            f"optimizer={type(optimizer).__name__} holds the parameter groups of a muon_plugin.Muon that something "
-            'replaced (accelerate does with offload); allowed: "optimizer": {"type": "Muon"} in the DeepSpeed JSON, '
+            f"optimizer={type(optimizer).__name__} holds the parameter groups of a muon_plugin.Muon that was "
+            'replaced (accelerate does so with offload); allowed: "optimizer": {"type": "Muon"} in the DeepSpeed JSON, '
             "with accelerate's DummyOptim"
         )
 

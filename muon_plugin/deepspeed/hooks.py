@@ -1,16 +1,16 @@
 """Muon under DeepSpeed: `register` makes ``"optimizer": {"type": "Muon"}`` mean this Muon.
 
-These functions are wrapped, here and nowhere else, and only act when the config asks for Muon:
+DeepSpeed's functions are wrapped only here, and the wrappers act only when the config asks for Muon:
 
-- ``deepspeed.set_optimizer_flags``: tags parameters for DeepSpeed's own Muon, whose code in the gradient path starts
-  from these tags. Instead, checks that all ranks have good settings and the same model, before anything is built (the
-  engine's broadcast of the model hangs or crashes if they differ);
-- ``DeepSpeedEngine._configure_basic_optimizer``: builds our optimizer in place of DeepSpeed's own Muon;
-- ``_load_universal_checkpoint`` of ZeRO's optimizers: reads this Muon's shards and state (`checkpoints`);
-- ``DeepSpeedZeroOptimizer_Stage3.offload_states``: refuses any optimizer but FusedAdam;
-- ``DeepSpeedEngine._get_all_ckpt_names``: finds a universal checkpoint's files whatever the stage that saved it;
-- ``DeepSpeedEngine._configure_optimizer``: once the wrapper (ZeRO, bf16, fp16 or none) has cut the parameters, reads
-  where the shards lie (`shards`) and attaches the optimizer to them.
+- ``deepspeed.set_optimizer_flags`` would tag parameters for DeepSpeed's own Muon, which runs in the gradient path. The
+  wrapper instead checks that all ranks have valid settings and the same model, before anything is built (the engine's
+  broadcast of the model hangs or crashes if they differ).
+- ``DeepSpeedEngine._configure_basic_optimizer``: the wrapper builds this Muon in place of DeepSpeed's own.
+- ``DeepSpeedEngine._configure_optimizer``: once DeepSpeed's own wrapper (ZeRO, bf16, fp16 or none) has sharded the
+  parameters, ours reads where the shards are (`shards`) and attaches the optimizer to them.
+- ``_load_universal_checkpoint`` of ZeRO's optimizers: the wrapper reads this Muon's shards and state (`checkpoints`).
+- ``DeepSpeedEngine._get_all_ckpt_names``: the wrapper finds a universal checkpoint's files whichever stage saved it.
+- ``DeepSpeedZeroOptimizer_Stage3.offload_states`` rejects any optimizer but FusedAdam; the wrapper allows this one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _hooks = Hooks("DeepSpeed", TESTED)
 
 
 def register() -> None:
-    """Wraps the engine. Twice is the same as once.
+    """Wraps DeepSpeed's functions. Idempotent.
 
     Raises:
         ImportError: if DeepSpeed is not installed.
-        RuntimeError: if what is wrapped has changed.
+        RuntimeError: if a function to wrap has another signature than expected.
     """
     if _hooks.installed:
         return
@@ -83,7 +83,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Gives DeepSpeed its own code back."""
+    """Restores DeepSpeed's own functions."""
     if not _hooks.installed:
         return
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS

@@ -1,4 +1,4 @@
-"""Where DeepSpeed's wrappers put the elements of each parameter on this rank."""
+"""Finds this rank's shards in DeepSpeed's optimizer wrappers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Names = Mapping[Tensor, str]
 
 
 class Zero12(Protocol):
-    """What is read of the wrapper of ZeRO stages 1 and 2 (`DeepSpeedZeroOptimizer`), each by parameter group."""
+    """Attributes used of the wrapper of ZeRO stages 1 and 2 (`DeepSpeedZeroOptimizer`), each by parameter group."""
 
     round_robin_bit16_groups: Sequence[Sequence[Tensor]]
     single_partition_of_fp32_groups: Sequence[Tensor]
@@ -29,7 +29,7 @@ class Zero12(Protocol):
 
 
 class Bf16(Protocol):
-    """What is read of the wrapper of bf16 with fp32 gradients (`BF16_Optimizer`), each by parameter group."""
+    """Attributes used of the wrapper of bf16 with fp32 gradients (`BF16_Optimizer`), each by parameter group."""
 
     bf16_groups: Sequence[Sequence[Tensor]]
     fp32_groups_flat_partition: Sequence[Tensor]
@@ -37,7 +37,7 @@ class Bf16(Protocol):
 
 
 class Zero3(Protocol):
-    """What is read of the wrapper of ZeRO stage 3 (`DeepSpeedZeroOptimizer_Stage3`), each by sub-group."""
+    """Attributes used of the wrapper of ZeRO stage 3 (`DeepSpeedZeroOptimizer_Stage3`), each by sub-group."""
 
     fp16_groups: Sequence[Sequence[Any]]
     fp32_partitioned_groups_flat: Sequence[Tensor]
@@ -46,16 +46,17 @@ class Zero3(Protocol):
 
 
 def calls(engine: Any, names: Names) -> list[Call]:
-    """The calls of the inner step, as the engine's wrapper will make them.
+    """The calls of the inner step that the engine's wrapper will make.
 
-    Their shards, and the ranks that share them, are still of this TP rank's part of each parameter: see `holdings`.
+    Their shards and process groups cover only this TP rank's part of each parameter; `holdings` extends them to the
+    whole parameter.
 
     Args:
         engine: DeepSpeed's, with its wrapper built.
         names: parameter -> its name.
 
     Raises:
-        ValueError: for a wrapper that is not known.
+        ValueError: for an unsupported wrapper.
     """
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
@@ -87,14 +88,14 @@ def _replicas(engine: Any, group: Mapping[str, Any]) -> Any:
 
 
 def holdings(found: Sequence[Call], names: Names, partitions: Mapping[str, Partition], tp: Any) -> list[Call]:
-    """The calls with the shards of whole parameters, and the ranks that share these. Collective.
+    """The same calls with shards of whole parameters, and the ranks over which these are sharded. Collective.
 
-    Every shard is compared with the parameter it should hold, so a release that lays them out otherwise is an error
-    here and not a wrong update later.
+    Every shard is compared with the parameter it should hold, so that a release with another layout raises an error
+    here and does not cause a wrong update later.
 
     Args:
         found: what `calls` found.
-        names: parameter -> its name.
+        names: parameter -> its name in the model.
         partitions: name -> how tensor parallelism partitions the parameter.
         tp: the TP group of this rank, or None.
 
@@ -173,11 +174,11 @@ def _compare_one(shard: Shard, parameter: Tensor) -> None:
     cut_by_zero_3 = getattr(parameter, "ds_tensor", None)
     held = parameter if cut_by_zero_3 is None else cut_by_zero_3
     if not (shard.tensor.numel() and held.numel()):
-        return  # it lies on NVMe
+        return  # it is on NVMe
     where = shard.where if cut_by_zero_3 is None else replace(shard.where, start=0)
     theirs, ours = where.view(held.detach().view(-1)), shard.local.view(shard.tensor.detach().view(-1))
     if not torch.allclose(ours.to(theirs.dtype), theirs.to(ours.device), rtol=0, atol=0, equal_nan=True):
         raise ValueError(
             f"{shard.where.numel} elements of {shard.parameter} from {shard.where.start} on are not where DeepSpeed's "
-            "tables say: muon_plugin does not know this release's layout. Please report the release and the config"
+            "tables say: the shard layout of this release is not supported. Please report the release and the config"
         )

@@ -1,4 +1,4 @@
-"""Builds Megatron's optimizer with Muon in it, and what Megatron's wrapped functions do instead."""
+"""Builds Megatron's optimizer with Muon in it, and replaces the Megatron functions that `hooks` wraps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build(
         The ChainedOptimizer that Megatron builds, each DistributedOptimizer in it with Muon inside.
 
     Raises:
-        ValueError: on every rank, for a setting or a model that cannot work, with what to change.
+        ValueError: on every rank, for an unsupported setting or model, with what to change.
     """
 
     def prepare() -> tuple[Settings, list[Parameter], Any]:
@@ -97,10 +97,10 @@ class Converted:
     """One DistributedOptimizer with Muon in it.
 
     Attributes:
-        halves: of its inner optimizer.
+        halves: those of its inner optimizer.
         held: this rank's shards of its parameters.
-        process_group: the ranks that share them.
-        experts: it holds the routed experts alone. (Without expert parallelism they are with everything else.)
+        process_group: the ranks over which these parameters are sharded.
+        experts: whether it holds the routed experts alone. (Without expert parallelism they are with everything else.)
     """
 
     halves: Halves
@@ -109,7 +109,7 @@ class Converted:
     experts: bool
 
     def parts(self, copies: int) -> list[Part]:
-        """For measuring; `copies` instances of the distributed optimizer hold replicas."""
+        """This rank's shards by the label of their metrics; `copies` optimizer instances hold replicas of them."""
         found: dict[str, list[Shard]] = {"muon": [], "adamw": [], "muon_experts": [], "adamw_experts": []}
         for shard in self.held:
             half = "muon" if self.halves.of(shard.tensor) is self.halves.muon else "adamw"
@@ -199,7 +199,7 @@ def _check_model(model_chunks: Any) -> None:
 
 
 def _report(converted: Sequence[Converted], routing: Routing, settings: Settings, stages: int) -> None:
-    """Rank 0 prints the start-up table, of what it has a part in."""
+    """Rank 0 prints the start-up table, of the optimizers in which it takes part."""
     rank, _ = world_of(None)
     if rank == 0:
         if stages > 1:
@@ -227,7 +227,7 @@ def get_megatron_muon_optimizer(
     layer_wise_distributed_optimizer: bool = False,
     pg_collection: Any = None,
 ) -> Any:
-    """0.16.1's own entry for Muon."""
+    """Replaces Megatron-Core 0.16.1's own entry point for Muon."""
     if not asks_for_muon(config):
         return original(
             config,
@@ -237,5 +237,5 @@ def get_megatron_muon_optimizer(
             layer_wise_distributed_optimizer,
             pg_collection,
         )
-    stock = megatron.core.optimizer.get_megatron_optimizer  # wrapped, and lets the AdamW inside through
+    stock = megatron.core.optimizer.get_megatron_optimizer  # wrapped too; lets the inner AdamW config pass
     return build(stock, config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection=pg_collection)

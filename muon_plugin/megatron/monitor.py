@@ -1,14 +1,14 @@
-"""What a user watches, in Megatron's log, TensorBoard and W&B: the sizes of updates, weights, momentum and gradients.
+"""Monitoring in Megatron's log, TensorBoard and W&B: norms of updates, weights, momentum and gradients.
 
-A step is measured where Megatron's ``--log-interval`` logs one; in all other steps nothing is computed. Names, over
-Megatron's iteration:
+Only the steps that Megatron's ``--log-interval`` logs are measured. The metrics, by Megatron's iteration:
 
-- ``muon/update_rms/LABEL``, ``weight_rms/LABEL``, ``momentum_norm/LABEL``, over all ranks; LABEL is ``muon`` or
-  ``adamw``, or one of these with ``_experts``; see `core.measure`;
+- ``muon/update_rms/LABEL``, ``muon/weight_rms/LABEL``, ``muon/momentum_norm/LABEL``, over all ranks; LABEL is ``muon``
+  or ``adamw``, or one of these with ``_experts``; see `core.measure`;
 - ``muon/gradient_norm``: of all gradients, before clipping;
-- ``muon/optimizer_share``, ``exchange_share``: of the time since the end of the step before, on the rank that logs.
+- ``muon/optimizer_share``, ``muon/exchange_share``: fractions of the time since the end of the step before, on the
+  rank that logs.
 
-Megatron writes from the last rank, and so do we.
+The last rank writes them, as in Megatron.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class StepMonitor:
     """Measures the steps of Megatron's optimizer, under Megatron's own training loop.
 
     Args:
-        step: the optimizer's own.
-        halves: of its inner optimizers.
-        parts: this rank's shards.
-        shapes: of the whole parameters, by name.
+        step: the optimizer's own step, which is called.
+        halves: those of its inner optimizers.
+        parts: this rank's shards, by label.
+        shapes: shapes of the whole parameters, by name.
         elsewhere: parameters of this rank that an earlier pipeline stage counts.
-        device: that computes.
+        device: on which the optimizer computes.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class StepMonitor:
         self._monitor = Monitor(halves, lambda: Measure(parts, shapes, elsewhere), device, wire)
 
     def step(self) -> Any:
-        """In the place of the optimizer's step: what that returns. Collective over the world, where it is measured."""
+        """Replaces the optimizer's step and returns its result. Collective over the world when the step is measured."""
         args = arguments()
         if args is None:
             return self._step()
@@ -68,7 +68,7 @@ class StepMonitor:
 
 
 def arguments() -> Any:
-    """Megatron's command line, where it was parsed; None otherwise."""
+    """Megatron's parsed command line; None if it was not parsed."""
     return getattr(_global_vars(), "_GLOBAL_ARGS", None)
 
 

@@ -1,4 +1,4 @@
-"""The stock DistributedOptimizer with Muon inside: one inner optimizer, and Adam's names in the checkpoints."""
+"""Megatron's DistributedOptimizer with Muon as its inner optimizer; checkpoints use Adam's names."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..core.update import Update
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
-#: Marks the parameter groups of a checkpoint whose exp_avg of matrices is Muon's momentum.
+#: Key that marks the parameter groups of a checkpoint in which `exp_avg` of matrices is Muon's momentum.
 MARK = "muon_plugin"
 
 
 class InnerOptimizer(Optimizer):
     """Muon for the matrices and Megatron's own Adam for the rest, in Megatron's own parameter groups.
 
-    The groups stay as Megatron made them, so that its schedulers and its checkpoints find what they would find with
-    AdamW; `halves` knows which half a tensor belongs to.
+    The groups are left as Megatron made them, so that its schedulers and checkpoints work as with AdamW. `halves`
+    records which half a tensor belongs to.
 
-    State, from construction on: ``momentum_buffer`` (fp32) for matrices; ``exp_avg``, ``exp_avg_sq`` for the rest; and
-    for both ``step``, where Megatron's Adam counts in tensors.
+    State, from construction on: ``momentum_buffer`` (fp32, of the tensor's shape) for matrices; ``exp_avg`` and
+    ``exp_avg_sq`` for the rest; and ``step`` for both, if Megatron's Adam keeps it in the state and not in the group.
 
     Args:
         adam: the optimizer that Megatron built; its `param_groups` hold this rank's shards.
@@ -38,12 +38,12 @@ class InnerOptimizer(Optimizer):
     """
 
     def __init__(self, adam: Optimizer, update: Update, settings: Settings) -> None:
-        # As Megatron does: its shards are views, which the constructor would refuse.
+        # No parameters here: Megatron's shards are views, which the constructor rejects.
         super().__init__([{"params": []}], adam.defaults)
         self.param_groups = adam.param_groups
         self._in_tensors = isinstance(adam, torch.optim.AdamW)
 
-        def count(p: Tensor) -> dict[str, Any]:  # Megatron wants a step in every state, or in none
+        def count(p: Tensor) -> dict[str, Any]:  # Megatron expects a step in every state, or in none
             return {key: value for key, value in adamw.new_state(adam, p.detach()).items() if key == "step"}
 
         options = {"momentum": settings.momentum, "nesterov": settings.nesterov}
@@ -64,7 +64,7 @@ class InnerOptimizer(Optimizer):
         """Updates every shard. Collective over DP and TP."""
         before = max((group.get("step", 0) for group in self.param_groups), default=0)
         self.halves.step(self.param_groups, self.state)
-        if not self._in_tensors:  # FusedAdam counts in its groups, but not in those without a tensor of its own
+        if not self._in_tensors:  # FusedAdam counts in its groups, but skips groups without a tensor of its own
             for group in self.param_groups:
                 group["step"] = before + 1
 
@@ -76,15 +76,15 @@ class InnerOptimizer(Optimizer):
 class MuonDistributedOptimizer(DistributedOptimizer):
     """Megatron's DistributedOptimizer around an `InnerOptimizer`.
 
-    Megatron's checkpoints know Adam's names: momentum is written as ``exp_avg``, its square as ``exp_avg_sq``. AdamW,
-    should it resume from there, then moves each weight by its learning rate, and not by a division by zero. A save so
-    takes the memory that AdamW's state would take, for as long as it lasts. A checkpoint of Megatron's AdamW lacks our
-    mark; its weights are taken and the momentum of matrices starts from zero.
+    Megatron's checkpoints use Adam's names, so momentum is saved as ``exp_avg`` and its square as ``exp_avg_sq``. If
+    AdamW resumes from such a checkpoint, its first update of each weight is about the learning rate, where a zero
+    second moment would make it explode. While a checkpoint is saved, the state takes as much memory as AdamW's. A
+    checkpoint of Megatron's AdamW lacks `MARK`: its weights are loaded, and the momentum of matrices starts from zero.
     """
 
     @classmethod
     def convert(cls, optimizer: DistributedOptimizer, update: Update, settings: Settings) -> None:
-        """Makes a stock optimizer, as just built around Adam, one of this class."""
+        """Turns a DistributedOptimizer that Megatron has just built around Adam into one of this class, in place."""
         optimizer.optimizer = InnerOptimizer(optimizer.optimizer, update, settings)
         optimizer.__class__ = cls
         optimizer._fresh_momentum = False
@@ -94,8 +94,8 @@ class MuonDistributedOptimizer(DistributedOptimizer):
         self._fresh_momentum = not any(group.get(MARK) for group in groups)
         if self._fresh_momentum and torch.distributed.get_rank() == 0:
             logger.warning(
-                "muon_plugin: the checkpoint is of Megatron's AdamW, not of Muon: weights and AdamW's half are taken, "
-                "the momentum of matrices starts from zero"
+                "muon_plugin: the checkpoint was saved by Megatron's AdamW, not by Muon: restored the weights and the "
+                "AdamW state of the other parameters; the momentum of matrices starts from zero"
             )
         super().load_state_dict(state_dict)
 

@@ -40,7 +40,7 @@ def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int, ex
         if theirs.numel() != master.numel() or not torch.equal(master.detach().to(theirs.dtype), theirs):
             raise ValueError(
                 f"elements {held.start} to {held.end} of {parameter.name} are not where Megatron's tables say: "
-                "muon_plugin does not know this release's layout. Please report the release and the arguments"
+                "the shard layout of this release is not supported. Please report the release and the arguments"
             )
         rank = expert_tp_rank if is_expert(parameter.name) else tp_rank
         shard = Shard.of_range(parameter.name, held.start, master.numel(), master)

@@ -13,7 +13,7 @@ __all__ = ["report"]
 def report(arguments: Sequence[str]) -> str:
     """The text that ``python -m muon_plugin.planner`` prints for these arguments.
 
-    Megatron's models are planned in a process of their own: there Megatron is told that CUDA is the CPU.
+    Megatron models are planned in a subprocess, because that patches torch.cuda (see `on_meta`).
 
     Raises:
         ValueError: for a bad argument, with its value and what is allowed.

@@ -14,19 +14,19 @@ from ..deepspeed.cuts import Span
 
 @dataclass(frozen=True)
 class PlannedCall:
-    """One call of the inner step on the ranks that share its matrices. Ranks that hold equal shapes are one call.
+    """One call of the inner step on the ranks that share its matrices. Groups of ranks with equal shapes are one call.
 
     Attributes:
-        label: what it steps.
-        parameters: how tensor parallelism partitions each.
-        matrices: those of these parameters, whole.
-        dp: how many ranks share each TP rank's parameters.
-        held: for one of these ranks, the elements that it holds of a TP rank's parameters.
-        tp: TP ranks that share the matrices.
-        copies: as many groups of ranks hold other parameters of equal shapes (expert parallelism).
-        padded: elements of state on each rank, where padding adds to what it holds.
-        replicas: every rank holds everything (ZeRO stage 0, plain DDP).
-        evenly: stage 3: elements of each rank's part of each parameter.
+        label: its name in the table.
+        parameters: for each parameter, how tensor parallelism partitions it.
+        matrices: the matrices of these parameters, whole.
+        dp: number of ranks over which each TP rank's parameters are sharded.
+        held: DP rank -> the elements that it holds of a TP rank's parameters.
+        tp: number of TP ranks that share the matrices.
+        copies: number of groups of ranks that hold other parameters of equal shapes (expert parallelism).
+        padded: elements of state on each rank, padding included; None where there is no padding.
+        replicas: whether every rank holds everything (ZeRO stage 0, plain DDP).
+        evenly: for ZeRO-3, the size of a rank's part of each parameter, padding included; otherwise empty.
     """
 
     label: str
@@ -50,7 +50,7 @@ class PlannedCall:
         return sum(numel(p) for p in self.parameters)
 
     def position(self, local: int) -> int:
-        """Where the rank `local` of a pipeline stage stands among the ranks of its group of this call."""
+        """The position of rank `local` of a pipeline stage within its group of ranks for this call."""
         return local % self.tp + self.tp * (local // (self.tp * self.copies) % self.dp)
 
 
@@ -80,7 +80,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Zero:
-    """What of a DeepSpeed config decides the cut."""
+    """The settings of a DeepSpeed config that decide how ZeRO shards."""
 
     stage: int = 1
     sub_group_size: int = cuts.SUB_GROUP_SIZE

@@ -1,6 +1,6 @@
-"""What a call costs each rank, and how long a step takes at given rates.
+"""The cost of a call on each rank, and how long a step takes at given rates.
 
-FLOPs, bytes and state are counted, by the plan that a real run makes; times are these counts over the rates.
+FLOPs, bytes and state are counted with the plan that a real run would make; times are these counts over the rates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .calls import PlannedCall, Stage
 ADAMW_MEMORY, MUON_MEMORY = 28, 40
 #: fp32 state of an element: AdamW's two moments, Muon's momentum.
 ADAMW_STATE, MUON_STATE = 8, 4
-#: Above so many ranges of ranks, those that ZeRO-3 and replicas make are counted without writing them down.
+#: Above this many (rank, parameter) ranges, those of ZeRO-3 and of replicas are counted by `spread`, without a list.
 MANY = 200_000
 
 
@@ -40,12 +40,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the engine itself sends for an element, under AdamW as under Muon.
+    """Bytes per element that the engine itself sends, under AdamW as under Muon.
 
     Attributes:
-        gradient: bytes, reduce-scattered once (stage 0: all-reduced).
-        weight: bytes, all-gathered.
-        gathers: how often: once, in ZeRO-3 twice (forward and backward), in stage 0 never.
+        gradient: bytes per element of the reduce-scatter of gradients (stage 0: of the all-reduce).
+        weight: bytes per element of one all-gather of weights.
+        gathers: all-gathers per step: one; two in ZeRO-3 (forward and backward); none in stage 0.
     """
 
     gradient: int
@@ -59,13 +59,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Load:
-    """What one step of a call costs, by rank (as `PlannedCall.position` counts).
+    """The cost of one step of a call, by rank (in the order of `PlannedCall.position`).
 
     Attributes:
-        call: which one.
-        flops: of Newton-Schulz.
-        sent: bytes of the exchange.
-        state, adamw_state: bytes of optimizer state under Muon, and if all were AdamW's.
+        call: the call.
+        flops: FLOPs of Newton-Schulz on each rank.
+        sent: bytes that each rank sends in the exchange.
+        state, adamw_state: bytes of optimizer state on each rank, and what they would be with AdamW for everything.
         costliest: FLOPs of the costliest matrix.
     """
 
@@ -87,11 +87,11 @@ class Load:
 
     @property
     def balance(self) -> float:
-        """The busiest rank's FLOPs over the bound, which no plan is below: the mean, or the costliest matrix."""
+        """The busiest rank's FLOPs over their lower bound: the larger of the mean and the costliest matrix."""
         return max(self.flops) / max(self.mean, self.costliest, 1)
 
     def adamw_sent(self, each: float) -> float:
-        """Bytes a rank that the engine sends for its own, with rings, at `each` bytes an element."""
+        """Bytes per rank of the engine's own ring collectives, at `each` bytes per element."""
         return self.call.elements * each * (self.call.dp - 1) / self.call.dp
 
     def seconds(self, rates: Rates) -> dict[str, float]:
@@ -112,7 +112,7 @@ class Load:
 
 @dataclass(frozen=True)
 class StageLoad:
-    """What one step costs the ranks of alike pipeline stages."""
+    """The cost of one step on the ranks of identical pipeline stages."""
 
     stage: Stage
     loads: tuple[Load, ...]
@@ -148,9 +148,9 @@ def plan_stages(stages: Sequence[Stage], flops: Callable[[int, int], int], scala
     """Plans every call.
 
     Args:
-        stages: alike ones once.
+        stages: one for each kind of pipeline stage.
         flops: cost of a rows x cols matrix.
-        scalars: bf16 numbers that travel with each update.
+        scalars: bf16 numbers that are sent with each update (two for an fp32 scale, Eq. 6).
     """
     return [StageLoad(stage, tuple(plan_call(call, flops, scalars) for call in stage.calls)) for stage in stages]
 

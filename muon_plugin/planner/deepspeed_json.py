@@ -1,4 +1,4 @@
-"""What the planner reads of a DeepSpeed JSON: Muon's settings, how ZeRO cuts, and how wide its own traffic is."""
+"""Reads a DeepSpeed JSON for the planner: Muon's settings, how ZeRO shards, and the bytes of its own traffic."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _section(config: Section, key: str) -> Section:
 
 
 def _settings(optimizer: Section) -> Settings:
-    """Muon's; "auto" is left to the defaults, since nobody is there who would fill it in."""
+    """Muon's settings; "auto" means the default, since there is no Trainer here to fill it in."""
     if str(optimizer.get("type", "")).lower() != "muon":
         raise ValueError(f'optimizer.type={optimizer.get("type")!r} in the DeepSpeed JSON; allowed: "Muon"')
     return Settings.from_dict({k: v for k, v in (optimizer.get("params") or {}).items() if v != "auto"})
@@ -89,8 +89,8 @@ def _sub_group_size(section: Section) -> int:
 def _refuse_autotp(section: Section) -> None:
     if section.get("autotp_size", 0) > 1:
         raise ValueError(
-            f"tensor_parallel.autotp_size={section['autotp_size']!r}; allowed: 1 here: AutoTP cuts live modules. Use "
-            "--shapes with --tp, whose entries say how they are cut"
+            f"tensor_parallel.autotp_size={section['autotp_size']!r}; allowed: 1 for the planner, since AutoTP "
+            "partitions live modules. Use --shapes with --tp, whose entries say how TP partitions them"
         )
 
 

@@ -26,16 +26,16 @@ from .cost import Traffic
 
 @dataclass(frozen=True)
 class Model:
-    """A model under an engine, ready to be cut for any number of ranks.
+    """A model under an engine, which can be sharded for any number of ranks.
 
     Attributes:
-        title: what it is and under what.
-        settings: Muon's, one line.
+        title: names the model and the engine.
+        settings: Muon's settings, in one line.
         notes: what the plan assumes or leaves out.
-        newton_schulz, scalars: what a matrix costs; bf16 numbers that travel with each update.
-        traffic: the engine's own, an element.
-        baseline: AdamW under the same engine, its name.
-        unit: the number of ranks is a multiple of this.
+        newton_schulz, scalars: the iteration; number of bf16 values that are sent with each update.
+        traffic: the engine's own communication per element.
+        baseline: name of AdamW under the same engine.
+        unit: the number of ranks must be a multiple of this.
         sizes: for a number of ranks, the sizes of the parallel dimensions by their name.
         stages: for a number of ranks, the kinds of pipeline stages.
     """

@@ -1,8 +1,8 @@
-"""A Megatron launch line without a GPU and without processes: arguments checked, each stage's model built.
+"""Checks a Megatron launch line and builds each pipeline stage's model, without a GPU and without processes.
 
-Every argument goes through the installed Megatron's own parser and checks, as on rank 0 of that many. The model is
-built on the meta device, pipeline stage by pipeline stage, and cut as Megatron's distributed optimizer would cut it.
-For a process of its own: Megatron is told that CUDA is the CPU.
+Every argument goes through the installed Megatron's own parser and checks, as on rank 0 of a job of that size. The
+model is built on the meta device, stage by stage, and sharded as Megatron's distributed optimizer would shard it. Run
+this in a process of its own: it patches torch.cuda so that Megatron runs on the CPU.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def load(arguments: Sequence[str], world_size: int) -> tuple[Any, Settings]:
     """Megatron's arguments, parsed and validated by Megatron for so many ranks, and Muon's settings.
 
     Raises:
-        ValueError: where Megatron's parser is not there, or the arguments would not start.
+        ValueError: if Megatron's parser cannot be imported, or the arguments are invalid.
     """
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.training") is None:
         raise ValueError(
-            "megatron.training, which has Megatron's parser, is not there: put a Megatron-LM source tree of "
+            "megatron.training, which has Megatron's parser, cannot be imported: put a Megatron-LM source tree of "
             "core_v0.19.0 on PYTHONPATH (MEGATRON_PATH for the launch scripts), or install megatron-core 0.19.2"
         )
     with _without_compiling():
@@ -99,7 +99,7 @@ def load(arguments: Sequence[str], world_size: int) -> tuple[Any, Settings]:
             check_supported(args, args)
             return args, Settings.from_config(args, args)
         except (ValueError, AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:
-            raise ValueError(f"these arguments would not start: {error or _failed_check(error)}") from error
+            raise ValueError(f"invalid Megatron arguments: {error or _failed_check(error)}") from error
 
 
 class _without_compiling:
@@ -114,7 +114,7 @@ class _without_compiling:
 
 
 def _failed_check(error: Exception) -> str:
-    """The source of a check of Megatron's that says nothing itself."""
+    """The source line of a Megatron check that fails without a message."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
 
@@ -143,7 +143,7 @@ def _checked(arguments: Sequence[str]) -> Any:
 
 
 def assumptions(args: Any) -> list[str]:
-    """What the plan does not know."""
+    """What the plan assumes or leaves out, for the notes."""
     found = []
     if not (getattr(args, "padded_vocab_size", None) or args.vocab_size):
         found.append(f"the tokenizer is not loaded; {GPT2_VOCABULARY} tokens are assumed (--vocab-size)")

@@ -9,7 +9,7 @@ from .tables import stages_name, step_seconds
 
 
 def check(path: str) -> None:
-    """Whether it can be drawn there; before anything is planned.
+    """Checks, before anything is planned, that the plot can be drawn.
 
     Raises:
         ValueError: without matplotlib, or where no file can be written.

@@ -1,7 +1,8 @@
-"""The plan's counts where every rank holds a part of everything (ZeRO-3, replicas), at thousands of ranks.
+"""The plan's counts at thousands of ranks, where every rank holds a part of everything (ZeRO-3, replicas).
 
-`plan.make_plan` writes down who holds what of every matrix: hundreds of millions of pieces there. These ranges follow
-from two numbers, so here they are arithmetic on vectors; the owners and the counts are the same.
+`core.plan.make_plan` lists the pieces of every matrix on every rank, which here would be hundreds of millions. Each
+range follows from the size of a rank's part and the rank, so this module computes them as vectors instead; the owners
+and the counts are the same.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from .planned import Planned
 
 #: The paper's count: fp32 gradients reduce-scattered, fp32 weights all-gathered; its bound for Muon: bf16 gathered too.
 PAPER_BYTES, PAPER_BOUND = 8, 1.25
-#: What is worth a reason.
+#: Above these, `reasons` explains a call: balance over the bound, traffic over AdamW's.
 BALANCE, TRAFFIC = 1.05, 1.02
 
 
@@ -61,7 +61,7 @@ def stages_name(numbers: Sequence[int]) -> str:
 
 
 def reasons(planned: Planned) -> list[str]:
-    """Why a call is less even, or the exchange more, than one would wish; stages with the same reason together."""
+    """Explains calls with poor balance or a large exchange; stages with the same reason share a line."""
     much = totals(planned)["times_engine"] > TRAFFIC
     found: dict[str, list[int]] = {}
     for of_stage in planned.stages:
@@ -78,24 +78,24 @@ def reasons(planned: Planned) -> list[str]:
 def _uneven(load: Load) -> str:
     count, ranks = len(load.call.matrices), load.call.ranks
     return (
-        f"the busiest rank has {load.balance:.2f} of the larger of mean ({si(load.mean)}FLOP) and costliest matrix "
-        f"({si(load.costliest)}FLOP): every matrix is computed whole, on one rank, and the plan found no more even way "
-        f"for these {count} over {ranks} ranks ({count / ranks:.1f} a rank)"
+        f"the busiest rank has {load.balance:.2f} times the bound, the larger of the mean ({si(load.mean)}FLOP) and "
+        f"the costliest matrix ({si(load.costliest)}FLOP): a matrix is orthogonalized on one rank, and no better "
+        f"balance was found for {count} matrices over {ranks} ranks ({count / ranks:.1f} per rank)"
     )
 
 
 def _much(load: Load, each: float) -> str:
     if load.call.replicas:
         return (
-            "every rank holds everything, and gets every update that it does not compute: 2 bytes an element; AdamW's "
-            f"all-reduce sends {each:g}. ZeRO-1 sends less for both"
+            "every rank holds all weights and receives each update that it does not compute, 2 bytes per element; "
+            f"AdamW's all-reduce sends {each:g}. ZeRO-1 sends less for both optimizers"
         )
     moved = sum(load.sent) / sum(m.numel for m in load.call.matrices)
     repeated = load.call.tp > 1 and any(len(p.ranks) == 1 for p in load.call.parameters)
     return (
-        f"{moved:.2f} bytes an element of the matrices move (2 to their owner, 2 back"
-        f"{'; back to every TP rank of what TP does not cut' if repeated else ''}), once; AdamW's own traffic is "
-        f"{each:g} bytes an element on each of the {load.call.dp} ranks of DP but one, so the exchange is a large part "
+        f"the exchange sends {moved:.2f} bytes per matrix element in total (2 to the owner, 2 back"
+        f"{'; back to every TP rank for parameters that TP replicates' if repeated else ''}); AdamW's own traffic is "
+        f"{each:g} bytes per element on each of the {load.call.dp} DP ranks but one, so the exchange is a large share "
         "of it only where DP is small"
     )
 

@@ -1,6 +1,7 @@
-"""Where every rank is, in a store that all reach, and whether its process lives. For the watchdog's own thread.
+"""Heartbeats: each rank publishes its phase in a shared TCPStore, and checks whether the others' processes are alive.
 
-A connection of its own: a thread that waits on the main thread's would make that wait too.
+Used by the watchdog's own thread, over a connection of its own: on the main thread's connection, a blocked call would
+block the main thread too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .verdict import CUT_OFF, GONE, RUNNING, Standing
 
 
 class Heartbeats:
-    """The heartbeats of one rank, and what it reads of the others'.
+    """Publishes the heartbeats of one rank and reads those of the others.
 
     Args:
         rank, world: of the default group.
@@ -29,11 +30,11 @@ class Heartbeats:
         beat: seconds between heartbeats.
 
     Attributes:
-        heard: time.monotonic of the store's last answer.
-        verdict: what any rank made public to end the job; empty until then.
-        published: heartbeats that the store has.
+        heard: time.monotonic() of the store's last response.
+        verdict: the verdict that a rank has published to end the job; empty until then.
+        published: number of heartbeats that this rank has published.
         address: of the store.
-        serves: the store lives in this process.
+        serves: this process hosts the store.
     """
 
     def __init__(self, rank: int, world: int, prefix: str, beat: float) -> None:
@@ -48,11 +49,11 @@ class Heartbeats:
         self._listener: Any = None
         self._store: Any = None
         self._first: dict[str, Any] = {}
-        #: rank -> its last sign, and when it was first read
+        #: rank -> the number of its last heartbeat, and when this rank first read it
         self._seen: dict[int, tuple[int, float]] = {}
 
     def connect(self, done: threading.Event) -> bool:
-        """To the host of the default store; where that is no TCPStore, to one that rank 0 opens. False once `done`.
+        """Connects to the default store, or to one that rank 0 opens if that is no TCPStore. False once `done` is set.
 
         Raises:
             RuntimeError, OSError: if the host cannot be reached.
@@ -89,12 +90,12 @@ class Heartbeats:
         return True
 
     def answer(self) -> None:
-        """To those who asked whether this process lives; the kernel has done so already."""
+        """Accepts pending connections of ranks that ask whether this process is alive; the kernel has answered them."""
         if self._listener is not None:
             nodes.accept_all(self._listener)
 
     def publish(self, me: Standing) -> None:
-        """One heartbeat, and the news.
+        """Publishes one heartbeat, and reads rank 0's heartbeat and the verdict.
 
         Raises:
             RuntimeError: if the store is gone.
@@ -107,15 +108,15 @@ class Heartbeats:
         self.heard = time.monotonic()
 
     def count_failure(self) -> int:
-        """How many ranks have failed, this one with them."""
+        """Counts this rank's failure; how many ranks have failed, this one included."""
         return self._store.add("failures", 1)
 
     def tell_cause(self, text: str) -> None:
-        """Why the first rank failed; nothing, if no other rank is the cause."""
+        """Publishes why the first rank failed; an empty text if no other rank is the cause."""
         self._store.set("cause", text)
 
     def cause(self, seconds: float) -> str:
-        """What the first rank that failed told, if it does within these seconds."""
+        """What the first failed rank published as the cause; empty if it publishes nothing within these seconds."""
         until = time.monotonic() + seconds
         while not self._store.check(["cause"]):
             if time.monotonic() > until:
@@ -124,11 +125,11 @@ class Heartbeats:
         return self._store.get("cause").decode()
 
     def decide(self, verdict: dict[str, Any]) -> None:
-        """Makes it public, unless another rank was first."""
+        """Publishes the verdict, unless another rank has published one."""
         self.verdict = json.loads(self._store.compare_set("verdict", "{}", json.dumps(verdict)))
 
     def others(self, ask_all: bool = False) -> list[Standing]:
-        """All that have published; those without a sign since the last call, or all, are asked whether they live."""
+        """All ranks that have published; those without a new heartbeat, or all, are asked whether they are alive."""
         now = time.monotonic()
         found, listens = {}, {}
         for rank, value in enumerate(self._store.multi_get([*map(str, range(self.world))])):
@@ -145,15 +146,15 @@ class Heartbeats:
         return _asked(found, listens, {rank: now - self._seen[rank][1] for rank in found}, 10 * self.beat)
 
     def keeper(self) -> str:
-        """Where the store is, and whose it is."""
+        """The store and its host, for a message."""
         if self.address is None:
             return "the store that rank 0 opens"
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         whose = f"{'the launcher of ' * launched}rank 0 ({self._first.get('node', 'node unknown')})"
-        return f"the store at {self.address[0]}:{self.address[1]}, which {whose} keeps"
+        return f"the store at {self.address[0]}:{self.address[1]}, hosted by {whose}"
 
     def rank_0(self) -> list[Standing]:
-        """What is known of it without the store: whether it finished, failed or died; nothing where it lives."""
+        """Rank 0, if it finished, failed or died, as far as can be told without the store; nothing while it runs."""
         if self.rank == 0 or not self._first:
             return []
         silent = time.monotonic() - self.heard
@@ -165,7 +166,7 @@ class Heartbeats:
 def _standing(state: dict[str, Any], silent: float) -> Standing:
     known = Standing(**{key: value for key, value in state.items() if key in Standing.__dataclass_fields__})
     if silent:
-        # To be shown, by the clocks of two nodes; how long it really was silent is measured here alone.
+        # For display, from the clocks of two nodes; decisions use the time measured on this node alone.
         shown = max(silent, time.time() - state["time"])
         known = replace(known, seconds=known.seconds + silent, silent=shown)
     return known
@@ -174,7 +175,7 @@ def _standing(state: dict[str, Any], silent: float) -> Standing:
 def _asked(
     found: dict[int, Standing], listens: dict[int, Any], silent: dict[int, float], enough: float
 ) -> list[Standing]:
-    """A node that does not even refuse may be busy: it is cut off when it was silent long `enough`."""
+    """Checks ranks for liveness. An unresponsive node may be busy: CUT_OFF only after `enough` silent seconds."""
     for rank, lives in nodes.alive({rank: (host, port) for rank, (host, port) in listens.items()}).items():
         if lives is False:
             found[rank] = replace(found[rank], life=GONE)

@@ -1,4 +1,4 @@
-"""Names of nodes and ranks in messages, and whether a rank's process is still there."""
+"""Names of nodes and ranks in messages, and whether a rank's process still exists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def named(ranks: Iterable[int]) -> str:
 
 
 def listen_towards(address: Address) -> socket.socket:
-    """A listening socket on the interface that leads to `address`. The kernel answers for it as long as we live.
+    """A listening socket on the interface that leads to `address`. The kernel answers for it while the process exists.
 
     Raises:
         OSError: if nothing answers at `address` within 30 seconds.
@@ -46,16 +46,16 @@ def listen_towards(address: Address) -> socket.socket:
 
 
 def accept_all(listener: socket.socket) -> None:
-    """Takes the callers off the queue, which would refuse more when full."""
+    """Accepts and closes pending connections, since a full backlog would refuse more."""
     with contextlib.suppress(OSError):
         while True:
             listener.accept()[0].close()
 
 
 def alive(addresses: Mapping[int, Address], timeout: float = 3.0) -> dict[int, bool | None]:
-    """Whether the process that listened at an address is there; None where its node does not answer within `timeout`.
+    """Whether the process that listens at each address exists; None if its node does not respond within `timeout`.
 
-    The kernel answers, not the process: one whose Python stands still is alive.
+    The kernel answers, not the process: one whose Python code hangs still counts as alive.
     """
     found: dict[int, bool | None] = dict.fromkeys(addresses)
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What can be seen and said of this process: where its main thread is, its stack, torch's flight recorder."""
+"""What the watchdog reads and writes in this process: the main thread's stack, torch's flight recorder, messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _main_frame() -> FrameType | None:
 
 
 def main_thread() -> tuple[str, bool]:
-    """Where its Python is, and whether that is in a collective. (One that waits for a GPU does not show it.)"""
+    """Where the main thread is, and whether that is in a collective. (Waiting for a GPU does not show.)"""
     stack = traceback.extract_stack(_main_frame())
     if not stack:
         return "", False
@@ -39,7 +39,7 @@ def main_stack() -> str:
 
 
 def dump_flight_recorder(rank: int) -> None:
-    """Where torch itself would put it, for its ``torchfrtrace``."""
+    """Writes torch's flight recorder where torch itself would, for ``torchfrtrace``."""
     native: Any = torch._C._distributed_c10d
     variables = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
     prefix = next(

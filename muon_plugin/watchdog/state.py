@@ -1,4 +1,4 @@
-"""What this rank has come to, as its main thread and the watchdog's two threads tell each other."""
+"""Whether this rank runs, failed or finished, shared by its main thread and the watchdog's two threads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .verdict import FAILED, FINISHED, RUNNING
 
 @dataclass(frozen=True)
 class Fate:
-    """What is known at one moment.
+    """This rank's status at one moment.
 
     Attributes:
         life: RUNNING, FAILED or FINISHED.
         error: of a rank that failed.
         order: of a rank that failed, once the store has counted it: 1 for the first.
         lost: why the store cannot be reached; empty while it can.
-        since: time.monotonic at which it failed or left.
+        since: time.monotonic() at which it failed or left.
     """
 
     life: str = RUNNING
@@ -36,10 +36,10 @@ class State:
     exactly one thread explains the failure without the store.
 
     Attributes:
-        fate: as it is now.
-        left: the watchdog has nothing to watch any more.
-        changed: wakes the thread that talks to the store.
-        explained: why this rank failed was said, or no other rank is the cause.
+        fate: the current status.
+        left: set when training is over and there is nothing left to watch.
+        changed: set to wake the thread that talks to the store.
+        explained: set once the cause of this rank's failure was printed, or no other rank is the cause.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class State:
         self._lock = threading.Lock()
 
     def fail(self, error: str) -> bool:
-        """The main thread raised an error that nobody caught. Whether the store was lost before."""
+        """Records an uncaught error of the main thread. Returns whether the store was lost before."""
         with self._lock:
             self.fate = replace(self.fate, life=FAILED, error=error, since=time.monotonic())
             lost = bool(self.fate.lost)
@@ -56,18 +56,18 @@ class State:
         return lost
 
     def lose_store(self, why: str) -> bool:
-        """The store cannot be reached. Whether this rank failed before."""
+        """Records that the store cannot be reached. Returns whether this rank failed before."""
         with self._lock:
             self.fate = replace(self.fate, lost=why)
             return self.fate.life == FAILED
 
     def count(self, order: int) -> None:
-        """The store has counted this rank's failure."""
+        """Records this rank's place among the failures, as the store has counted it."""
         with self._lock:
             self.fate = replace(self.fate, order=order)
 
     def leave(self) -> None:
-        """The end of the training, or of a rank that failed. Only the first call counts."""
+        """Records the end of training, or of a rank that failed. Only the first call counts."""
         with self._lock:
             if self.left.is_set():
                 return

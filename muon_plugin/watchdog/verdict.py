@@ -1,7 +1,8 @@
-"""Whether a standstill is a rank's fault, and the message that says whose. Pure: knows no clock, store or process.
+"""Decides whether a job hangs, which ranks caused it, and what the message says. Reads no clock, store or process.
 
-All ranks begin a step together, since the engine reduces gradients first. So a rank that stands for long where others
-have gone on is behind; but ranks that all stand at one place outside the optimizer may well evaluate or save.
+All ranks begin a step together, since the engine reduces gradients first. So a rank that stays in one phase for long
+while others have moved on is behind. If all ranks are in the same phase outside the optimizer, they may be evaluating
+or saving, and get a longer limit.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from dataclasses import dataclass
 from .nodes import named
 
 RUNNING, FINISHED = "running", "finished"
-#: What ends a job: its process is not there; its node does not answer; it raised an error.
+#: States of a rank that end the job: its process is gone; its node does not respond; it raised an error.
 GONE, CUT_OFF, FAILED = "gone", "cut off", "failed"
-#: Steps by which ranks can be apart: one, and one that a GPU has still to do.
+#: Optimizer steps by which healthy ranks can differ: one, plus one that is still queued on a GPU.
 APART = 2
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What is known of a rank.
+    """What is known about a rank.
 
     Attributes:
-        step: optimizer steps that it began.
-        phase: its name.
+        step: number of optimizer steps that it has begun.
+        phase: name of the phase it is in; see `core.phases`.
         outside: it is not in the optimizer's step.
-        seconds: since it entered the phase.
-        life: see above; "finished" after a clean end.
-        silent: seconds without a sign of its Python; 0 while there are signs.
+        seconds: time since it entered the phase.
+        life: RUNNING, FINISHED (after a clean exit), GONE, CUT_OFF or FAILED.
+        silent: seconds since its last heartbeat; 0 while heartbeats arrive on time.
         error: of a rank that failed.
-        order: of a rank that failed: how many failed before.
-        at: where its main thread's Python is, once it stands for some time.
-        waits: that is in a collective, as far as Python can tell.
+        order: of a rank that failed: its place among the failures, 1 for the first.
+        at: file, line and function that its main thread executes, once it has made no progress for some time.
+        waits: the main thread is in a collective, as far as Python can tell.
     """
 
     rank: int
@@ -62,14 +63,14 @@ class Verdict:
 
 
 def judge(me: Standing, others: Sequence[Standing], world: int, patience: float, longer: float) -> Verdict | None:
-    """The reason to end the job, if there is one.
+    """The reason to terminate the job, or None.
 
     Args:
         me: a rank that has made no progress for some time.
-        others: those about which something is known.
+        others: the other ranks that have published a heartbeat.
         world: number of ranks.
-        patience: seconds without progress in which a rank may still come.
-        longer: the same where no rank is behind and all are outside the optimizer.
+        patience: seconds without progress after which a rank counts as hung.
+        longer: the same limit where no rank is behind and all are outside the optimizer.
     """
     if me.seconds < patience:
         return None
@@ -89,7 +90,7 @@ def judge(me: Standing, others: Sequence[Standing], world: int, patience: float,
 
 
 def _last(me: Standing, others: Sequence[Standing]) -> list[Standing]:
-    """Of ranks none of which moves and none is behind me: those for which the rest seems to wait."""
+    """The ranks that the others seem to wait for, where no rank makes progress and none is behind `me`."""
     everyone = (me, *others)
     if me.outside:
         busy = [r for r in everyone if not r.waits]
@@ -99,8 +100,8 @@ def _last(me: Standing, others: Sequence[Standing]) -> list[Standing]:
 
 
 def cause_of(me: Standing, others: Sequence[Standing], world: int) -> Verdict | None:
-    """Why this rank failed with an error, where that is another rank's doing ("connection closed")."""
-    # The same error on all ranks is nobody's fault.
+    """Why this rank failed, if another rank caused its error ("connection closed"); otherwise None."""
+    # If all ranks raise the same error, none of them is the cause.
     earlier = [r for r in others if r.life != FAILED or (r.order < me.order and r.error != me.error)]
     left = [r for r in others if r.life == FINISHED and r.position <= me.position]
     causes = _ended(earlier) or left
@@ -108,14 +109,14 @@ def cause_of(me: Standing, others: Sequence[Standing], world: int) -> Verdict | 
 
 
 def _ended(ranks: Sequence[Standing]) -> list[Standing]:
-    """Those that are gone, and the first that failed: others fail because of it."""
+    """Ranks that died or are unreachable, and the first that failed: later failures follow from it."""
     failed = sorted((r for r in ranks if r.life == FAILED), key=lambda r: r.order)
     return [r for r in ranks if r.life in (GONE, CUT_OFF)] + failed[:1]
 
 
 def _behind(other: Standing, me: Standing) -> bool:
     if other.position >= me.position or (me.outside and other.life == FINISHED):
-        return False  # who finished stays there, while others may have much to save
+        return False  # a finished rank keeps its position, while the others may still be saving
     # A rank whose steps are not counted (it holds no matrix) seems to stand where it began.
     return not me.outside or me.step - other.step <= APART
 
@@ -127,19 +128,19 @@ def _moves(rank: Standing, patience: float) -> bool:
 def _verdict(me: Standing, others: Sequence[Standing], blamed: Sequence[Standing], world: int) -> Verdict:
     head = [f"{named(ranks)} of {world} ({', '.join(nodes)}) {text}" for text, ranks, nodes in _alike(blamed, _fault)]
     rest = [r for r in (me, *others) if r not in blamed and r.life not in (FINISHED, FAILED)]
-    waits = "stand{}" if not blamed else "wait{}"
+    waits = "hang{}" if not blamed else "wait{}"
     tail = [
         f"{named(ranks)} ({', '.join(nodes)}) {waits.format('s' * (len(ranks) == 1))} {text}"
         for text, ranks, nodes in _alike(rest, _where)
     ]
     if not blamed:
         network = ": the network may be down" * (not me.outside)
-        head = [f"no rank is behind, but none makes progress{network}" if others else "nothing is known of other ranks"]
+        head = [f"no rank is behind, but none makes progress{network}" if others else "no other rank has reported"]
     return Verdict("; ".join([*head, *tail[:8]]), tuple(r.rank for r in blamed))
 
 
 def _alike(ranks: Sequence[Standing], text: Callable[[Standing], str]) -> list[tuple[str, list[int], list[str]]]:
-    """(Text, ranks, nodes) of ranks of which the same is to be said, but for the time: that of the longest."""
+    """(Text, ranks, nodes), one for all ranks whose text differs in its times alone; the longest time is shown."""
     found: dict[tuple[object, ...], list[Standing]] = {}
     for r in ranks:
         found.setdefault((r.position, r.phase, r.life, r.error, r.at), []).append(r)
@@ -165,12 +166,12 @@ def _where(r: Standing) -> str:
 
 def _fault(r: Standing) -> str:
     if r.life == FINISHED:
-        return f"ended its training after step {r.step}"
+        return f"finished training after step {r.step}"
     if r.life == FAILED:
         return f"failed first, {_place(r)}: {r.error}"
     if r.life == GONE:
-        return f"died: there is no process any more; its last sign came {r.silent:.0f} s ago {_place(r)}"
+        return f"died: its process no longer exists; its last heartbeat came {r.silent:.0f} s ago {_place(r)}"
     if r.life == CUT_OFF:
-        return f"stopped answering {r.silent:.0f} s ago {_place(r)}, and its node does not answer: down or cut off"
-    quiet = f" (its process lives, but gave no sign for {r.silent:.0f} s)" if r.silent else ""
+        return f"stopped responding {r.silent:.0f} s ago {_place(r)}; its node does not respond: down or disconnected"
+    quiet = f" (its process is alive, but sent no heartbeat for {r.silent:.0f} s)" if r.silent else ""
     return f"held up the others {_where(r)}{quiet}"

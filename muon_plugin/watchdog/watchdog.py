@@ -1,14 +1,15 @@
-"""Ends a job that stands still, with a message that names the rank and the phase, so that Slurm can requeue it.
+"""Terminates a hung job and prints the rank, node, step and phase, so that Slurm can requeue it.
 
-    MUON_WATCHDOG=300         seconds without progress after which a standstill is looked into
-    MUON_WATCHDOG=300,7200    and the same where all ranks stand at one place outside the optimizer (12 times the first)
+    MUON_WATCHDOG=300         seconds without progress after which a rank counts as hung
+    MUON_WATCHDOG=300,7200    and the limit while all ranks are outside the optimizer (default: 12 times the first)
 
-The first must be longer than any step of the optimizer, the second than any evaluation or save. On every rank a thread
-publishes where the main thread is (`phases.current`). A rank without progress reads where all ranks are, asks the
-kernels of silent ranks whether their processes live, and lets `verdict.judge` decide. Then all ranks print the message,
-those to blame and the one that judged also the Python stack of their main thread, torch's flight recorder goes to a
-file, and all end with exit code 75. A rank that fails with an error says in addition which rank died, failed or left
-before it. Nothing runs where MUON_WATCHDOG is not set.
+The first limit must be longer than any step of the optimizer, the second longer than any evaluation or save. On every
+rank a thread publishes heartbeats that say where the main thread is (`phases.current`). A rank that makes no progress
+reads the heartbeats of all ranks, asks the kernels of silent ranks whether their processes are alive, and calls
+`verdict.judge`. If that finds a hang, all ranks print the message, write torch's flight recorder to a file and exit
+with code 75; the responsible ranks and the rank that found the hang also print the stack trace of their main thread. A
+rank that fails with an error also prints which rank died, failed or exited before it. Without MUON_WATCHDOG nothing
+runs.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ _started = 0
 
 
 def start(process_group: Any = None) -> None:
-    """Watches this process, if MUON_WATCHDOG asks for it and nobody does so yet. Collective over `process_group`.
+    """Starts the watchdog if MUON_WATCHDOG is set and none is running. Collective over `process_group`.
 
     Raises:
         ValueError: on every rank, for a value that is not allowed, or that is not the same everywhere.
     """
     global _running, _started
     value = os.environ.get(VARIABLE, "")
-    agree(VARIABLE, [repr(value)], "Set it alike on all nodes", process_group)
+    agree(VARIABLE, [repr(value)], "Set it to the same value on all nodes", process_group)
     patience = limits(value)
     if patience is None or world_of(None)[1] == 1 or (_running is not None and _running.watching):
         return
@@ -57,13 +58,13 @@ def start(process_group: Any = None) -> None:
 
 
 def stop() -> None:
-    """Tells the others that this rank has ended its training. At Python's end that happens by itself."""
+    """Tells the other ranks that this one has finished training. Called automatically when Python exits."""
     if _running is not None:
         _running.finish()
 
 
 def limits(value: str) -> tuple[float, float] | None:
-    """Of a value of MUON_WATCHDOG: seconds without progress, and outside the optimizer; None for no watchdog.
+    """Parses MUON_WATCHDOG: seconds without progress, and the same outside the optimizer; None if it is empty.
 
     Raises:
         ValueError: for a value that is not allowed.
@@ -78,8 +79,8 @@ def limits(value: str) -> tuple[float, float] | None:
         good = False
     if not good:
         raise ValueError(
-            f"{VARIABLE}={value!r}: allowed: seconds without progress, above 0, such as 300; or with a longer limit "
-            "outside the optimizer, such as 300,7200. Unset it for no watchdog"
+            f"{VARIABLE}={value!r}; allowed: seconds without progress, above 0, such as 300; or with a longer limit "
+            "outside the optimizer, such as 300,7200. Unset it to run without a watchdog"
         )
     return patience, longer
 
@@ -87,9 +88,9 @@ def limits(value: str) -> tuple[float, float] | None:
 class _Watchdog:
     """Watches the main thread from two others.
 
-    One talks to the store (`_talk`): it publishes heartbeats, compares ranks when this one stands, and makes a verdict
-    public. The store may block it. The other (`_watch`) does not wait for the store: it ends the process once there is
-    a verdict, or when the store is silent.
+    One talks to the store (`_talk`): it publishes heartbeats, compares the ranks when this one makes no progress, and
+    publishes a verdict. The store may block it. The other (`_watch`) never waits for the store: it ends the process
+    once there is a verdict, or when the store stops responding.
     """
 
     def __init__(self, patience: float, longer: float, prefix: str) -> None:
@@ -116,7 +117,7 @@ class _Watchdog:
     # In the main thread.
 
     def finish(self) -> None:
-        """The clean end of this rank, or the end after an error."""
+        """At exit, after training or after an error."""
         if os.getpid() != self._pid:
             return  # a child that was forked
         self.state.leave()
@@ -138,12 +139,12 @@ class _Watchdog:
         try:
             if self.hearts.connect(self.state.left):
                 self._beats()
-        except Exception as error:  # the store's host may be dead: `_watch` deals with it
+        except Exception as error:  # the store's host may be dead: `_watch` handles that
             if self.state.lose_store(str(error).partition("\n")[0] or repr(error)):
                 self._explain(self.hearts.rank_0())
 
     def _beats(self) -> None:
-        """A heartbeat, then whatever it calls for; until this rank has left and the others can read that."""
+        """Publishes a heartbeat and acts on it, again and again, until it has published that this rank has left."""
         looked = time.monotonic()
         while True:
             self._count_failure()
@@ -172,13 +173,13 @@ class _Watchdog:
         return now - current.since > self.patience / 2 and now - looked > every
 
     def _compare(self) -> None:
-        """Looks where the others are, and makes a verdict public if there is a reason to end the job."""
+        """Reads where the other ranks are, and publishes a verdict if there is a reason to end the job."""
         verdict = judge(self._me(), self.hearts.others(), self.world, self.patience, self.longer)
         if verdict is not None:
             self.hearts.decide({"text": verdict.text, "to_blame": verdict.blamed, "judge": self.rank})
 
     def _explain_to_all(self) -> None:
-        """The first that failed asks all ranks whether they live; those that fail after it repeat what it found."""
+        """The first failed rank asks all ranks whether they are alive; later ones repeat the cause that it found."""
         first = self.state.fate.order == 1
         told = "" if first else self.hearts.cause(seconds=5)
         if told:
@@ -201,18 +202,18 @@ class _Watchdog:
             self._end_if_the_store_is_silent(me)
 
     def _end_if_failed_for_long(self, me: Standing) -> None:
-        """For a rank whose error does not end its process: the others wait for it."""
+        """For a rank whose process survives its error (a thread keeps it alive): the others would wait for it."""
         if me.life == FAILED and time.monotonic() - self.state.fate.since > 10 + self.patience:
-            self._end(f"rank {self.rank} of {self.world} ({self.node}) failed and does not end: {me.error}")
+            self._end(f"rank {self.rank} of {self.world} ({self.node}) failed but did not exit: {me.error}")
 
     def _end_if_the_store_is_silent(self, me: Standing) -> None:
-        """For a rank that stands and cannot learn why: the store's host is down, hung, or gone."""
+        """For a rank that makes no progress and cannot ask why: the store's host is down, hung or unreachable."""
         lost, silent = self.state.fate.lost, time.monotonic() - self.hearts.heard
         if me.seconds > self.patience and (silent > self.patience or (lost and silent > 3 * self.beat)):
             verdict = judge(me, self.hearts.rank_0(), self.world, self.patience, self.longer)
             if verdict is not None:
                 why = f" ({lost})" if lost else ""
-                self._end(f"no word for {silent:.0f} s from {self.hearts.keeper()}{why}; {verdict.text}")
+                self._end(f"no response for {silent:.0f} s from {self.hearts.keeper()}{why}; {verdict.text}")
 
     # In any of them.
 
@@ -235,20 +236,20 @@ class _Watchdog:
         )
 
     def _explain(self, others: list[Standing]) -> str:
-        """Says why this rank failed, where another is the cause."""
-        cause = None if self.hearts.verdict else cause_of(self._me(), others, self.world)  # one word is enough
+        """Prints why this rank failed, if another rank is the cause."""
+        cause = None if self.hearts.verdict else cause_of(self._me(), others, self.world)  # that says it
         if cause is not None:
             say(f"why rank {self.rank} failed: {cause.text}")
         self.state.explained.set()
         return cause.text if cause else ""
 
     def _end(self, text: str, to_blame: tuple[int, ...] = (), judge: int | None = None) -> None:
-        say(f"{text}. Rank {self.rank} ({self.node}) ends with exit code {EXIT_CODE}")
+        say(f"{text}. Rank {self.rank} ({self.node}) exits with code {EXIT_CODE}")
         if judge is None or self.rank in (judge, *to_blame):
-            say(f"the main thread of rank {self.rank} is here:\n{main_stack()}")
+            say(f"stack trace of the main thread of rank {self.rank}:\n{main_stack()}")
         dump = threading.Thread(target=dump_flight_recorder, args=(self.rank,), daemon=True)
         dump.start()
-        dump.join(10)  # it may wait for a lock of what hangs
+        dump.join(10)  # it may block on a lock that the hung thread holds
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         time.sleep(3 * self.beat)  # the others must read the verdict before the store is gone

@@ -130,7 +130,7 @@ def test_each_half_has_its_own_learning_rate():
 
 
 def test_a_model_without_matrices_is_refused():
-    with pytest.raises(ValueError, match="nothing is left for Muon"):
+    with pytest.raises(ValueError, match="found no hidden-layer matrices"):
         Muon([("a", nn.Parameter(torch.zeros(8)))])
 
 

@@ -1,4 +1,4 @@
-"""A job in which a rank dies, hangs or strays ends with its name; a job in which all is well is left alone."""
+"""A rank that dies, hangs or runs other code than the rest is named and its job ends; a healthy job is left alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_rank_killed_within_a_step_is_named_by_those_whose_connection_breaks(t
     assert job.codes == [1, -signal.SIGKILL, 1], job.all_logs()
     for rank in (0, 2):
         assert said(job, rank)[0].startswith(
-            f"why rank {rank} failed: rank 1 of 3 (node0) died: there is no process any more; its last sign"
+            f"why rank {rank} failed: rank 1 of 3 (node0) died: its process no longer exists; its last heartbeat"
         ), job.all_logs()
 
 
@@ -90,7 +90,7 @@ def test_a_rank_that_runs_one_step_more_is_told_that_the_others_do_not(tmp_path,
         assert 'rank 1 (node0) waits in step 7, phase "exchange with rank 0"' in text
     else:
         assert job.codes == [0, 1], job.all_logs()
-        assert text.startswith("why rank 1 failed: rank 0 of 2 (node0) ended its training after step 6"), text
+        assert text.startswith("why rank 1 failed: rank 0 of 2 (node0) finished training after step 6"), text
 
 
 def test_a_frozen_host_of_the_store_is_named(tmp_path):
@@ -98,9 +98,9 @@ def test_a_frozen_host_of_the_store_is_named(tmp_path):
     job.ends(1)
     assert job.codes[1] == ENDED_BY_WATCHDOG, job.all_logs()
     assert re.match(
-        r"no word for \d+ s from the store at 127.0.0.1:\d+, which rank 0 \(node0\) keeps; ", said(job, 1)[0]
+        r"no response for \d+ s from the store at 127.0.0.1:\d+, hosted by rank 0 \(node0\); ", said(job, 1)[0]
     )
-    assert 'rank 1 (node0) stands in step 3, phase "exchange with rank 0"' in said(job, 1)[0]
+    assert 'rank 1 (node0) hangs in step 3, phase "exchange with rank 0"' in said(job, 1)[0]
 
 
 def test_long_pauses_of_all_ranks_and_a_late_end_are_no_alarm(tmp_path):
@@ -137,8 +137,8 @@ def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tm
     log = (tmp_path / f"node{other}").read_text()
     assert code != 0
     told = re.search(
-        rf"muon_plugin watchdog: .*rank {dead} of 2 \(node{dead}\) died: there is no process any more; "
-        r"its last sign came (\d+) s ago",
+        rf"muon_plugin watchdog: .*rank {dead} of 2 \(node{dead}\) died: its process no longer exists; "
+        r"its last heartbeat came (\d+) s ago",
         log,
     )
     assert told, log
@@ -250,7 +250,7 @@ def test_a_limit_that_is_none_is_refused_on_every_rank(ranks, value):
     with pytest.raises(RankError) as caught:
         ranks(2).run(built, (value, value))
     assert {error[0] for error in caught.value.errors} == {"ValueError"}
-    assert all(f"MUON_WATCHDOG={value!r}: allowed: seconds" in error[1] for error in caught.value.errors)
+    assert all(f"MUON_WATCHDOG={value!r}; allowed: seconds" in error[1] for error in caught.value.errors)
 
 
 def test_limits_that_differ_are_refused_on_every_rank(ranks):
