@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -42,14 +43,14 @@ Write = Callable[[int, Strided, int, Tensor, "Tensor | None"], None]
 
 #: What a message holds, in this order: the number of a matrix -> which of its elements.
 _Parts = dict[int, tuple[Strided, ...]]
+#: By (sender, receiver): those that this rank sends or receives.
+_Messages = dict[tuple[int, int], _Parts]
 #: One matrix of a message: its number, which of its elements, and for each part a (count, run) view of the message.
 _Views = tuple[int, Sequence[Strided], Sequence[Tensor]]
+#: What came of each matrix from all its senders: (which of its elements, their values).
+_Arrived = dict[int, list[tuple[Strided, Tensor]]]
 #: Writes one matrix's parts into the views of a message.
 _Fill = Callable[[int, Sequence[Strided], Sequence[Tensor]], None]
-
-
-def _messages() -> dict[tuple[int, int], _Parts]:
-    return defaultdict(dict)
 
 
 @dataclass
@@ -57,15 +58,15 @@ class _Round:
     """What this rank does in one round.
 
     Attributes:
-        gather: messages to the owners of matrices, by (sender, receiver).
+        gather: messages to the owners of matrices.
         computed: the matrices of these messages that it orthogonalizes.
-        update: messages from the owners, by (sender, receiver).
+        update: messages from the owners.
         local: batches of matrices that lie whole on it, orthogonalized while messages fly.
     """
 
-    gather: dict[tuple[int, int], _Parts] = field(default_factory=_messages)
+    gather: _Messages = field(default_factory=lambda: defaultdict(dict))
     computed: list[int] = field(default_factory=list)
-    update: dict[tuple[int, int], _Parts] = field(default_factory=_messages)
+    update: _Messages = field(default_factory=lambda: defaultdict(dict))
     local: list[list[int]] = field(default_factory=list)
 
 
@@ -138,6 +139,7 @@ class Exchange:
                 into.gather[rank, owner][number] = inside
         for rank, inside in route.holders:
             if rank != owner and self.rank in (rank, owner):
+                # Where it is broadcast, `inside` is the same for all of them.
                 into.update[owner, EVERYONE if route.everywhere else rank][number] = self._with_scale(number, inside)
 
     def _with_scale(self, number: int, inside: Iterable[Strided]) -> tuple[Strided, ...]:
@@ -145,16 +147,15 @@ class Exchange:
         return (*inside, Strided(self.matrices[number].numel, 2)) if self.normalize else tuple(inside)
 
     def _batches(self, numbers: Iterable[int]) -> list[list[int]]:
-        """Matrices of one shape together, up to BATCH_ELEMENTS."""
+        """Matrices of one shape together, up to BATCH_ELEMENTS. `numbers` ascend."""
+
+        def shape(number: int) -> tuple[int, int]:
+            return self.matrices[number].rows, self.matrices[number].cols
+
         batches: list[list[int]] = []
-        shape: tuple[int, int] | None = None
-        for number in sorted(numbers, key=lambda i: (self.matrices[i].rows, self.matrices[i].cols, i)):
-            matrix = self.matrices[number]
-            full = batches and (len(batches[-1]) + 1) * matrix.numel > BATCH_ELEMENTS
-            if shape != (matrix.rows, matrix.cols) or full:
-                batches.append([])
-                shape = (matrix.rows, matrix.cols)
-            batches[-1].append(number)
+        for (rows, cols), same in groupby(sorted(numbers, key=shape), shape):
+            alike, most = list(same), max(BATCH_ELEMENTS // max(rows * cols, 1), 1)
+            batches += [alike[i : i + most] for i in range(0, len(alike), most)]
         return batches
 
     def run(self, read: Read, write: Write) -> None:
@@ -165,7 +166,7 @@ class Exchange:
             arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's fly meanwhile
             for batch in this.local:
                 self._write_own(self._compute(batch, read, {}), write)
-            arrived: dict[int, list[tuple[Strided, Tensor]]] = defaultdict(list)
+            arrived: _Arrived = defaultdict(list)
             for matrix, inside, views in self._arrived(arriving):
                 arrived[matrix] += zip(inside, views)
             updates: dict[int, Tensor] = {}
@@ -173,7 +174,8 @@ class Exchange:
                 updates |= self._compute(batch, read, arrived)
             sent = self._return(number, updates)
             self._write_own(updates, write)
-            self._write(self._arrived(returning), write)  # the updates of the round before, which flew until now
+            for matrix, _, views in self._arrived(returning):  # of the round before, which flew until now
+                self._write(matrix, views, write)
             returning = sent
 
     def _gather(self, number: int, read: Read) -> list[_Transfer]:
@@ -190,9 +192,7 @@ class Exchange:
 
         return self._post(self._rounds[number].update, fill, tag=2 * number + 1)
 
-    def _compute(
-        self, batch: list[int], read: Read, arrived: Mapping[int, Iterable[tuple[Strided, Tensor]]]
-    ) -> dict[int, Tensor]:
+    def _compute(self, batch: list[int], read: Read, arrived: _Arrived) -> dict[int, Tensor]:
         """Assembles the matrices of a batch from what this rank holds and what arrived; their updates."""
         first = self.matrices[batch[0]]
         x = torch.empty(len(batch), first.rows, first.cols, dtype=torch.bfloat16, device=self.device)
@@ -211,20 +211,19 @@ class Exchange:
         for (tensor, block), view in zip(self._held[number], views):
             read(tensor, block.local, view)
 
-    def _write(self, updates: Iterable[_Views], write: Write) -> None:
-        """Applies this rank's parts of updates."""
-        for number, _, views in updates:
-            # A copy: the scale's two numbers may lie at an odd place, where an fp32 view is refused.
-            scale = views[-1].clone().view(torch.float32)[0, 0] if self.normalize else None
-            for (tensor, block), view in zip(self._held[number], views):
-                write(tensor, block.local, number, view, scale)
+    def _write(self, number: int, views: Sequence[Tensor], write: Write) -> None:
+        """Applies this rank's parts of an update, behind which its scale comes where it has one."""
+        # A copy: the scale's two numbers may lie at an odd place, where an fp32 view is refused.
+        scale = views[-1].clone().view(torch.float32)[0, 0] if self.normalize else None
+        for (tensor, block), view in zip(self._held[number], views):
+            write(tensor, block.local, number, view, scale)
 
     def _write_own(self, updates: Mapping[int, Tensor], write: Write) -> None:
         for number, update in updates.items():
             inside = self._with_scale(number, [block.inside for _, block in self._held[number]])
-            self._write([(number, inside, [part.view(update) for part in inside])], write)
+            self._write(number, [part.view(update) for part in inside], write)
 
-    def _post(self, messages: Mapping[tuple[int, int], _Parts], fill: _Fill, tag: int) -> list[_Transfer]:
+    def _post(self, messages: _Messages, fill: _Fill, tag: int) -> list[_Transfer]:
         """Fills this rank's messages and posts all: broadcasts, sender by sender, then those from and to each peer.
 
         Returns:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -77,9 +77,10 @@ def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, in
     for rank, pieces in enumerate(index):
         for number, inside in pieces:
             held[number][rank] = held[number].get(rank, ()) + inside
+    sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
     costs = [flops(matrix.rows, matrix.cols) for matrix in matrices]
-    owners = choose_owners(costs, _Pieces(matrices, held, world, scalars), world)
-    routes = [_route(matrix, owner, held[i], world) for i, (matrix, owner) in enumerate(zip(matrices, owners.of))]
+    owners = choose_owners(costs, _Pieces(matrices, sizes, world, scalars), world)
+    routes = [_route(matrix, owner, ranks, world) for matrix, owner, ranks in zip(matrices, owners.of, held)]
     rounds = _schedule(matrices, routes)
     return Plan(tuple(routes), tuple(owners.load), tuple(_bytes_sent(routes, world, scalars)), rounds)
 
@@ -159,16 +160,13 @@ def _assign(costs: Sequence[int], holders: Holders, world: int, capacity: float,
 
 
 class _Pieces:
-    """`Holders` of a real run: the pieces that the ranks published."""
+    """`Holders` of a real run: the sizes, by rank, of the pieces that the ranks published of each matrix."""
 
-    def __init__(
-        self, matrices: Sequence[Matrix], held: Sequence[Mapping[int, Sequence[Strided]]], world: int, scalars: int
-    ) -> None:
-        self._sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
+    def __init__(self, matrices: Sequence[Matrix], sizes: Sequence[dict[int, int]], world: int, scalars: int) -> None:
+        self._sizes, self._scalars = sizes, scalars
         # What would travel if no owner held any of its matrix: its elements there, its update to all holders.
-        self._moved = [m.numel + sum(of.values()) + scalars * len(of) for m, of in zip(matrices, self._sizes)]
-        self._evenly = [len(of) == world and len(set(of.values())) == 1 for of in self._sizes]
-        self._scalars = scalars
+        self._moved = [m.numel + sum(of.values()) + scalars * len(of) for m, of in zip(matrices, sizes)]
+        self._evenly = [len(of) == world and len(set(of.values())) == 1 for of in sizes]
 
     def best(self, number: int, load: Sequence[int], most: int) -> int | None:
         sizes = self._sizes[number]
@@ -191,8 +189,8 @@ def _route(matrix: Matrix, owner: int, held: dict[int, tuple[Strided, ...]], wor
             "the engine is not the one it uses. Please report the engine's release and settings"
         )
     everywhere = len(held) == world and len(sources) == 1
-    holders = tuple((rank, held[rank]) for rank in sorted(held))
-    return Route(owner, tuple((rank, inside) for inside, rank in sources.items()), holders, everywhere)
+    senders = tuple((rank, inside) for inside, rank in sources.items())
+    return Route(owner, senders, tuple(sorted(held.items())), everywhere)
 
 
 def _bytes_sent(routes: Sequence[Route], world: int, scalars: int) -> list[int]:
