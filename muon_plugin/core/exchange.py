@@ -45,7 +45,7 @@ Write = Callable[[int, Strided, int, Tensor, "Tensor | None"], None]
 _Parts = dict[int, tuple[Strided, ...]]
 #: By (sender, receiver): those that this rank sends or receives.
 _Messages = dict[tuple[int, int], _Parts]
-#: One matrix of a message: its number, which of its elements, and for each part a (count, run) view of the message.
+#: Parts of one matrix: its number, which of its elements, and for each part a (count, run) view of a message or update.
 _Views = tuple[int, Sequence[Strided], Sequence[Tensor]]
 #: What came of each matrix from all its senders: (which of its elements, their values).
 _Arrived = dict[int, list[tuple[Strided, Tensor]]]
@@ -165,7 +165,7 @@ class Exchange:
         for number, this in enumerate(self._rounds):
             arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's fly meanwhile
             for batch in this.local:
-                self._write_own(self._compute(batch, read, {}), write)
+                self._write(self._own(self._compute(batch, read, {})), write)
             arrived: _Arrived = defaultdict(list)
             for matrix, inside, views in self._arrived(arriving):
                 arrived[matrix] += zip(inside, views)
@@ -173,9 +173,8 @@ class Exchange:
             for batch in self._batches(this.computed):
                 updates |= self._compute(batch, read, arrived)
             sent = self._return(number, updates)
-            self._write_own(updates, write)
-            for matrix, _, views in self._arrived(returning):  # of the round before, which flew until now
-                self._write(matrix, views, write)
+            self._write(self._own(updates), write)
+            self._write(self._arrived(returning), write)  # the updates of the round before, which flew until now
             returning = sent
 
     def _gather(self, number: int, read: Read) -> list[_Transfer]:
@@ -211,17 +210,19 @@ class Exchange:
         for (tensor, block), view in zip(self._held[number], views):
             read(tensor, block.local, view)
 
-    def _write(self, number: int, views: Sequence[Tensor], write: Write) -> None:
-        """Applies this rank's parts of an update, behind which its scale comes where it has one."""
-        # A copy: the scale's two numbers may lie at an odd place, where an fp32 view is refused.
-        scale = views[-1].clone().view(torch.float32)[0, 0] if self.normalize else None
-        for (tensor, block), view in zip(self._held[number], views):
-            write(tensor, block.local, number, view, scale)
-
-    def _write_own(self, updates: Mapping[int, Tensor], write: Write) -> None:
+    def _own(self, updates: Mapping[int, Tensor]) -> Iterator[_Views]:
+        """What this rank holds of the matrices that it orthogonalized."""
         for number, update in updates.items():
             inside = self._with_scale(number, [block.inside for _, block in self._held[number]])
-            self._write(number, [part.view(update) for part in inside], write)
+            yield number, inside, [part.view(update) for part in inside]
+
+    def _write(self, updates: Iterable[_Views], write: Write) -> None:
+        """Applies this rank's parts of updates."""
+        for number, _, views in updates:
+            # A copy: the scale's two numbers may lie at an odd place, where an fp32 view is refused.
+            scale = views[-1].clone().view(torch.float32)[0, 0] if self.normalize else None
+            for (tensor, block), view in zip(self._held[number], views):
+                write(tensor, block.local, number, view, scale)
 
     def _post(self, messages: _Messages, fill: _Fill, tag: int) -> list[_Transfer]:
         """Fills this rank's messages and posts all: broadcasts, sender by sender, then those from and to each peer.
