@@ -9,13 +9,16 @@ are on the network, matrices that lie whole on their owner are orthogonalized::
 
 Shapes: a matrix is assembled as (rows, cols) in a batch (batch, rows, cols) of equal ones. A message is flat: the parts
 of one or more matrices, each a (count, run) block of a `Strided`, one after the other in an order that both sides
-derive from the plan.
+derive from the plan (`_Parts`). An update is flat too; where it has a scale of its own (paper, Eq. 6), the two bf16
+numbers behind the last element are the bits of that fp32 scale, and it is sent along as one more part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,85 +26,63 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .agreement import world_of
-from .layout import Matrix, Piece, Strided
+from .layout import Block, Matrix, Piece, Strided
 from .orthogonalize import NewtonSchulz
 from .phases import phase, waiting_for
 from .plan import Plan, Route, travels
 
 #: Elements of the matrices of one batch: bounds the iteration's working memory (about 5 times 2 bytes each).
 BATCH_ELEMENTS = 32 * 2**20
+#: In place of a receiver: the message is broadcast.
+EVERYONE = -1
 
 #: Fills a (count, run) bf16 view with the direction (momentum, Nesterov) of these elements of a tensor.
 Read = Callable[[int, Strided, Tensor], None]
 #: Applies a (count, run) bf16 part of the update of a matrix, with the matrix's own scale where it has one.
 Write = Callable[[int, Strided, int, Tensor, "Tensor | None"], None]
 
-
-@dataclass(frozen=True)
-class _InTensor:
-    """Elements of one of this rank's tensors, by its number."""
-
-    tensor: int
-    local: Strided
-
-
-@dataclass(frozen=True)
-class _InMatrix:
-    """Elements of a matrix, by its number."""
-
-    matrix: int
-    inside: tuple[Strided, ...]
-
-    @property
-    def numel(self) -> int:
-        return sum(part.numel for part in self.inside)
+#: What a message holds, in this order: the number of a matrix -> which of its elements.
+_Parts = dict[int, tuple[Strided, ...]]
+#: By (sender, receiver): those that this rank sends or receives.
+_Messages = dict[tuple[int, int], _Parts]
+#: Parts of one matrix: its number, which of its elements, and for each part a (count, run) view of a message or update.
+_Views = tuple[int, Sequence[Strided], Sequence[Tensor]]
+#: What came of each matrix from all its senders: (which of its elements, their values).
+_Arrived = dict[int, list[tuple[Strided, Tensor]]]
+#: Writes one matrix's parts into the views of a message.
+_Fill = Callable[[int, Sequence[Strided], Sequence[Tensor]], None]
 
 
 @dataclass
 class _Round:
-    """What this rank does in one round: the matrices it computes, and for each peer the parts of the messages."""
+    """What this rank does in one round.
 
+    Attributes:
+        gather: messages to the owners of matrices.
+        computed: the matrices of these messages that it orthogonalizes.
+        update: messages from the owners.
+        local: batches of matrices that lie whole on it, orthogonalized while messages fly.
+    """
+
+    gather: _Messages = field(default_factory=lambda: defaultdict(dict))
     computed: list[int] = field(default_factory=list)
-    gather_to: dict[int, list[_InTensor]] = field(default_factory=dict)
-    gather_from: dict[int, list[_InMatrix]] = field(default_factory=dict)
-    update_to: dict[int, list[_InMatrix]] = field(default_factory=dict)
-    update_from: dict[int, list[int]] = field(default_factory=dict)  # matrices
-    broadcast: dict[int, list[int]] = field(default_factory=dict)  # matrices, by their owner
-
-
-@dataclass(frozen=True)
-class _Computed:
-    """The update of one matrix: flat, bf16, and its own fp32 scale where it has one (Eq. 6)."""
-
-    flat: Tensor
-    scale: Tensor | None
-
-    def packed(self, inside: Iterable[Strided]) -> list[Tensor]:
-        """Parts of it, flat, then the scale as two bf16 numbers."""
-        parts = [part.view(self.flat).reshape(-1) for part in inside]
-        return parts if self.scale is None else [*parts, self.scale.view(1).view(torch.bfloat16)]
+    update: _Messages = field(default_factory=lambda: defaultdict(dict))
+    local: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
 class _Transfer:
-    """Messages that were posted, one to and one from each peer.
+    """Messages that were posted together: one to and one from each peer, or a broadcast.
 
     Attributes:
         works: (what to wait for, the peer of the default group; None where one piece of work is for all).
-        received: by rank, filled once all works are done.
         sent: buffers that must outlive the sends.
+        received: (a message for this rank, filled once all works are done; what it holds).
     """
 
     works: list[tuple[Any, int | None]]
-    received: dict[int, Tensor]
     sent: list[Tensor]
-
-    def wait(self) -> dict[int, Tensor]:
-        for work, peer in self.works:
-            with waiting_for(peer):
-                work.wait()
-        self.sent.clear()
-        return self.received
+    received: list[tuple[Tensor, _Parts]]
 
 
 class Exchange:
@@ -127,61 +108,54 @@ class Exchange:
         device: torch.device,
         normalize: bool = False,
     ) -> None:
-        self.matrices, self.plan, self.group, self.device = matrices, plan, group, device
+        self.matrices, self.group, self.device = matrices, group, device
         self.orthogonalize, self.normalize = orthogonalize, normalize
-        self._scalars = 2 * normalize  # bf16 numbers that follow each update
         self.rank, size = world_of(group)
         self._global = [dist.get_global_rank(group, r) if group is not None else r for r in range(size)]
         # gloo moves CPU memory only; every other backend moves the device's own.
         gloo = size > 1 and device.type != "cpu" and dist.get_backend(group) == "gloo"
         self._wire = torch.device("cpu") if gloo else device
-        self._mine: dict[int, list[Piece]] = {}
+        # By matrix: (the number of a tensor, a block of it), in the order of this rank's parts in the routes.
+        self._held: dict[int, list[tuple[int, Block]]] = defaultdict(list)
         for piece in pieces:
-            self._mine.setdefault(piece.matrix, []).append(piece)
-        self._rounds = [_Round() for _ in range(plan.rounds)]
+            self._held[piece.matrix] += [(piece.tensor, block) for block in piece.blocks]
+        self._rounds = [_Round() for _ in range(plan.rounds + 1)]  # in the last one nothing travels
         local = []
         for number, route in enumerate(plan.routes):
             if travels(route):
                 self._add(self._rounds[route.round], number, route)
             elif route.owner == self.rank:
                 local.append(number)
-        batches = self._batches(local)
-        slots = plan.rounds + 1
-        self._fillers = [batches[i * len(batches) // slots : (i + 1) * len(batches) // slots] for i in range(slots)]
+        batches, slots = self._batches(local), len(self._rounds)
+        for i, this in enumerate(self._rounds):
+            this.local = batches[i * len(batches) // slots : (i + 1) * len(batches) // slots]
 
     def _add(self, into: _Round, number: int, route: Route) -> None:
-        me, owner = self.rank, route.owner
-        if owner == me:
+        owner = route.owner
+        if owner == self.rank:
             into.computed.append(number)
-        if route.everywhere:
-            into.broadcast.setdefault(owner, []).append(number)
-            return
         for rank, inside in route.sources:
-            if rank == me != owner:
-                into.gather_to.setdefault(owner, []).extend(self._held(number))
-            elif rank != me == owner:
-                into.gather_from.setdefault(rank, []).append(_InMatrix(number, inside))
+            if rank != owner and self.rank in (rank, owner):
+                into.gather[rank, owner][number] = inside
         for rank, inside in route.holders:
-            if rank == me != owner:
-                into.update_from.setdefault(owner, []).append(number)
-            elif rank != me == owner:
-                into.update_to.setdefault(rank, []).append(_InMatrix(number, inside))
+            if rank != owner and self.rank in (rank, owner):
+                # Where it is broadcast, `inside` is the same for all of them.
+                into.update[owner, EVERYONE if route.everywhere else rank][number] = self._with_scale(number, inside)
 
-    def _held(self, number: int) -> list[_InTensor]:
-        """What this rank holds of a matrix, in the order of the route's `inside`."""
-        return [_InTensor(piece.tensor, block.local) for piece in self._mine.get(number, ()) for block in piece.blocks]
+    def _with_scale(self, number: int, inside: Iterable[Strided]) -> tuple[Strided, ...]:
+        """Parts of an update, its scale among them where it has one."""
+        return (*inside, Strided(self.matrices[number].numel, 2)) if self.normalize else tuple(inside)
 
     def _batches(self, numbers: Iterable[int]) -> list[list[int]]:
-        """Matrices of one shape together, up to BATCH_ELEMENTS."""
+        """Matrices of one shape together, up to BATCH_ELEMENTS. `numbers` ascend."""
+
+        def shape(number: int) -> tuple[int, int]:
+            return self.matrices[number].rows, self.matrices[number].cols
+
         batches: list[list[int]] = []
-        shape: tuple[int, int] | None = None
-        for number in sorted(numbers, key=lambda i: (self.matrices[i].rows, self.matrices[i].cols, i)):
-            matrix = self.matrices[number]
-            full = batches and (len(batches[-1]) + 1) * matrix.numel > BATCH_ELEMENTS
-            if shape != (matrix.rows, matrix.cols) or full:
-                batches.append([])
-                shape = (matrix.rows, matrix.cols)
-            batches[-1].append(number)
+        for (rows, cols), same in groupby(sorted(numbers, key=shape), shape):
+            alike, most = list(same), max(BATCH_ELEMENTS // max(rows * cols, 1), 1)
+            batches += [alike[i : i + most] for i in range(0, len(alike), most)]
         return batches
 
     def run(self, read: Read, write: Write) -> None:
@@ -190,142 +164,112 @@ class Exchange:
         returning: list[_Transfer] = []
         for number, this in enumerate(self._rounds):
             arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's fly meanwhile
-            self._local(number, read, write)
-            arrived = self._arrived(this, arriving)
-            computed: dict[int, _Computed] = {}
+            for batch in this.local:
+                self._write(self._own(self._compute(batch, read, {})), write)
+            arrived: _Arrived = defaultdict(list)
+            for matrix, inside, views in self._arrived(arriving):
+                arrived[matrix] += zip(inside, views)
+            updates: dict[int, Tensor] = {}
             for batch in self._batches(this.computed):
-                computed |= self._compute(batch, read, arrived)
-            sent = self._return(number, computed)
-            for matrix, update in computed.items():
-                self._write_own(matrix, update, write)
-            self._take_back(number - 1, returning, write)  # the updates of the round before, which flew until now
+                updates |= self._compute(batch, read, arrived)
+            sent = self._return(number, updates)
+            self._write(self._own(updates), write)
+            self._write(self._arrived(returning), write)  # the updates of the round before, which flew until now
             returning = sent
-        self._local(len(self._rounds), read, write)
-        self._take_back(len(self._rounds) - 1, returning, write)
 
-    def _local(self, slot: int, read: Read, write: Write) -> None:
-        """Matrices that lie whole on this rank: one of `rounds` + 1 parts of them."""
-        for batch in self._fillers[slot]:
-            for matrix, update in self._compute(batch, read, {}).items():
-                self._write_own(matrix, update, write)
+    def _gather(self, number: int, read: Read) -> list[_Transfer]:
+        """Posts a round's messages to the owners."""
+        messages = self._rounds[number].gather if number < len(self._rounds) else {}
+        return self._post(messages, lambda matrix, _, views: self._read(matrix, views, read), tag=2 * number)
 
-    def _compute(
-        self, batch: list[int], read: Read, arrived: dict[int, list[tuple[Strided, Tensor]]]
-    ) -> dict[int, _Computed]:
-        """Assembles the matrices of a batch and orthogonalizes them."""
+    def _return(self, number: int, updates: Mapping[int, Tensor]) -> list[_Transfer]:
+        """Posts a round's updates to their holders."""
+
+        def fill(matrix: int, inside: Sequence[Strided], views: Sequence[Tensor]) -> None:
+            for part, view in zip(inside, views):
+                view.copy_(part.view(updates[matrix]))
+
+        return self._post(self._rounds[number].update, fill, tag=2 * number + 1)
+
+    def _compute(self, batch: list[int], read: Read, arrived: _Arrived) -> dict[int, Tensor]:
+        """Assembles the matrices of a batch from what this rank holds and what arrived; their updates."""
         first = self.matrices[batch[0]]
         x = torch.empty(len(batch), first.rows, first.cols, dtype=torch.bfloat16, device=self.device)
-        for slot, number in enumerate(batch):
-            flat = x[slot].view(-1)
-            for piece in self._mine.get(number, ()) if self._is_source(number) else ():
-                for block in piece.blocks:
-                    read(piece.tensor, block.local, block.inside.view(flat).view(block.local.count, block.local.run))
-            for inside, part in arrived.get(number, ()):
-                inside.view(flat).copy_(part.view(inside.count, inside.run))
+        for number, flat in zip(batch, x.view(len(batch), -1)):
+            self._read(number, [block.inside.view(flat) for _, block in self._held[number]], read)
+            for part, view in arrived.get(number, ()):
+                part.view(flat).copy_(view)
         with phase("orthogonalize"):
             updates = [update.reshape(-1) for update in self.orthogonalize(x)]
-        return {n: _Computed(u, _one_over_rms(u) if self.normalize else None) for n, u in zip(batch, updates)}
+        if self.normalize:
+            updates = [torch.cat([u, _one_over_rms(u).view(1).view(torch.bfloat16)]) for u in updates]
+        return dict(zip(batch, updates))
 
-    def _is_source(self, number: int) -> bool:
-        return any(rank == self.rank for rank, _ in self.plan.routes[number].sources)
+    def _read(self, number: int, views: Iterable[Tensor], read: Read) -> None:
+        """Fills in what this rank holds of a matrix."""
+        for (tensor, block), view in zip(self._held[number], views):
+            read(tensor, block.local, view)
 
-    def _write_own(self, number: int, update: _Computed, write: Write) -> None:
-        for piece in self._mine.get(number, ()):
-            for block in piece.blocks:
-                part = block.inside.view(update.flat).reshape(block.local.count, block.local.run)
-                write(piece.tensor, block.local, number, part, update.scale)
+    def _own(self, updates: Mapping[int, Tensor]) -> Iterator[_Views]:
+        """What this rank holds of the matrices that it orthogonalized."""
+        for number, update in updates.items():
+            inside = self._with_scale(number, [block.inside for _, block in self._held[number]])
+            yield number, inside, [part.view(update) for part in inside]
 
-    def _gather(self, number: int, read: Read) -> _Transfer:
-        """Posts a round's messages to the owners."""
-        if number >= len(self._rounds):
-            return _Transfer([], {}, [])
-        this, sends = self._rounds[number], {}
-        for rank, held in this.gather_to.items():
-            sizes = [part.local.numel for part in held]
-            sends[rank] = self._buffer(sum(sizes), self.device)
-            for part, into in zip(held, torch.split(sends[rank], sizes)):
-                read(part.tensor, part.local, into.view(part.local.count, part.local.run))
-        expected = {rank: sum(part.numel for part in parts) for rank, parts in this.gather_from.items()}
-        return self._post(sends, expected, tag=2 * number)
+    def _write(self, updates: Iterable[_Views], write: Write) -> None:
+        """Applies this rank's parts of updates."""
+        for number, _, views in updates:
+            # A copy: the scale's two numbers may lie at an odd place, where an fp32 view is refused.
+            scale = views[-1].clone().view(torch.float32)[0, 0] if self.normalize else None
+            for (tensor, block), view in zip(self._held[number], views):
+                write(tensor, block.local, number, view, scale)
 
-    def _arrived(self, this: _Round, transfer: _Transfer) -> dict[int, list[tuple[Strided, Tensor]]]:
-        """Waits for a round's messages: what came of each matrix, and where it belongs in it."""
-        found: dict[int, list[tuple[Strided, Tensor]]] = {}
-        for rank, buffer in transfer.wait().items():
-            parts = [(part.matrix, inside) for part in this.gather_from[rank] for inside in part.inside]
-            flats = torch.split(buffer.to(self.device), [inside.numel for _, inside in parts])
-            for (matrix, inside), flat in zip(parts, flats):
-                found.setdefault(matrix, []).append((inside, flat))
-        return found
+    def _post(self, messages: _Messages, fill: _Fill, tag: int) -> list[_Transfer]:
+        """Fills this rank's messages and posts all: broadcasts, sender by sender, then those from and to each peer.
 
-    def _return(self, number: int, computed: dict[int, _Computed]) -> list[_Transfer]:
-        """Posts a round's updates to their holders: broadcasts, owner by owner, then the messages."""
-        this = self._rounds[number]
-        posted = [self._broadcast(owner, mine, computed) for owner, mine in sorted(this.broadcast.items())]
-        sends = {
-            rank: torch.cat([flat for part in parts for flat in computed[part.matrix].packed(part.inside)])
-            for rank, parts in this.update_to.items()
-        }
-        expected = {
-            rank: sum(part.local.numel for m in mine for part in self._held(m)) + self._scalars * len(mine)
-            for rank, mine in this.update_from.items()
-        }
-        return [*posted, self._post(sends, expected, tag=2 * number + 1)]
-
-    def _take_back(self, number: int, transfers: list[_Transfer], write: Write) -> None:
-        """Waits for a round's updates from other ranks, the messages first, and applies them."""
-        if not transfers:
-            return
-        *broadcasts, messages = transfers
-        this = self._rounds[number]
-        for rank, buffer in messages.wait().items():
-            rest = buffer.to(self.device)
-            for matrix in this.update_from[rank]:
-                held = self._held(matrix)
-                sizes = [part.local.numel for part in held]
-                flat, scale, rest = self._unpacked(rest, sum(sizes))
-                for part, update in zip(held, torch.split(flat, sizes)):
-                    write(part.tensor, part.local, matrix, update.view(part.local.count, part.local.run), scale)
-        for owner, broadcast in zip(sorted(this.broadcast), broadcasts):
-            rest = broadcast.wait()[owner]
-            if owner == self.rank:
-                continue
-            rest = rest.to(self.device)
-            for matrix in this.broadcast[owner]:
-                flat, scale, rest = self._unpacked(rest, self.matrices[matrix].numel)
-                self._write_own(matrix, _Computed(flat, scale), write)
-
-    def _unpacked(self, buffer: Tensor, size: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(The first elements of a message, the scale that follows them, the rest of it)."""
-        after = size + self._scalars
-        # A copy: the scale's two numbers may lie at an odd place, where an fp32 view is refused.
-        scale = buffer[size:after].clone().view(torch.float32)[0] if self._scalars else None
-        return buffer[:size], scale, buffer[after:]
-
-    def _broadcast(self, owner: int, numbers: list[int], computed: dict[int, _Computed]) -> _Transfer:
-        """One owner's updates to all ranks; every rank holds these matrices whole."""
-        sizes = [self.matrices[m].numel for m in numbers]
-        if owner == self.rank:
-            parts = [flat for m, size in zip(numbers, sizes) for flat in computed[m].packed([Strided(0, size)])]
-            buffer = torch.cat(parts).to(self._wire)
-        else:
-            buffer = self._buffer(sum(sizes) + self._scalars * len(numbers), self._wire)
-        work = dist.broadcast(buffer, self._global[owner], group=self.group, async_op=True)
-        return _Transfer([(work, self._global[owner] if owner != self.rank else None)], {owner: buffer}, [])
-
-    def _post(self, sends: dict[int, Tensor], sizes: dict[int, int], tag: int) -> _Transfer:
-        """Posts one message to and from each peer."""
-        received = {rank: self._buffer(size, self._wire) for rank, size in sorted(sizes.items())}
-        sent = {rank: buffer.to(self._wire) for rank, buffer in sorted(sends.items())}
-        ops = [dist.P2POp(dist.irecv, b, self._global[r], self.group, tag) for r, b in received.items()]
-        ops += [dist.P2POp(dist.isend, b, self._global[r], self.group, tag) for r, b in sent.items()]
+        Returns:
+            in the order in which they are waited for: the messages of the peers, the broadcasts.
+        """
+        receives, sends, received, broadcasts = [], [], [], []
+        for (sender, receiver), parts in sorted(messages.items()):
+            mine = sender == self.rank
+            size = sum(part.numel for inside in parts.values() for part in inside)
+            buffer = torch.empty(size, dtype=torch.bfloat16, device=self.device if mine else self._wire)
+            if mine:
+                for of_matrix in _views(buffer, parts):
+                    fill(*of_matrix)
+                buffer = buffer.to(self._wire)
+            arriving = [] if mine else [(buffer, parts)]
+            if receiver == EVERYONE:
+                work = dist.broadcast(buffer, self._global[sender], group=self.group, async_op=True)
+                broadcasts.append(_Transfer([(work, None if mine else self._global[sender])], [buffer], arriving))
+            elif mine:
+                sends.append(dist.P2POp(dist.isend, buffer, self._global[receiver], self.group, tag))
+            else:
+                receives.append(dist.P2POp(dist.irecv, buffer, self._global[sender], self.group, tag))
+                received += arriving
+        ops = [*receives, *sends]
         works = dist.batch_isend_irecv(ops) if ops else []
         # NCCL has one piece of work for all; nobody waits for it here but the device.
         peers = [op.peer for op in ops] if len(works) == len(ops) else [None] * len(works)
-        return _Transfer(list(zip(works, peers)), received, list(sent.values()))
+        return [_Transfer(list(zip(works, peers)), [op.tensor for op in sends], received), *broadcasts]
 
-    def _buffer(self, size: int, device: torch.device) -> Tensor:
-        return torch.empty(size, dtype=torch.bfloat16, device=device)
+    def _arrived(self, transfers: Iterable[_Transfer]) -> Iterator[_Views]:
+        """Waits for messages, transfer by transfer."""
+        for transfer in transfers:
+            for work, peer in transfer.works:
+                with waiting_for(peer):
+                    work.wait()
+            transfer.sent.clear()
+            for message, parts in transfer.received:
+                yield from _views(message.to(self.device), parts)
+
+
+def _views(message: Tensor, parts: _Parts) -> Iterator[_Views]:
+    """Cuts a message into its parts, matrix by matrix."""
+    flats = iter(torch.split(message, [part.numel for inside in parts.values() for part in inside]))
+    for number, inside in parts.items():
+        yield number, inside, [next(flats).view(part.count, part.run) for part in inside]
 
 
 def _one_over_rms(update: Tensor) -> Tensor:

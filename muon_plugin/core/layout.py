@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -68,9 +68,7 @@ class Strided:
 
     def before(self, position: int) -> int:
         """How many of the elements lie below `position` of the flat tensor."""
-        if self.count == 1:
-            return min(max(position - self.start, 0), self.run)
-        full, rest = divmod(max(position - self.start, 0), self.stride)
+        full, rest = divmod(max(position - self.start, 0), self.stride or self.run)
         return min(full * self.run + min(rest, self.run), self.numel)
 
     def at(self, ordinal: int) -> int:
@@ -78,10 +76,10 @@ class Strided:
         index, inside = divmod(ordinal, self.run)
         return self.start + index * self.stride + inside
 
-    def mapped(self, to: Callable[[int], int]) -> Strided:
-        """As many runs of the same length, each where `to` puts its first element."""
-        start = to(self.start)
-        stride = to(self.start + self.stride) - start if self.count > 1 else 0
+    def mapped(self, source: Strided, target: Strided) -> Strided:
+        """These positions lie in `source`: where `target` has the same elements, in as many runs of the same length."""
+        start = target.at(source.before(self.start))
+        stride = target.at(source.before(self.start + self.stride)) - start if self.count > 1 else 0
         return Strided(start, self.run, stride, self.count)
 
     def cut(self, first: int, last: int) -> list[Strided]:
@@ -275,20 +273,17 @@ def in_matrices(held: Block, numbers: Sequence[int], matrices: Sequence[Matrix])
 
 def compose(first: Block, second: Block) -> list[Block]:
     """From `first.local` to `second.inside`, by way of the positions that `first.inside` and `second.local` share."""
-    found = []
-    for part in common(first.inside, second.local):
-        local = part.mapped(first.inside.before).mapped(first.local.at)
-        found.append(Block(local, part.mapped(second.local.before).mapped(second.inside.at)))
-    return found
+    return [
+        Block(part.mapped(first.inside, first.local), part.mapped(second.local, second.inside))
+        for part in common(first.inside, second.local)
+    ]
 
 
 def common(a: Strided, b: Strided) -> list[Strided]:
     """The positions in both, in order; each run of a part lies in one run of `a` and in one run of `b`."""
     if b.count == 1:
         return a.cut(a.before(b.start), a.before(b.end))
-    if a.count == 1:
-        return common(b, a)
-    if a.stride != b.stride:
+    if a.count == 1 or a.stride != b.stride:
         return [part for i in range(a.count) for part in common(b, Strided(a.start + i * a.stride, a.run))]
     # Run i of `a` meets run i + shift of `b`, for two shifts at most; each overlap repeats with the common stride.
     stride, found = a.stride, []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -77,27 +77,23 @@ def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, in
     for rank, pieces in enumerate(index):
         for number, inside in pieces:
             held[number][rank] = held[number].get(rank, ()) + inside
+    sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
     costs = [flops(matrix.rows, matrix.cols) for matrix in matrices]
-    owners = choose_owners(costs, [matrix.numel for matrix in matrices], _Pieces(held, world), world, scalars)
-    routes = [_route(matrix, owner, held[i], world) for i, (matrix, owner) in enumerate(zip(matrices, owners.of))]
-    routes, rounds = _schedule(matrices, routes)
+    owners = choose_owners(costs, _Pieces(matrices, sizes, world, scalars), world)
+    routes = [_route(matrix, owner, ranks, world) for matrix, owner, ranks in zip(matrices, owners.of, held)]
+    rounds = _schedule(matrices, routes)
     return Plan(tuple(routes), tuple(owners.load), tuple(_bytes_sent(routes, world, scalars)), rounds)
 
 
 class Holders(Protocol):
-    """Who holds how many elements of each matrix: a run's published pieces, or arithmetic for thousands of ranks."""
-
-    def held_by(self, number: int, rank: int) -> int:
-        """Elements of matrix `number` that a rank holds."""
-
-    def totals(self, number: int) -> tuple[int, int]:
-        """Elements that all ranks hold together, replicas included; how many ranks hold any."""
-
-    def evenly(self, number: int) -> bool:
-        """Whether every rank of the group holds the same number of elements, so that none is a better place."""
+    """Who holds how much of each matrix: a run's published pieces, or arithmetic for thousands of ranks."""
 
     def best(self, number: int, load: Sequence[int], most: int) -> int | None:
-        """Of the holders with a load of at most `most`: the one that holds most, then the least loaded, the first."""
+        """Of the holders of matrix `number` with a load of at most `most`: the one that holds most, then the least
+        loaded, the first. None where there is none, and where every rank of the group holds the same."""
+
+    def moved(self, number: int, owner: int) -> int:
+        """bf16 numbers that travel in a step if this rank owns matrix `number`: pieces there, and the update back."""
 
 
 @dataclass(frozen=True)
@@ -107,21 +103,17 @@ class Owners:
     Attributes:
         of: the owner of each matrix.
         load: what each rank then computes, in the unit of the costs.
-        moved: elements that travel in a step, both ways.
     """
 
     of: list[int]
     load: list[int]
-    moved: int
 
     @property
     def busiest(self) -> int:
         return max(self.load)
 
 
-def choose_owners(
-    costs: Sequence[int], numels: Sequence[int], holders: Holders, world: int, scalars: int = 0
-) -> Owners:
+def choose_owners(costs: Sequence[int], holders: Holders, world: int) -> Owners:
     """The one way in which owners are chosen: by a run's plan, and by the planner at any size.
 
     Every choice is made within a capacity, the load that no rank should pass. Several are tried, from even to staying
@@ -129,75 +121,61 @@ def choose_owners(
     fills ranks one by one (best fit). Of the nearly most even ones, the one that moves the fewest elements is taken.
 
     Args:
-        costs, numels: of each matrix.
+        costs: of each matrix.
         holders: who holds them.
         world: ranks of the group.
-        scalars: bf16 numbers that travel with each update beside its elements.
     """
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     bound = max(sum(costs) / world, max(costs, default=0))
-
-    def within(capacity: float, fill: bool = False) -> Owners:
-        of, load = _assign(order, costs, holders, world, capacity, fill)
-        moved = 0
-        for number, owner in enumerate(of):
-            own, (everywhere, count) = holders.held_by(number, owner), holders.totals(number)
-            moved += numels[number] + everywhere - 2 * own + scalars * (count - (own > 0))
-        return Owners(of, load, moved)
-
-    tried = [within(bound * slack) for slack in SLACKS]
+    tried = [_assign(costs, holders, world, bound * slack) for slack in SLACKS]
     low, high = bound, float(min(owners.busiest for owners in tried))
     for _ in range(SEARCH if high > bound * TOLERANCE else 0):
         middle = (low + high) / 2
-        tried.append(within(middle, fill=True))
+        tried.append(_assign(costs, holders, world, middle, fill=True))
         low, high = (low, middle) if tried[-1].busiest <= middle else (middle, high)
-    evenest = min(owners.busiest for owners in tried)
-    return min((owners for owners in tried if owners.busiest <= evenest * TOLERANCE), key=lambda owners: owners.moved)
+    even = min(owners.busiest for owners in tried) * TOLERANCE
+    return min(
+        (owners for owners in tried if owners.busiest <= even),
+        key=lambda owners: sum(holders.moved(number, owner) for number, owner in enumerate(owners.of)),
+    )
 
 
-def _assign(
-    order: Sequence[int], costs: Sequence[int], holders: Holders, world: int, capacity: float, fill: bool
-) -> tuple[list[int], list[int]]:
-    """Owners and load. Longest first: the holder of most of it that still has room, else the least loaded rank.
+def _assign(costs: Sequence[int], holders: Holders, world: int, capacity: float, fill: bool = False) -> Owners:
+    """Longest first: the holder of most of it that still has room, else the least loaded rank.
 
     With `fill` it is the fullest rank that has room, which leaves larger holes for what comes (best fit).
     """
-    load = [0] * world
+    of, load = [0] * len(costs), [0] * world
     by_load = [(0, rank) for rank in range(world)]  # sorted
-    of = [0] * len(costs)
-    for number in order:
-        cost, most = costs[number], math.floor(capacity) - costs[number]
-        owner = None if fill or holders.evenly(number) else holders.best(number, load, most)
+    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        most = math.floor(capacity) - costs[number]
+        owner = None if fill else holders.best(number, load, most)
         if owner is None:
             fullest = max(bisect_right(by_load, (most, world)) - 1, 0)
             owner = by_load[fullest if fill else 0][1]
         del by_load[bisect_left(by_load, (load[owner], owner))]
-        load[owner] += cost
+        load[owner] += costs[number]
         insort(by_load, (load[owner], owner))
         of[number] = owner
-    return of, load
+    return Owners(of, load)
 
 
 class _Pieces:
-    """`Holders` of a real run: the pieces that the ranks published."""
+    """`Holders` of a real run: the sizes, by rank, of the pieces that the ranks published of each matrix."""
 
-    def __init__(self, held: Sequence[Mapping[int, Sequence[Strided]]], world: int) -> None:
-        self._world = world
-        self._sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
-
-    def held_by(self, number: int, rank: int) -> int:
-        return self._sizes[number].get(rank, 0)
-
-    def totals(self, number: int) -> tuple[int, int]:
-        return sum(self._sizes[number].values()), len(self._sizes[number])
-
-    def evenly(self, number: int) -> bool:
-        return len(self._sizes[number]) == self._world and len(set(self._sizes[number].values())) == 1
+    def __init__(self, matrices: Sequence[Matrix], sizes: Sequence[dict[int, int]], world: int, scalars: int) -> None:
+        self._sizes, self._scalars = sizes, scalars
+        # What would travel if no owner held any of its matrix: its elements there, its update to all holders.
+        self._moved = [m.numel + sum(of.values()) + scalars * len(of) for m, of in zip(matrices, sizes)]
+        self._evenly = [len(of) == world and len(set(of.values())) == 1 for of in sizes]
 
     def best(self, number: int, load: Sequence[int], most: int) -> int | None:
         sizes = self._sizes[number]
-        room = [rank for rank in sizes if load[rank] <= most]
-        return min(room, key=lambda rank: (-sizes[rank], load[rank], rank)) if room else None
+        room = [] if self._evenly[number] else [rank for rank in sizes if load[rank] <= most]
+        return min(room, key=lambda rank: (-sizes[rank], load[rank], rank), default=None)
+
+    def moved(self, number: int, owner: int) -> int:
+        own = self._sizes[number].get(owner)
+        return self._moved[number] - (2 * own + self._scalars if own else 0)
 
 
 def _route(matrix: Matrix, owner: int, held: dict[int, tuple[Strided, ...]], world: int) -> Route:
@@ -211,53 +189,45 @@ def _route(matrix: Matrix, owner: int, held: dict[int, tuple[Strided, ...]], wor
             "the engine is not the one it uses. Please report the engine's release and settings"
         )
     everywhere = len(held) == world and len(sources) == 1
-    holders = tuple((rank, held[rank]) for rank in sorted(held))
-    return Route(owner, tuple((rank, inside) for inside, rank in sources.items()), holders, everywhere)
-
-
-def _sum_by_rank(world: int, amounts: Iterable[tuple[int, int]]) -> list[int]:
-    total = [0] * world
-    for rank, amount in amounts:
-        total[rank] += amount
-    return total
+    senders = tuple((rank, inside) for inside, rank in sources.items())
+    return Route(owner, senders, tuple(sorted(held.items())), everywhere)
 
 
 def _bytes_sent(routes: Sequence[Route], world: int, scalars: int) -> list[int]:
     """Bytes each rank sends in a step: pieces to owners, and parts of the update to holders."""
-
-    def amounts() -> Iterator[tuple[int, int]]:
-        for route in routes:
-            for rank, inside in route.sources:
-                if rank != route.owner:
-                    yield rank, BYTES * sum(s.numel for s in inside)
-            for rank, inside in route.holders:
-                if rank != route.owner:
-                    yield route.owner, BYTES * (sum(s.numel for s in inside) + scalars)
-
-    return _sum_by_rank(world, amounts())
+    sent = [0] * world
+    for route in routes:
+        for rank, inside in route.sources:
+            if rank != route.owner:
+                sent[rank] += BYTES * sum(s.numel for s in inside)
+        for rank, inside in route.holders:
+            if rank != route.owner:
+                sent[route.owner] += BYTES * (sum(s.numel for s in inside) + scalars)
+    return sent
 
 
 def travels(route: Route) -> bool:
-    return any(rank != route.owner for rank, _ in (*route.sources, *route.holders))
+    return any(rank != route.owner for rank, _ in route.holders)
 
 
-def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> tuple[list[Route], int]:
-    """Numbers the rounds in which travelling matrices go, so that one round flies while another is computed."""
+def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> int:
+    """Numbers the rounds in which travelling matrices go, so that one round flies while another is computed.
+
+    Returns:
+        how many rounds there are.
+    """
     of_owner: dict[int, list[int]] = {}
-    for number, route in enumerate(routes):
-        if travels(route):
-            of_owner.setdefault(route.owner, []).append(number)
-    if not of_owner:
-        return routes, 0
+    # Equal shapes together: one batch.
+    for number in sorted(range(len(routes)), key=lambda i: (matrices[i].rows, matrices[i].cols, i)):
+        if travels(routes[number]):
+            of_owner.setdefault(routes[number].owner, []).append(number)
     # A rank holds its own matrices of a round, and, where updates are broadcast, those of all owners.
     loads = [sum(matrices[i].numel for i in mine) for mine in of_owner.values()]
-    most = sum(loads) if any(route.everywhere for route in routes) else max(loads)
-    rounds = max(-(-most // ROUND_ELEMENTS), min(ROUNDS, max(len(mine) for mine in of_owner.values())))
-    scheduled = list(routes)
-    for mine in of_owner.values():
-        mine.sort(key=lambda i: (matrices[i].rows, matrices[i].cols, i))  # equal shapes together: one batch
-        total, done = sum(matrices[i].numel for i in mine), 0
+    most = sum(loads) if any(route.everywhere for route in routes) else max(loads, default=0)
+    rounds = max(-(-most // ROUND_ELEMENTS), min(ROUNDS, max(map(len, of_owner.values()), default=0)))
+    for mine, total in zip(of_owner.values(), loads):
+        done = 0
         for number in mine:
-            scheduled[number] = replace(routes[number], round=done * rounds // total)
+            routes[number] = replace(routes[number], round=done * rounds // total)
             done += matrices[number].numel
-    return scheduled, rounds
+    return rounds

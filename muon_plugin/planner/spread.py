@@ -45,10 +45,10 @@ class _Share:
 class _Shares:
     """(First rank that holds any of it, what it and the next hold) for each matrix, by its number."""
 
-    def __init__(self, call: PlannedCall) -> None:
+    def __init__(self, call: PlannedCall, scalars: int) -> None:
         part_of = {p.name: part for p, part in zip(call.parameters, call.evenly)}
         self.parts = [part_of.get(m.parameter, 0) for m in call.matrices]
-        self.matrices, self.world, self.replicas = call.matrices, call.dp, call.replicas
+        self.matrices, self.world, self.replicas, self.scalars = call.matrices, call.dp, call.replicas, scalars
         self._cut = cache(self._cut_once)
 
     def __getitem__(self, number: int) -> tuple[int, _Share]:
@@ -73,15 +73,18 @@ class _Shares:
         first, share = self[number]
         return share.of[rank - first] if 0 <= rank - first < len(share.of) else 0
 
-    def totals(self, number: int) -> tuple[int, int]:
-        share = self[number][1]
-        return share.total, share.holders
+    def moved(self, number: int, owner: int) -> int:
+        return self.matrices[number].numel - self.held_by(number, owner) + self.returned(number, owner)
 
-    def evenly(self, number: int) -> bool:
-        return self[number][1].evenly
+    def returned(self, number: int, owner: int) -> int:
+        """bf16 numbers that its owner sends: parts of the update, and its scale, to the other holders."""
+        own, share = self.held_by(number, owner), self[number][1]
+        return share.total - own + self.scalars * (share.holders - (own > 0))
 
     def best(self, number: int, load: Sequence[int], most: int) -> int | None:
         first, share = self[number]
+        if share.evenly:
+            return None
         mine = load[first : first + len(share.of)]
         if share.vector is None:
             room = [(-held, of_rank, first + i) for i, (held, of_rank) in enumerate(zip(share.of, mine)) if held]
@@ -104,22 +107,21 @@ def counts(call: PlannedCall, flops: Callable[[int, int], int], scalars: int) ->
         scalars: bf16 numbers that travel with each update.
     """
     matrices, world = call.matrices, call.dp
-    shares, costs = _Shares(call), [flops(m.rows, m.cols) for m in matrices]
-    owners = choose_owners(costs, [m.numel for m in matrices], shares, world, scalars)
-    return owners.load, _sent(shares, owners.of, world, scalars)
+    shares, costs = _Shares(call, scalars), [flops(m.rows, m.cols) for m in matrices]
+    owners = choose_owners(costs, shares, world)
+    return owners.load, _sent(shares, owners.of, world)
 
 
-def _sent(shares: _Shares, owners: Sequence[int], world: int, scalars: int) -> list[int]:
+def _sent(shares: _Shares, owners: Sequence[int], world: int) -> list[int]:
     sent = torch.zeros(world, dtype=torch.int64)
     few = [0] * world
     for number, owner in enumerate(owners):
         first, share = shares[number]
-        own = shares.held_by(number, owner)
         if share.vector is not None and not shares.replicas:
             sent[first : first + len(share.of)] += BYTES * share.vector
         elif not shares.replicas:
             for rank, held in enumerate(share.of, first):
                 few[rank] += BYTES * held
-        few[owner] += BYTES * (share.total - own + scalars * (share.holders - (own > 0)))
-        few[owner] -= 0 if shares.replicas else BYTES * own
+        few[owner] += BYTES * shares.returned(number, owner)
+        few[owner] -= 0 if shares.replicas else BYTES * shares.held_by(number, owner)
     return [a + b for a, b in zip(few, sent.tolist())]
