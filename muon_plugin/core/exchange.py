@@ -1,11 +1,11 @@
-"""Shards of each matrix to its owner, the orthogonalization, shards of the update back. Knows no engine.
+"""Sends shards of each matrix to its owner, orthogonalizes it there, and sends the update back. Knows no engine.
 
-Both ways bf16, point to point between ranks that share a matrix; where every rank holds the whole matrix (stage 0,
-DDP), nothing is gathered and the update is broadcast. Matrices that travel go in rounds. While the shards of one round
-are on the network, matrices that lie whole on their owner are orthogonalized::
+Both directions use bf16 messages, point to point between ranks that share a matrix. Where every rank holds the whole
+matrix (stage 0, DDP), nothing is gathered and the update is broadcast. Matrices that have to be sent are grouped in
+rounds. While the messages of one round are in flight, matrices that are whole on their owner are orthogonalized::
 
     gather 0 | local | compute 0, send back 0 | local | compute 1, send back 1 | ... | local
-               gather 1 flies ................. gather 2 flies .....
+               gather 1 in flight ............ gather 2 in flight ..
 
 Shapes: a matrix is assembled as (rows, cols) in a batch (batch, rows, cols) of equal ones. A message is flat: the parts
 of one or more matrices, each a (count, run) block of a `Strided`, one after the other in an order that both sides
@@ -33,12 +33,14 @@ from .plan import Plan, Route, travels
 
 #: Elements of the matrices of one batch: bounds the iteration's working memory (about 5 times 2 bytes each).
 BATCH_ELEMENTS = 32 * 2**20
-#: In place of a receiver: the message is broadcast.
+#: Stands for the receiver of a broadcast.
 EVERYONE = -1
 
-#: Fills a (count, run) bf16 view with the direction (momentum, Nesterov) of these elements of a tensor.
+#: (tensor number, elements of the tensor, view): fills the (count, run) bf16 view with their direction (momentum,
+#: Nesterov).
 Read = Callable[[int, Strided, Tensor], None]
-#: Applies a (count, run) bf16 part of the update of a matrix, with the matrix's own scale where it has one.
+#: (tensor number, elements of the tensor, matrix number, update, scale): applies the (count, run) bf16 part of the
+#: matrix's update, times its fp32 scale where it has one.
 Write = Callable[[int, Strided, int, Tensor, "Tensor | None"], None]
 
 #: What a message holds, in this order: the number of a matrix -> which of its elements.
@@ -47,7 +49,7 @@ _Parts = dict[int, tuple[Strided, ...]]
 _Messages = dict[tuple[int, int], _Parts]
 #: Parts of one matrix: its number, which of its elements, and for each part a (count, run) view of a message or update.
 _Views = tuple[int, Sequence[Strided], Sequence[Tensor]]
-#: What came of each matrix from all its senders: (which of its elements, their values).
+#: For each matrix what was received: (which of its elements, their values).
 _Arrived = dict[int, list[tuple[Strided, Tensor]]]
 #: Writes one matrix's parts into the views of a message.
 _Fill = Callable[[int, Sequence[Strided], Sequence[Tensor]], None]
@@ -61,7 +63,7 @@ class _Round:
         gather: messages to the owners of matrices.
         computed: the matrices of these messages that it orthogonalizes.
         update: messages from the owners.
-        local: batches of matrices that lie whole on it, orthogonalized while messages fly.
+        local: batches of matrices that are whole on this rank, orthogonalized while messages are in flight.
     """
 
     gather: _Messages = field(default_factory=lambda: defaultdict(dict))
@@ -75,7 +77,7 @@ class _Transfer:
     """Messages that were posted together: one to and one from each peer, or a broadcast.
 
     Attributes:
-        works: (what to wait for, the peer of the default group; None where one piece of work is for all).
+        works: (work handle, its peer's global rank; None where one handle covers all messages).
         sent: buffers that must outlive the sends.
         received: (a message for this rank, filled once all works are done; what it holds).
     """
@@ -89,7 +91,7 @@ class Exchange:
     """Runs a plan on one rank.
 
     Args:
-        matrices: all matrices of the call; a plan's routes stand in the same order.
+        matrices: all matrices of the call; the plan's routes are in the same order.
         pieces: this rank's pieces of them.
         plan: the same on every rank.
         orthogonalize: (batch, rows, cols) bf16 to the same.
@@ -119,7 +121,7 @@ class Exchange:
         self._held: dict[int, list[tuple[int, Block]]] = defaultdict(list)
         for piece in pieces:
             self._held[piece.matrix] += [(piece.tensor, block) for block in piece.blocks]
-        self._rounds = [_Round() for _ in range(plan.rounds + 1)]  # in the last one nothing travels
+        self._rounds = [_Round() for _ in range(plan.rounds + 1)]  # in the last one nothing is sent
         local = []
         for number, route in enumerate(plan.routes):
             if travels(route):
@@ -163,7 +165,7 @@ class Exchange:
         gathering = self._gather(0, read)
         returning: list[_Transfer] = []
         for number, this in enumerate(self._rounds):
-            arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's fly meanwhile
+            arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's are in flight meanwhile
             for batch in this.local:
                 self._write(self._own(self._compute(batch, read, {})), write)
             arrived: _Arrived = defaultdict(list)
@@ -174,7 +176,7 @@ class Exchange:
                 updates |= self._compute(batch, read, arrived)
             sent = self._return(number, updates)
             self._write(self._own(updates), write)
-            self._write(self._arrived(returning), write)  # the updates of the round before, which flew until now
+            self._write(self._arrived(returning), write)  # the updates of the round before
             returning = sent
 
     def _gather(self, number: int, read: Read) -> list[_Transfer]:
@@ -219,7 +221,7 @@ class Exchange:
     def _write(self, updates: Iterable[_Views], write: Write) -> None:
         """Applies this rank's parts of updates."""
         for number, _, views in updates:
-            # A copy: the scale's two numbers may lie at an odd place, where an fp32 view is refused.
+            # A copy: the scale's two bf16 numbers may not be aligned for an fp32 view.
             scale = views[-1].clone().view(torch.float32)[0, 0] if self.normalize else None
             for (tensor, block), view in zip(self._held[number], views):
                 write(tensor, block.local, number, view, scale)
@@ -250,7 +252,7 @@ class Exchange:
                 received += arriving
         ops = [*receives, *sends]
         works = dist.batch_isend_irecv(ops) if ops else []
-        # NCCL has one piece of work for all; nobody waits for it here but the device.
+        # NCCL returns one handle for all; only the device waits for it, not this process.
         peers = [op.peer for op in ops] if len(works) == len(ops) else [None] * len(works)
         return [_Transfer(list(zip(works, peers)), [op.tensor for op in sends], received), *broadcasts]
 

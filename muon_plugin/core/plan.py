@@ -1,6 +1,6 @@
 """An owner for every matrix; what each rank computes and sends, in FLOPs and bytes. Needs no processes.
 
-Every rank computes the same plan from the same index, without talking.
+Every rank computes the same plan from the same index, without communication.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Protocol
 
 from .layout import Index, Matrix, Strided
 
-#: A piece on the way is bf16.
+#: Bytes per element of a message (bf16).
 BYTES = 2
-#: Capacities tried, as multiples of the lower bound on the busiest rank's load, from even to staying where they lie.
+#: Capacities tried (the load that no rank should exceed), as multiples of the lower bound on the busiest rank's load:
+#: from the best balance to the least communication.
 SLACKS = (1.0, 1.02, 1.05, 1.1, 1.25, 2.0)
-#: Among the plans within this factor of the evenest one, the one that moves the fewest bytes is taken.
+#: Among the plans within this factor of the best balanced one, the one that sends the fewest bytes is chosen.
 TOLERANCE = 1.02
-#: Where none of these is within TOLERANCE of the bound, so many capacities between are tried, filling ranks one by one.
+#: If none of these is within TOLERANCE of the bound, this many capacities in between are tried (best fit).
 SEARCH = 6
-#: Elements of travelling matrices that one rank holds in a round (2 bytes each, twice): bounds buffers, gives overlap.
+#: Elements of the matrices sent in a round that one rank holds (2 bytes each, twice): bounds the buffers, and leaves
+#: rounds to overlap.
 ROUND_ELEMENTS = 64 * 2**20
 ROUNDS = 4
 
@@ -35,7 +37,7 @@ class Route:
         sources: (rank, where inside the matrix), each element once.
         holders: (rank, where inside the matrix), every replica.
         everywhere: every rank holds all of it, so the update is broadcast.
-        round: when it travels; -1 where nothing travels.
+        round: in which it is sent; -1 where nothing has to be sent.
     """
 
     owner: int
@@ -47,7 +49,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Plan:
-    """The routes of all matrices, and what they cost each rank in one step."""
+    """The routes of all matrices, and the FLOPs and bytes sent of each rank in one step."""
 
     routes: tuple[Route, ...]
     flops: tuple[int, ...]
@@ -67,7 +69,7 @@ def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, in
         matrices: all matrices of one call of the optimizer.
         index: for each rank its pieces, as (matrix, where inside it).
         flops: cost of orthogonalizing a rows x cols matrix.
-        scalars: bf16 numbers that travel with each update beside its elements.
+        scalars: bf16 numbers that are sent with each update beside its elements.
 
     Raises:
         ValueError: where the ranks' pieces do not cover a matrix exactly once (replicas apart).
@@ -93,7 +95,7 @@ class Holders(Protocol):
         loaded, the first. None where there is none, and where every rank of the group holds the same."""
 
     def moved(self, number: int, owner: int) -> int:
-        """bf16 numbers that travel in a step if this rank owns matrix `number`: pieces there, and the update back."""
+        """bf16 numbers sent in a step if `owner` owns matrix `number`: pieces to it, and the update back."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Owners:
 
     Attributes:
         of: the owner of each matrix.
-        load: what each rank then computes, in the unit of the costs.
+        load: the cost of each rank's matrices, in the unit of the costs.
     """
 
     of: list[int]
@@ -114,11 +116,11 @@ class Owners:
 
 
 def choose_owners(costs: Sequence[int], holders: Holders, world: int) -> Owners:
-    """The one way in which owners are chosen: by a run's plan, and by the planner at any size.
+    """Chooses owners, for the plan of a run and for the planner at any size.
 
-    Every choice is made within a capacity, the load that no rank should pass. Several are tried, from even to staying
-    where the elements lie; if none comes near the bound (the mean, or the costliest matrix), a search between them
-    fills ranks one by one (best fit). Of the nearly most even ones, the one that moves the fewest elements is taken.
+    Each attempt has a capacity, the load that no rank should exceed. Several are tried, from the best balance to the
+    least communication. If none comes near the lower bound (the mean load, or the costliest matrix), a search between
+    them fills ranks one by one (best fit). Of the best balanced attempts, the one that sends the fewest elements wins.
 
     Args:
         costs: of each matrix.
@@ -164,7 +166,7 @@ class _Pieces:
 
     def __init__(self, matrices: Sequence[Matrix], sizes: Sequence[dict[int, int]], world: int, scalars: int) -> None:
         self._sizes, self._scalars = sizes, scalars
-        # What would travel if no owner held any of its matrix: its elements there, its update to all holders.
+        # What is sent if the owner holds nothing of the matrix: its elements there, its update to all holders.
         self._moved = [m.numel + sum(of.values()) + scalars * len(of) for m, of in zip(matrices, sizes)]
         self._evenly = [len(of) == world and len(set(of.values())) == 1 for of in sizes]
 
@@ -211,7 +213,7 @@ def travels(route: Route) -> bool:
 
 
 def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> int:
-    """Numbers the rounds in which travelling matrices go, so that one round flies while another is computed.
+    """Numbers the rounds in which matrices are sent, so that one round is in flight while another is computed.
 
     Returns:
         how many rounds there are.
