@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
 #: Engine -> the package that it is.
@@ -38,5 +39,6 @@ def register(*engines: str) -> None:
 
 def unregister() -> None:
     """Restores the engines' own functions. Engines that were built before keep their optimizer."""
-    for engine in ENGINES:
-        importlib.import_module(f".{engine}", __package__).unregister()
+    with contextlib.ExitStack() as every:  # the others too, should one raise
+        for engine in ENGINES:
+            every.callback(importlib.import_module(f".{engine}", __package__).unregister)

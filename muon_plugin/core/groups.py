@@ -35,6 +35,25 @@ class Host:
     experts: Callable[[Mapping[str, Any]], str | None] = _no_name
 
 
+#: Engines that may take over an optimizer which was built without one.
+_expected: list[Host] = []
+
+
+def expect(host: Host) -> None:
+    """Lets optimizers that are built without an engine keep this engine's group keys. For an engine's package."""
+    if host not in _expected:
+        _expected.append(host)
+
+
+def no_engine() -> Host:
+    """The host of an optimizer that is built without an engine, and may be handed over to one."""
+
+    def experts(group: Mapping[str, Any]) -> str | None:
+        return next((name for host in _expected if (name := host.experts(group)) is not None), None)
+
+    return Host(group_keys=tuple(key for host in _expected for key in host.group_keys), experts=experts)
+
+
 def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     """The client's parameter groups, with "params" as (name, parameter) pairs and without frozen parameters."""
     given = list(params)

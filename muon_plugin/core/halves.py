@@ -86,8 +86,8 @@ class MuonHalf:
     def _placed(self, momentum: Tensor) -> Tensor:
         return momentum.cpu().pin_memory() if self.offload and momentum.device.type != "cpu" else momentum
 
-    def adopt(self, p: Tensor, state: State, saved: Mapping[str, Any]) -> None:
-        """Restores saved state in fp32: torch's own `load_state_dict` casts it to the parameter's dtype.
+    def check(self, p: Tensor, saved: Mapping[str, Any]) -> None:
+        """Whether `adopt` can restore this state.
 
         Raises:
             ValueError: if the checkpoint has no momentum for this tensor.
@@ -97,6 +97,9 @@ class MuonHalf:
                 f"the checkpoint has no {self.momentum} for a tensor of shape {list(p.shape)} that holds matrices; it "
                 f"has {sorted(saved)}. Load a checkpoint that this optimizer saved, or only the weights"
             )
+
+    def adopt(self, p: Tensor, state: State, saved: Mapping[str, Any]) -> None:
+        """Restores saved state in fp32: torch's own `load_state_dict` casts it to the parameter's dtype."""
         # Only the keys of a new state: a checkpoint may hold more. `step` is cloned, as engines may share one tensor.
         kept = {key: state[p][key].clone() for key in self.beside(p)}
         state[p] = {**kept, self.momentum: self._placed(saved[self.momentum].to(p.device, torch.float32, copy=True))}
@@ -172,13 +175,14 @@ class Halves:
             for mine, theirs in pairs
             for p, i in zip(mine["params"], theirs["params"])
         }
+        matrices = [p for p in saved if self.of(p) is self.muon and p.numel()]
+        for p in matrices:
+            self.muon.check(p, saved[p])  # before anything is changed
         load(state_dict)
+        for p in matrices:
+            self.muon.adopt(p, optimizer.state, saved[p])
         for group in optimizer.param_groups:
-            rest = [p for p in group["params"] if self.of(p) is self.adamw]
-            for p in group["params"]:
-                if self.of(p) is self.muon and p.numel():
-                    self.muon.adopt(p, optimizer.state, saved[p])
-            if rest:
+            if rest := [p for p in group["params"] if self.of(p) is self.adamw]:
                 self.adamw.adopt(group, rest, optimizer.state)
 
     def held(self) -> tuple[int, int]:

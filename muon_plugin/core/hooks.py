@@ -69,6 +69,12 @@ class Hooks:
                     f"{list(hook.parameters)}. Use a release that was tested ({', '.join(self.tested)}), or a newer "
                     "muon_plugin"
                 )
+        if release_of(version) not in self.tested:
+            warnings.warn(
+                f"muon_plugin was not tested with {self.engine} {version} (tested: {', '.join(self.tested)}). Where "
+                "its shards lie is checked at start all the same",
+                stacklevel=3,
+            )
         for hook in hooks:
             original = getattr(hook.holder, hook.name)
             wrapper = _wrapped(original, hook.ours)
@@ -77,12 +83,6 @@ class Hooks:
             for holder in {id(h): h for h in (hook.holder, *others)}.values():
                 setattr(holder, hook.name, wrapper)
                 self._undo.append(functools.partial(setattr, holder, hook.name, original))
-        if release_of(version) not in self.tested:
-            warnings.warn(
-                f"muon_plugin was not tested with {self.engine} {version} (tested: {', '.join(self.tested)}). Where "
-                "its shards lie is checked at start all the same",
-                stacklevel=3,
-            )
 
     def remove(self) -> None:
         """Gives every holder the original back."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from . import adamw, report
 from .adamw import AdamWHalf
 from .agreement import agree, together, world_of
-from .groups import Host, layout_digest, named_groups, parameter_groups, whole_shape
+from .groups import Host, layout_digest, named_groups, no_engine, parameter_groups, whole_shape
 from .halves import Call, Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
@@ -75,7 +75,7 @@ class Muon(Optimizer):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         **settings: Any,
     ) -> None:
-        self.host = host or Host()
+        self.host = host or no_engine()
         self._complete = False
         #: empty until the optimizer is attached to its tensors
         self.halves = Halves(MuonHalf(), AdamWHalf())
@@ -206,9 +206,10 @@ class Muon(Optimizer):
         """
         self.check_saved(state_dict["param_groups"])
         if not self.calls:
-            super().load_state_dict(state_dict)
-        else:
-            self.halves.load(self, state_dict, super().load_state_dict)
+            raise RuntimeError(
+                "Muon is not attached to an engine's tensors yet: load the checkpoint through the engine"
+            )
+        self.halves.load(self, state_dict, super().load_state_dict)
 
     def check_saved(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Checks that saved parameter groups come from this optimizer with the same routing.

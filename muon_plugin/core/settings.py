@@ -80,8 +80,7 @@ class Settings:
         for key in CHECKS:
             if key not in ("muon_lr", "adam_lr") or getattr(self, key) is not None:
                 _check(key, getattr(self, key))
-        hint = "an engine's own is known once muon_plugin.register() has found the engine"
-        require(f"adamw={self.adamw!r}", self.adamw, one_of(implementations()), hint)
+        require(f"adamw={self.adamw!r}", self.adamw, one_of(implementations()))
         coefficients_for(self.ns_steps, self.ns_coefficients)
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,31 +13,16 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from .. import watchdog
 from ..core import phases
 from ..core.agreement import agree, together, world_of
-from ..core.groups import Host
 from ..core.muon import Muon
 from ..core.settings import Settings
 from . import tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
+from .host import HOST
 from .monitor import watch
 from .refusals import check_supported
 from .shards import calls, holdings
 
 phases.at_start(watchdog.start)
-
-
-def _experts(group: Mapping[str, Any]) -> str | None:
-    """DeepSpeed's name of an expert parallel group, by which it finds the group's ranks; None for other groups."""
-    return str(group["name"]) if group.get("moe") else None
-
-
-#: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.
-HOST = Host(
-    momentum="exp_avg",
-    advice="python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run restores the "
-    "state that both optimizers share; or load only the weights (load_module_only=True)",
-    group_keys=("moe",),
-    experts=_experts,
-)
 
 
 def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: Any) -> None:

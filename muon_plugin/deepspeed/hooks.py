@@ -91,4 +91,5 @@ def unregister() -> None:
     from ..core.muon import Muon
 
     _hooks.remove()
-    ZERO_SUPPORTED_OPTIMIZERS.remove(Muon)
+    if Muon in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.remove(Muon)

@@ -25,7 +25,7 @@ from ..core.report import table
 from ..core.routing import Routing
 from ..core.update import Update
 from .arguments import asks_for_muon
-from .monitor import StepMonitor, arguments
+from .monitor import MonitoredOptimizer, StepMonitor, arguments
 from .optimizer import MuonDistributedOptimizer
 from .refusals import check_supported
 from .routing import Parameter, is_expert, parameters, route
@@ -122,14 +122,14 @@ def _watch(
 ) -> None:
     """Measures the steps that Megatron's training loop logs."""
     copies = getattr(ddp, "num_distributed_optimizer_instances", 1)
-    chained.step = StepMonitor(
-        chained.step,
+    monitor = StepMonitor(
         [each.halves for each in converted],
         [part for each in converted for part in each.parts(copies)],
         routing.shapes,
         [p.name for p in found if getattr(p.tensor, "shared", False)],
         device,
-    ).step
+    )
+    MonitoredOptimizer.convert(chained, monitor)
 
 
 def _lines(settings: Any) -> list[str]:

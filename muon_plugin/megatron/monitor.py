@@ -19,16 +19,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from ..core.halves import Halves
 from ..core.measure import Measure, Monitor, Part
+
+
+class MonitoredOptimizer(ChainedOptimizer):  # type: ignore[misc]
+    """Megatron's ChainedOptimizer, with the steps measured that Megatron's training loop logs."""
+
+    @classmethod
+    def convert(cls, optimizer: ChainedOptimizer, monitor: StepMonitor) -> None:
+        """Makes a stock one, as just built, one of this class."""
+        optimizer.__class__ = cls
+        optimizer._muon_monitor = monitor
+
+    def step(self) -> Any:
+        """Its result is Megatron's own. Collective over the world when the step is measured."""
+        return self._muon_monitor.step(super().step)
 
 
 class StepMonitor:
     """Measures the steps of Megatron's optimizer, under Megatron's own training loop.
 
     Args:
-        step: the optimizer's own step, which is called.
         halves: those of its inner optimizers.
         parts: this rank's shards, by label.
         shapes: shapes of the whole parameters, by name.
@@ -38,31 +52,31 @@ class StepMonitor:
 
     def __init__(
         self,
-        step: Callable[[], Any],
         halves: Sequence[Halves],
         parts: Sequence[Part],
         shapes: Mapping[str, Sequence[int]],
         elsewhere: Sequence[str],
         device: torch.device,
     ) -> None:
-        self._step = step
         wire = torch.device("cpu") if dist.get_backend() == "gloo" else device
         self._monitor = Monitor(halves, lambda: Measure(parts, shapes, elsewhere), device, wire)
 
-    def step(self) -> Any:
-        """Replaces the optimizer's step and returns its result. Collective over the world when the step is measured."""
+    def step(self, take: Callable[[], Any]) -> Any:
+        """Calls `take`, the optimizer's own step, and returns its result."""
         args = arguments()
-        if args is None:
-            return self._step()
-        iteration = getattr(args, "curr_iteration", args.iteration) + 1
-        if iteration % args.log_interval:
-            made = self._step()
+        interval = getattr(args, "log_interval", None)
+        before = getattr(args, "curr_iteration", getattr(args, "iteration", None))
+        if not interval or before is None:  # a training loop of the user's own
+            return take()
+        iteration = before + 1
+        if iteration % interval:
+            made = take()
         else:
-            made, found = self._monitor.step(self._step)
+            made, found = self._monitor.step(take)
             if found:
                 norm = made[1]  # (whether it stepped, gradient norm, zeros in the gradients)
                 _write(found if norm is None else {**found, "gradient_norm": float(norm)}, iteration, args)
-        if (iteration + 1) % args.log_interval == 0:
+        if (iteration + 1) % interval == 0:
             self._monitor.clock.begin()
         return made
 

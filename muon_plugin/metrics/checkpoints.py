@@ -179,7 +179,7 @@ def _arguments(state: Any) -> dict[str, Any]:
 def matrices(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], split: Mapping[str, Any] | None = None
 ) -> tuple[Routing, dict[str, Tensor]]:
-    """The matrices of a model as `muon_plugin.routing` finds them, and the tensors by the routing's names.
+    """The matrices of a model as `muon_plugin.core.routing` finds them, and the tensors by the routing's names.
 
     Args:
         tensors, config: of `read`.

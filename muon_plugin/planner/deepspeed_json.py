@@ -68,7 +68,7 @@ def _settings(optimizer: Section) -> Settings:
     """Muon's settings; "auto" means the default, since there is no Trainer here to fill it in."""
     if str(optimizer.get("type", "")).lower() != "muon":
         raise ValueError(f'optimizer.type={optimizer.get("type")!r} in the DeepSpeed JSON; allowed: "Muon"')
-    return Settings.from_dict({k: v for k, v in (optimizer.get("params") or {}).items() if v != "auto"})
+    return Settings.from_dict({k: v for k, v in _section(optimizer, "params").items() if v != "auto"})
 
 
 def _stage(stage: Any) -> int:
@@ -87,7 +87,7 @@ def _sub_group_size(section: Section) -> int:
 
 
 def _refuse_autotp(section: Section) -> None:
-    if section.get("autotp_size", 0) > 1:
+    if section.get("autotp_size", 0) not in (0, 1):
         raise ValueError(
             f"tensor_parallel.autotp_size={section['autotp_size']!r}; allowed: 1 for the planner, since AutoTP "
             "partitions live modules. Use --shapes with --tp, whose entries say how TP partitions them"

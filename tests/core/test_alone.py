@@ -199,7 +199,7 @@ BAD = [
     ({"muon_lr": "x"}, "muon_lr='x'"),
     ({"exclude": "embed"}, "exclude='embed' is not valid; allowed: a list of name patterns"),
     ({"split": ["qkv"]}, "split=.'qkv'. is not valid; allowed: an object"),
-    ({"adamw": "fused"}, "adamw='fused' is not valid .an engine's own .*; allowed: auto, .*apex, torch_fused, torch"),
+    ({"adamw": "fused"}, "adamw='fused' is not valid; allowed: auto, deepspeed, apex, torch_fused, torch"),
     ({"learning_rate": 1}, "learning_rate=1 is not a setting of Muon"),
     ({"momentun": 0.9}, "did you mean 'momentum'"),
 ]
@@ -255,6 +255,31 @@ def one_bad_setting(rank: int) -> None:
     Muon(nn.ModuleDict({"a": nn.Linear(8, 8)}).named_parameters(), lr=0.1 if rank == 0 else -1)
 
 
+def test_a_checkpoint_that_cannot_be_restored_changes_nothing():
+    model = layers()
+    muon = Muon(model.named_parameters(), lr=0.02)
+    random_gradients(model, 0)
+    muon.step()
+    saved = muon.state_dict()
+    matrix = next(i for i, state in saved["state"].items() if "momentum_buffer" in state)
+    groups = [{**group, "lr": 0.5} for group in saved["param_groups"]]
+    lacking = {"state": {**saved["state"], matrix: {}}, "param_groups": groups}
+    before = {p: {key: torch.clone(value) for key, value in state.items()} for p, state in muon.state.items()}
+    with pytest.raises(ValueError, match="the checkpoint has no momentum_buffer for a tensor of shape"):
+        muon.load_state_dict(lacking)
+    assert {group["lr"] for group in muon.param_groups} == {0.02}
+    assert muon.state.keys() == before.keys()
+    assert all(torch.equal(value, before[p][key]) for p, state in muon.state.items() for key, value in state.items())
+
+
+def test_a_checkpoint_is_not_lost_in_an_optimizer_that_waits_for_its_engine():
+    muon = Muon(layers().named_parameters(), lr=0.02)
+    saved = muon.state_dict()
+    muon.detach()
+    with pytest.raises(RuntimeError, match="load the checkpoint through the engine"):
+        muon.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("name", COEFFICIENT_SETS)
 def test_named_coefficients(name):
     model = layers()
@@ -282,16 +307,12 @@ def test_pypis_apex_gets_a_warning_and_the_next_choice(monkeypatch):
 
 def test_deepspeeds_adamw_is_for_flat_groups():
     """It counts steps on one tensor of a group."""
-    import muon_plugin.deepspeed  # noqa: F401, offers it
-
     with pytest.raises(ValueError, match="one flat tensor a group"):
         Muon(layers().named_parameters(), adamw="deepspeed")
 
 
 @pytest.mark.parametrize("which", ["torch_fused", pytest.param("deepspeed", marks=pytest.mark.compiles)])
 def test_another_adamw_is_a_choice_that_the_table_calls_inexact(which):
-    import muon_plugin.deepspeed  # noqa: F401, offers DeepSpeed's
-
     def layers() -> nn.ModuleDict:  # one tensor in the AdamW group, as under ZeRO
         torch.manual_seed(0)
         return nn.ModuleDict({"embed": nn.Embedding(50, 32), "up": nn.Linear(32, 128, bias=False)})

@@ -223,6 +223,12 @@ def test_expert_parallelism_changes_no_bit(ranks, stage, world, ep):
     assert seen == set(alone)
 
 
+def test_a_clients_own_muon_with_deepspeeds_groups_of_experts(ranks):
+    alone = ranks.alone(with_experts, config(0, "bf16"), 1, apart="experts")
+    for found in ranks(2, apart="experts").run(with_experts, config(1, "bf16"), 2, True):
+        assert differing(found, {name: alone[name] for name in found}) == []
+
+
 @pytest.mark.parametrize(("world", "stages"), [(2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16")])
 def test_a_pipeline_changes_no_bit(ranks, stage, dtype, world, stages):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import math
 import re
 import tempfile
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +107,52 @@ def test_logged_sizes_are_those_of_the_whole_model_and_measuring_changes_no_bit(
             assert sizes[key] == pytest.approx(value, rel=1e-4), key
     assert len(wandb) == 2
     assert differing(weights, ranks(world, "0.19.2").run(trained, layout, STEPS)[0]) == []
+
+
+def stepped_by_a_loop_of_its_own(rank: int, layout: Layout) -> list[str]:
+    """Steps with what a loop may leave out of Megatron's arguments: what went wrong."""
+    from megatron.training import global_vars
+
+    chunks = build(layout)
+    optimizer = optimizer_for(chunks, layout)
+    wrong = []
+    for known in ({}, {"log_interval": 1}, {"log_interval": 0, "iteration": 0}, {"log_interval": None, "iteration": 0}):
+        global_vars._GLOBAL_ARGS = SimpleNamespace(**known)
+        try:
+            step(chunks, optimizer, layout, 0)
+        except Exception as error:
+            wrong.append(f"{known}: {type(error).__name__}: {error}")
+        finally:
+            global_vars._GLOBAL_ARGS = None
+    global_vars._GLOBAL_ARGS = SimpleNamespace(log_interval=1, curr_iteration=0)  # of `train_step` alone
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        step(chunks, optimizer, layout, 0)
+    global_vars._GLOBAL_ARGS = None
+    return wrong if "[muon] iteration" in printed.getvalue() else [*wrong, "curr_iteration alone is not measured"]
+
+
+def test_a_training_loop_of_the_users_own_need_not_have_megatrons_arguments(ranks):
+    assert ranks(1, "0.19.2").run(stepped_by_a_loop_of_its_own, Layout()) == [[]]
+
+
+def dropped(rank: int, layout: Layout) -> bool:
+    """Whether an optimizer is freed with its last reference, without waiting for the garbage collector."""
+    optimizer = optimizer_for(build(layout), layout)
+    alive = weakref.ref(optimizer)
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        return alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("version", ["0.16.1", "0.19.2"])
+def test_monitoring_keeps_no_optimizer_alive(ranks, version):
+    """Whoever builds another one would have the masters and the momentum of both in memory."""
+    assert ranks(1, version).run(dropped, Layout()) == [True]
 
 
 def alone(ranks: Any, layout: Layout) -> list[dict[str, float]]:

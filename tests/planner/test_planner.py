@@ -372,6 +372,8 @@ def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
             "zero_optimization=2 in the DeepSpeed JSON",
         ),
         (["--shapes", "SHAPES", "--deepspeed", "SUB"], "zero_optimization.sub_group_size=0; allowed: a number from 1"),
+        (["--shapes", "SHAPES", "--deepspeed", "PARAMS"], "params=[1] in the DeepSpeed JSON; allowed: an object"),
+        (["--shapes", "SHAPES", "--deepspeed", "AUTOTP"], "tensor_parallel.autotp_size='x'; allowed: 1"),
     ],
 )
 def test_a_bad_argument_is_one_clear_line(tmp_path, arguments, told):
@@ -386,6 +388,8 @@ def test_a_bad_argument_is_one_clear_line(tmp_path, arguments, told):
         "ADAM": {"optimizer": {"type": "Adam"}},
         "TYPO": {"optimizer": {"type": "Muon", "params": {"momentun": 0.9}}},
         "FLAT": {"zero_optimization": 2},
+        "PARAMS": {"optimizer": {"type": "Muon", "params": [1]}},
+        "AUTOTP": {"tensor_parallel": {"autotp_size": "x"}},
         "SUB": {"zero_optimization": {"stage": 3, "sub_group_size": 0}},
     }
     for name, content in files.items():

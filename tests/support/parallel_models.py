@@ -91,10 +91,26 @@ class Experts(nn.Module):
             yield f"{before}{first + int(number)}{after}", p, group, scale
 
 
-def with_experts(rank: int, settings: dict[str, Any], ep: int) -> dict[str, Tensor]:
-    """Five steps: the weights on this rank, experts by their number among all. (They start as copies of one.)"""
+def with_experts(rank: int, settings: dict[str, Any], ep: int, handed_over: bool = False) -> dict[str, Tensor]:
+    """Five steps: the weights on this rank, experts by their number among all. (They start as copies of one.)
+
+    Args:
+        handed_over: the client builds the optimizer, with DeepSpeed's key for groups of experts.
+    """
     model = Experts(ep)
-    engine = build(rank, settings, model)
+    own = {}
+    if handed_over:
+        from deepspeed.moe.utils import is_moe_param
+
+        from muon_plugin import Muon
+
+        dense, experts = (
+            [(name, p) for name, p in model.named_parameters() if is_moe_param(p) is of_experts]
+            for of_experts in (False, True)
+        )
+        groups = [{"params": dense}, {"params": experts, "name": f"ep_size_{ep}", "moe": True}]
+        own["optimizer"] = Muon(groups, model=model, **settings.pop("optimizer")["params"])
+    engine = build(rank, settings, model, **own)
     if dist.get_world_size() > 1:
         table = engine.basic_optimizer.summary()
         assert re.search(rf"dense layers: Newton-Schulz a step: .*FLOP over {dist.get_world_size()} ranks", table)

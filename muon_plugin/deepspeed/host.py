@@ -1,0 +1,24 @@
+"""What DeepSpeed requires of the optimizer in it. Does not import DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..core.groups import Host, expect
+
+
+def _experts(group: Mapping[str, Any]) -> str | None:
+    """DeepSpeed's name of an expert parallel group, by which it finds the group's ranks; None for other groups."""
+    return str(group["name"]) if group.get("moe") else None
+
+
+#: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.
+HOST = Host(
+    momentum="exp_avg",
+    advice="python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run restores the "
+    "state that both optimizers share; or load only the weights (load_module_only=True)",
+    group_keys=("moe",),
+    experts=_experts,
+)
+expect(HOST)  # a client's own Muon, which `deepspeed.initialize(optimizer=...)` takes over

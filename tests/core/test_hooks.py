@@ -1,0 +1,59 @@
+"""Hooks are installed all or not at all, and removed whatever happened in between."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import pytest
+
+from muon_plugin import registration
+from muon_plugin.core.hooks import Hook, Hooks
+
+pytestmark = pytest.mark.fast
+
+
+def engine() -> tuple[types.SimpleNamespace, list[Hook]]:
+    """An engine of two functions, and the hooks that double what they return."""
+    holder = types.SimpleNamespace(one=lambda x: x + 1, two=lambda x: x + 2, __name__="engine")
+    hooks = [Hook(holder, name, ["x"], lambda original, x: 2 * original(x)) for name in ("one", "two")]
+    return holder, hooks
+
+
+def test_an_untested_release_with_warnings_as_errors_is_not_hooked_at_all():
+    holder, functions = engine()
+    hooks = Hooks("Engine", ["1.0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="was not tested with Engine"):
+            hooks.install("1.1", functions)
+    assert not hooks.installed
+    assert (holder.one(1), holder.two(1)) == (2, 3)
+    hooks.install("1.0", functions)
+    assert (holder.one(1), holder.two(1)) == (4, 6)
+    hooks.remove()
+    assert (holder.one(1), holder.two(1)) == (2, 3)
+
+
+def test_another_signature_leaves_everything_as_it_was():
+    holder, functions = engine()
+    holder.two = lambda x, y: x + y
+    with pytest.raises(RuntimeError, match=r"engine\.two has \['x', 'y'\], expected \['x'\]"):
+        Hooks("Engine", ["1.0"]).install("1.0", functions)
+    assert holder.one(1) == 2
+
+
+def test_unregister_restores_the_other_engine_if_one_fails(monkeypatch):
+    restored = []
+
+    def module(name: str, package: str | None = None) -> types.SimpleNamespace:
+        def unregister() -> None:
+            restored.append(name)
+            raise RuntimeError(f"{name} fails")
+
+        return types.SimpleNamespace(unregister=unregister)
+
+    monkeypatch.setattr(registration.importlib, "import_module", module)
+    with pytest.raises(RuntimeError, match="fails"):
+        registration.unregister()
+    assert sorted(restored) == [".deepspeed", ".megatron"]
