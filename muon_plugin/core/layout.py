@@ -68,7 +68,9 @@ class Strided:
 
     def before(self, position: int) -> int:
         """How many of the elements lie below `position` of the flat tensor."""
-        full, rest = divmod(max(position - self.start, 0), self.stride or self.run)
+        if self.count == 1:  # whatever its stride
+            return min(max(position - self.start, 0), self.run)
+        full, rest = divmod(max(position - self.start, 0), self.stride)
         return min(full * self.run + min(rest, self.run), self.numel)
 
     def at(self, ordinal: int) -> int:

@@ -18,7 +18,9 @@ def positions(s: Strided) -> list[int]:
 
 def draw() -> Strided:
     run, count = random.randint(1, 12), random.choice([1, 1, 2, 3, 5])
-    return Strided(random.randint(0, 20), run, run + random.randint(0, 9) if count > 1 else 0, count)
+    # A single run may have any stride: it comes from a parameter of which a rank holds one run.
+    stride = run + random.randint(0, 9) if count > 1 else random.choice([0, random.randint(1, 20)])
+    return Strided(random.randint(0, 20), run, stride, count)
 
 
 def test_pieces_of_strided_shards_and_matrices():

@@ -325,7 +325,7 @@ def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
     (tmp_path / "shapes.json").write_text(json.dumps(SHAPES))
     arguments = ["--shapes", str(tmp_path / "shapes.json"), "--nodes", "1", "--gpus-per-node", "4"]
     text = " ".join(planner.report([*arguments, "--zero-stage", "0", "--plot", str(tmp_path / "plan.png")]).split())
-    assert "every rank holds everything, and gets every update that it does not compute" in text
+    assert "every rank holds all weights and receives each update that it does not compute" in text
     assert "the paper's count" in text
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     planned = run([*arguments, "--tflops", "1e-3"])

@@ -45,7 +45,7 @@ def test_all_is_well_on_two_ranks_with_tp_2(tmp_path):
     ("own", "told"),
     [
         ({2: {"MUON_WATCHDOG": "100"}}, "MUON_WATCHDOG"),
-        ({rank: {"MUON_WATCHDOG": "soon"} for rank in range(4)}, "MUON_WATCHDOG='soon': allowed: seconds"),
+        ({rank: {"MUON_WATCHDOG": "soon"} for rank in range(4)}, "MUON_WATCHDOG='soon'; allowed: seconds"),
     ],
     ids=["differs", "bad"],
 )
