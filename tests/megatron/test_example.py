@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
-from tests.support.combinations import FULL, in_turn
+from tests.support.combinations import FULL
 from tests.support.forks import Engine
 from tests.support.jobs import Job, environment
 from tests.support.ranks import release
@@ -38,7 +38,10 @@ def compare(version: str, out: Path, *options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("version", "options"), in_turn(("0.16.1", "0.19.2"), ([], ["--moe"])))
+CASES = list(product(("0.16.1", "0.19.2"), ([], ["--moe"]))) if FULL else [("0.19.2", ["--moe"])]
+
+
+@pytest.mark.parametrize(("version", "options"), CASES)
 def test_the_example_prints_its_table(version, options, tmp_path):
     printed = compare(version, tmp_path, "--steps", "3", "--nproc", "2", *options)
     assert "muon_plugin ---" in printed
@@ -49,6 +52,7 @@ def test_the_example_prints_its_table(version, options, tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1; on equal gradients TP changes no bit: test_exact.py")
 def test_loss_curves_at_tp_1_and_2_agree_to_the_forward_passs_rounding(tmp_path, monkeypatch):
     """On real text in fp32: AdamW's own difference between TP 1 and TP 2 is the yardstick."""
     monkeypatch.syspath_prepend(ROOT / "examples" / "llama")
@@ -66,7 +70,7 @@ def test_loss_curves_at_tp_1_and_2_agree_to_the_forward_passs_rounding(tmp_path,
             "--tp",
             str(tp),
             "--steps",
-            "20" if FULL else "10",
+            "20",
         ]
         arguments += ["--lr", "0.001", "--weight-decay", "0.1", "--data", str(tmp_path / "data"), "--out", str(out)]
         job = Job(out, 2, arguments, engine=Engine(megatron=str(release("0.19.2"))))
