@@ -40,8 +40,21 @@ from filelock import FileLock
 
 from tests.support import ROOT, session
 
-#: What DeepSpeed imports when a model is handed to it; 2 to 3 s of a core.
-LATE = ("deepspeed.runtime.zero.muon.original_muon", "deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.layer")
+#: What DeepSpeed imports when a model is handed to it, 2 to 3 s of a core, and our engine.
+DEEPSPEED = (
+    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.moe.layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "muon_plugin.deepspeed.engine",
+)
+#: What Megatron's optimizer and `register` import, most of a second, and our engine.
+MEGATRON = (
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.post_training.modelopt",
+    "megatron.training.training",  # only in source trees and the wheel of 0.19
+    "muon_plugin.megatron.engine",
+)
 #: What is imported at the first step of any optimizer, and by the test files.
 COMMON = ("torch._dynamo", "torch.utils.flop_counter", "muon_plugin.watchdog", "pytest", "tests.support.integers")
 MESSAGE = 2**17  # bytes; the largest requests hold all environment variables
@@ -72,9 +85,7 @@ class Engine:
 
             # Compiled at start otherwise, for inference alone; a killed build leaves a lock on which others wait.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            for name in LATE:
-                with suppress(ImportError):
-                    importlib.import_module(name)
+            _import(DEEPSPEED)
         if self.megatron:
             from muon_plugin.megatron import on_cpu
 
@@ -85,7 +96,16 @@ class Engine:
             logging.getLogger("megatron").setLevel("ERROR")
             import megatron.core.models.gpt
             import megatron.core.optimizer  # noqa: F401
+
+            _import(MEGATRON)
         for name in COMMON:
+            importlib.import_module(name)
+
+
+def _import(names: Sequence[str]) -> None:
+    """Those of them that this release has."""
+    for name in names:
+        with suppress(ImportError):
             importlib.import_module(name)
 
 
