@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.support import ROOT, slurm_cluster
+from tests.support.combinations import FULL
 from tests.support.jobs import environment
 from tests.support.ranks import release
 
@@ -248,6 +249,7 @@ def test_megatron_survives_a_cancelled_step_and_the_signal(submit, folder):
     assert differing(megatron_state(out), megatron_state(folder / "whole")) == []
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1; the other jobs are killed, stopped and requeued too")
 def test_the_deepspeed_launcher_survives_a_lost_node(submit, sweep, folder):
     """`deepspeed --launcher slurm` with its hostfile; then a node is gone, and Slurm itself requeues the job."""
     out = folder / "launcher"

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.support.combinations import FULL
 from tests.support.integers import gradient
 
 VOCAB, SEQUENCE = 64, 16
@@ -365,7 +366,7 @@ def full_masters(chunks: list[Any], optimizer: Any, layout: Layout) -> dict[str,
     return {f"{name} (fp32)": value for name, value in found.items()}
 
 
-def trained(rank: int, layout: Layout, steps: int = 10, **options: Any) -> dict[str, Tensor]:
+def trained(rank: int, layout: Layout, steps: int = 10 if FULL else 5, **options: Any) -> dict[str, Tensor]:
     """Steps from scratch: the whole weights, and the fp32 masters, that they end in."""
     chunks = build(layout)
     optimizer = optimizer_for(chunks, layout, **options)
