@@ -23,7 +23,7 @@ paper-runs: .venv/examples  ## the paper's experiments from scratch at the small
 	$(BIN)/python examples/paper/run.py --scale toy
 	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
-test: lint .venv/megatron .venv/older_deepspeed .venv/fused_adam slurm  ## everything that CI runs; FULL=1 for every combination
+test: lint .venv/megatron .venv/older_deepspeed .venv/emerging_optimizers .venv/fused_adam slurm  ## everything that CI runs; FULL=1 for every combination
 	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --durations=25
 
 test-fast: .venv/dev .venv/megatron-0.19.2  ## lint, types, the core and one path through each engine; 90 seconds on 2 cores

@@ -61,7 +61,7 @@ class _Round:
 
     Attributes:
         gather: messages to the owners of matrices.
-        computed: the matrices of these messages that it orthogonalizes.
+        computed: the matrices that it orthogonalizes once these messages have arrived.
         update: messages from the owners.
         local: batches of matrices that are whole on this rank, orthogonalized while messages are in flight.
     """

@@ -156,7 +156,17 @@ class Muon(Optimizer):
         self.calls, self.halves, self._check_replicas = (), Halves(MuonHalf(), AdamWHalf()), False
 
     def hand_over(self, host: Host) -> None:
-        """Transfers an optimizer that was built without an engine to `host`, whose hooks then call `attach`."""
+        """Transfers an optimizer that was built without an engine to `host`, whose hooks then call `attach`.
+
+        Raises:
+            RuntimeError: if it has stepped or restored a checkpoint: the engine's shards start from new state.
+        """
+        state = (value for of_tensor in self.state.values() for value in of_tensor.values())
+        if any(bool(torch.as_tensor(value).any()) for value in state):
+            raise RuntimeError(
+                "this Muon has stepped or loaded a checkpoint, and the engine would discard its momentum. Build the "
+                "engine around a new Muon, then load the checkpoint through the engine"
+            )
         self.detach()
         self.host = host
 
@@ -202,6 +212,7 @@ class Muon(Optimizer):
         """Loads a state dict that was saved with the same split into Muon's and AdamW's parameters.
 
         Raises:
+            RuntimeError: if the optimizer is not attached to its engine's tensors yet.
             ValueError: if the saved groups were split differently (another `exclude`, another optimizer).
         """
         self.check_saved(state_dict["param_groups"])

@@ -79,13 +79,8 @@ def _names(named: Any) -> list[str]:
 
 def options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
     """One line: the settings, and each group's learning rate and decay."""
-    method = settings.ns_method
-    if isinstance(settings.ns_coefficients, str):
-        method += f", {settings.ns_coefficients}"
     each = "; ".join(f"{label(g, groups)} lr {g['lr']:g} decay {g['weight_decay']:g}" for g in groups)
-    momentum = f"momentum {settings.momentum:g}{' in CPU memory' if settings.offload else ''}"
-    steps = f"{settings.ns_steps} steps ({method})"
-    return f"{settings.adjust_lr_fn}, {momentum}, {steps}; {each}"
+    return f"{settings.describe()}; {each}"
 
 
 def label(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:

@@ -98,6 +98,12 @@ class Settings:
     def newton_schulz(self) -> NewtonSchulz:
         return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method)
 
+    def describe(self) -> str:
+        """One line for the start-up table and the planner."""
+        momentum = f"momentum {self.momentum:g}{' in CPU memory' if self.offload else ''}"
+        named = f", {self.ns_coefficients}" if isinstance(self.ns_coefficients, str) else ""
+        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({self.ns_method}{named})"
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What the start-up table says of these settings beside their values."""

@@ -1,11 +1,11 @@
 """Muon under Megatron-Core: `register` makes ``--optimizer muon --use-distributed-optimizer`` mean this Muon.
 
-These functions are wrapped, here and nowhere else, and only act on that pair:
+Megatron's functions are wrapped only here, and the wrappers act only on that pair of arguments:
 
-- ``megatron.core.optimizer.get_megatron_optimizer`` (and 0.16.1's ``get_megatron_muon_optimizer``): Megatron refuses
-  the pair (0.16.1) or shards whole layers instead (0.19.2). Instead, its stock optimizer is built with AdamW and gets
-  Muon put inside (`engine.build`);
-- ``megatron.training.arguments.validate_args``: the same refusals among the arguments;
+- ``megatron.core.optimizer.get_megatron_optimizer`` (and 0.16.1's ``get_megatron_muon_optimizer``): Megatron rejects
+  the pair (0.16.1) or shards whole layers (0.19.2). The wrapper builds the stock optimizer with AdamW and puts Muon
+  inside (`engine.build`);
+- ``megatron.training.arguments.validate_args``: would reject the pair among the arguments; the wrapper accepts it;
 - ``megatron.training.arguments.add_megatron_arguments``: adds ``--muon-paper``, ``--muon-ns-method``,
   ``--muon-offload``.
 """
@@ -26,11 +26,11 @@ _hooks = Hooks("Megatron-Core", TESTED)
 
 
 def register() -> None:
-    """Wraps the engine. Twice is the same as once.
+    """Wraps Megatron's functions. Idempotent.
 
     Raises:
         ImportError: if Megatron-Core is not installed.
-        RuntimeError: if what is wrapped has changed.
+        RuntimeError: if a function to wrap has another signature than expected.
     """
     if _hooks.installed:
         return
@@ -75,5 +75,5 @@ def _training_arguments() -> Any:
 
 
 def unregister() -> None:
-    """Gives Megatron its own code back. Optimizers that were built before keep Muon."""
+    """Restores Megatron's own functions. Optimizers that were built before keep Muon."""
     _hooks.remove()

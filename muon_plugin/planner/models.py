@@ -177,7 +177,7 @@ def deepspeed(
     ways = {0: "without ZeRO", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}
     return Model(
         f"{title} under DeepSpeed, {ways[zero.stage]}",
-        f"{settings.adjust_lr_fn}, momentum {settings.momentum:g}, {settings.ns_steps} steps ({settings.ns_method})",
+        settings.describe(),
         (*settings.notes, *(note for kind in kinds for note in kind.routing.notes)),
         settings.newton_schulz,
         2 * (settings.adjust_lr_fn == "update_norm"),

@@ -272,6 +272,39 @@ def test_a_checkpoint_that_cannot_be_restored_changes_nothing():
     assert all(torch.equal(value, before[p][key]) for p, state in muon.state.items() for key, value in state.items())
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_offload_keeps_the_bits_and_puts_the_direction_in_the_gradients_place(nesterov):
+    """The CPU has no other memory to move momentum to; where there is a GPU, tests/gpu looks where it is."""
+    found = {}
+    for offload in (False, True):
+        model = layers()
+        muon = Muon(model.named_parameters(), lr=0.02, nesterov=nesterov, offload=offload)
+        for step in range(3):
+            random_gradients(model, step)
+            given = {name: p.grad.clone() for name, p in model.named_parameters()}
+            muon.step()
+        matrices = {matrix.parameter for matrix in muon.routing.matrices}
+        changed = {name for name, p in model.named_parameters() if not torch.equal(p.grad, given[name])}
+        assert changed == (matrices if offload else set())
+        assert ("momentum 0.95 in CPU memory" in muon.summary()) is offload
+        found[offload] = dict(model.named_parameters())
+    assert differing(found[True], found[False]) == []
+
+
+@pytest.mark.parametrize("how", ["stepped", "loaded"])
+def test_momentum_is_not_lost_when_an_engine_takes_the_optimizer_over(how):
+    model = layers()
+    muon = Muon(model.named_parameters(), lr=0.02)
+    Muon(model.named_parameters(), lr=0.02).hand_over(muon.host)  # a new one may go
+    random_gradients(model, 0)
+    muon.step()
+    if how == "loaded":
+        saved, muon = muon.state_dict(), Muon(model.named_parameters(), lr=0.02)
+        muon.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="the engine would discard its momentum"):
+        muon.hand_over(muon.host)
+
+
 def test_a_checkpoint_is_not_lost_in_an_optimizer_that_waits_for_its_engine():
     muon = Muon(layers().named_parameters(), lr=0.02)
     saved = muon.state_dict()

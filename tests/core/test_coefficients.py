@@ -102,7 +102,7 @@ def test_a_users_own_triples_repeat_the_last():
 def test_the_sets_are_those_of_emerging_optimizers():
     """All of its sets, for 1 to 20 steps."""
     if not EMERGING_OPTIMIZERS.is_dir():
-        pytest.skip(f"{EMERGING_OPTIMIZERS} is not there (make bench-megatron installs it)")
+        pytest.skip(f"{EMERGING_OPTIMIZERS} is not there (make test installs it)")
     environment = {**os.environ, "PYTHONPATH": str(EMERGING_OPTIMIZERS)}
     command = [sys.executable, "-c", THEIRS]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from muon_plugin import planner
+from muon_plugin import Muon, planner
 from muon_plugin.core.coefficients import coefficients_for
 from muon_plugin.core.layout import Partition
 from muon_plugin.core.orthogonalize import NewtonSchulz
@@ -334,6 +334,19 @@ def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
         for t in (1e-3, 2e-3)
     )
     assert slow["newton_schulz"] == 2 * fast["newton_schulz"] == max(planned.stages[0].loads[0].flops) / 1e9
+
+
+def test_settings_are_told_as_a_run_tells_them(tmp_path):
+    params = {"offload": True, "ns_coefficients": "aol"}
+    (tmp_path / "shapes.json").write_text(json.dumps(SHAPES))
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "Muon", "params": params}}))
+    files = ["--shapes", str(tmp_path / "shapes.json"), "--deepspeed", str(tmp_path / "ds.json")]
+    text = planner.report([*files, "--nodes", "1", "--gpus-per-node", "4"])
+    model = torch.nn.Linear(4, 4)
+    told = Muon(model.named_parameters(), **params).settings.describe()
+    assert told == "match_rms_adamw, momentum 0.95 in CPU memory, 5 steps (auto, aol)"
+    assert told in text
+    assert "note: these 5 Newton-Schulz steps take singular values of 0.1 to 1" in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -113,6 +114,17 @@ def test_long_pauses_of_all_ranks_and_a_late_end_are_no_alarm(tmp_path):
     assert all("done" in job.log(rank) for rank in (0, 1))
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def variables(pid: int) -> list[str]:
+    """Its environment; nothing of a process that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return []
+
+
 @pytest.mark.parametrize("dead", [0, 1])
 def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tmp_path, dead):
     """The other node stands without an error, as with NCCL; the store goes with node 0's launcher."""
@@ -133,9 +145,11 @@ def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tm
         assert time.monotonic() - started < 180, (tmp_path / f"node{dead}").read_text()
         time.sleep(0.1)
     died = time.monotonic()
+    while any(f"RANK={other}" in variables(pid) for pid in children(nodes[other].pid)):
+        time.sleep(0.1)  # not for its launcher, whose own end takes as long as the machine lets it
+        assert time.monotonic() - died < 3 * SECONDS + 10
     nodes[dead].wait(timeout=180)
     code = nodes[other].wait(timeout=180)
-    assert time.monotonic() - died < 3 * SECONDS + 60  # with what the launchers take to end on a loaded machine
     log = (tmp_path / f"node{other}").read_text()
     assert code != 0
     told = re.search(
@@ -144,7 +158,7 @@ def test_under_torchrun_a_rank_killed_on_one_node_ends_the_other_node_in_time(tm
         log,
     )
     assert told, log
-    assert int(told[1]) <= 3 * SECONDS, log  # how long the two launchers take to end is the machine's matter
+    assert int(told[1]) <= 3 * SECONDS, log
     assert "before step 3" in log
     assert f"exitcode  : {ENDED_BY_WATCHDOG}" in log  # as torchrun reports it
 
