@@ -11,6 +11,11 @@ from tests.support.ranks import Ranks
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist, which inherit the environment
         session.begin()
+        # Workers and the processes of their tests share the cores: threads that wait for each other while others
+        # compute cost several times what they save.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # Megatron and DeepSpeed's Muon mark functions with torch.compile, which takes ten seconds in each process.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         # DeepSpeed compiles its AdamW at first use; `make test` does so at installation. A copy for each run, since a
         # start that is killed leaves a lock on which all later ones wait.
         extensions = session.folder() / "extensions"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "llama"))
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes ten seconds a process, and saves less on a CPU
 warnings.simplefilter("ignore")  # Megatron tells of every package that a CPU does not need
 
 from muon_plugin.megatron import on_cpu  # noqa: E402
@@ -241,7 +243,8 @@ def train(args: argparse.Namespace) -> None:
 
     windows = data.load_windows(args.data, "train", BATCH_SIZE)
     held_out = data.load_windows(args.data, "val", BATCH_SIZE)
-    held_out = held_out[np.linspace(0, len(held_out) - 1, VAL_WINDOWS).astype(int)]
+    count = min(VAL_WINDOWS, len(held_out)) // size * size
+    held_out = held_out[np.linspace(0, len(held_out) - 1, count).astype(int)]
     order = np.random.default_rng(args.seed).permutation(len(windows))
     is_main = dist.get_rank() == 0
     args.out.mkdir(parents=True, exist_ok=True)

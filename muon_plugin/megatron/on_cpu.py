@@ -8,6 +8,8 @@ parallelism in a real forward, the "alltoall" dispatcher of MoE ("allgather" wor
 from __future__ import annotations
 
 import contextlib
+import functools
+import multiprocessing
 import os
 import typing
 from typing import Any
@@ -72,6 +74,7 @@ def install() -> None:
     torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment, method-assign]
     _CudaMeansCpu().__enter__()
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
@@ -79,3 +82,8 @@ def install() -> None:
     random.initialize_rng_tracker()
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 uses the name without importing it
         moe_utils.te_general_gemm = None
+    # Every rank that saves spawns a process for this queue, since CUDA does not survive a fork; what it spawns imports
+    # the main program again, and Megatron with it.
+    name = "get_write_results_queue"
+    name = name if hasattr(filesystem_async, name) else f"_{name}"  # 0.16.1
+    setattr(filesystem_async, name, functools.cache(lambda: multiprocessing.get_context("fork").Manager().Queue()))

@@ -24,7 +24,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspe
 ACCELERATE += ["--num_machines", "1", "--main_process_port", "PORT"]
 #: client -> how the whole run is launched, and how the one that goes on from its checkpoint
 LAUNCHES = {
-    "trainer": ([*TORCHRUN, "-m", "muon_plugin"], DEEPSPEED),
+    "trainer": ([*TORCHRUN, "-m", "muon_plugin"], [*DEEPSPEED, "--module", "muon_plugin"]),
     "accelerate": (TORCHRUN, [*ACCELERATE, "-m", "muon_plugin"]),
 }
 

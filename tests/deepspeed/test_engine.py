@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tests.support import ROOT
+from tests.support.combinations import FULL
 from tests.support.integers import IntegerModel, build, config, differing, train, trained, weights
 from tests.support.jobs import environment, free_port
 from tests.support.ranks import RankError
@@ -294,6 +295,7 @@ time.sleep(1)
 """
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1; test_clients.py launches Hugging Face's clients in the same ways")
 @pytest.mark.parametrize(
     "launch",
     [

@@ -1,7 +1,7 @@
 """What users of Hugging Face write: `Trainer` and `accelerate` scripts with Muon in a DeepSpeed JSON full of "auto".
 
     torchrun --nproc-per-node 2 -m muon_plugin tests/support/clients.py trainer OUT
-    deepspeed --num_gpus 2 tests/support/clients.py trainer OUT --resume --register
+    deepspeed --num_gpus 2 --module muon_plugin tests/support/clients.py trainer OUT --resume
 
 Trains a tiny Llama at each of ZeRO 1, 2 and 3, or goes on from the checkpoint that a first call left at half of the
 steps, and leaves in OUT what deepspeed/test_clients.py compares.
