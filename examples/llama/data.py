@@ -147,6 +147,12 @@ def load_windows(folder: Path, name: str, batch_size: int) -> np.ndarray:
     return tokens[: count * SEQUENCE].reshape(count, SEQUENCE)
 
 
+def spread(windows: np.ndarray, most: int, ranks: int) -> np.ndarray:
+    """At most so many windows, as many for each rank, evenly spaced: they come from all files."""
+    count = min(most, len(windows)) // ranks * ranks
+    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+
+
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)

@@ -152,9 +152,7 @@ def train(args: argparse.Namespace, terminal: TextIO) -> None:
     # The batch size of the config is that of all ranks together: the run is the same one for any number of them.
     batch_size, micro_batch = engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()
     windows = data.load_windows(args.data, "train", batch_size)
-    val_windows = data.load_windows(args.data, "val", batch_size)
-    count = min(VAL_WINDOWS, len(val_windows)) // dist.get_world_size() * dist.get_world_size()
-    val_windows = val_windows[np.linspace(0, len(val_windows) - 1, count).astype(int)]  # spread over all files
+    val_windows = data.spread(data.load_windows(args.data, "val", batch_size), VAL_WINDOWS, dist.get_world_size())
     order = np.random.default_rng(args.seed).permutation(len(windows))
 
     saved = args.out / "checkpoint"

@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "llama"))
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes ten seconds a process, and saves less on a CPU
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron would compile for ten seconds in each process
 warnings.simplefilter("ignore")  # Megatron tells of every package that a CPU does not need
 
 from muon_plugin.megatron import on_cpu  # noqa: E402
@@ -242,9 +242,7 @@ def train(args: argparse.Namespace) -> None:
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
     windows = data.load_windows(args.data, "train", BATCH_SIZE)
-    held_out = data.load_windows(args.data, "val", BATCH_SIZE)
-    count = min(VAL_WINDOWS, len(held_out)) // size * size
-    held_out = held_out[np.linspace(0, len(held_out) - 1, count).astype(int)]
+    held_out = data.spread(data.load_windows(args.data, "val", BATCH_SIZE), VAL_WINDOWS, size)
     order = np.random.default_rng(args.seed).permutation(len(windows))
     is_main = dist.get_rank() == 0
     args.out.mkdir(parents=True, exist_ok=True)
@@ -278,8 +276,9 @@ def train(args: argparse.Namespace) -> None:
         if step % args.eval_every == 0 or step == args.steps:
             with torch.no_grad():
                 mine = held_out[rank::size]
-                parts = [loss_of(model, mine[i : i + 8]) for i in range(0, len(mine), 8)]
-            values["val_loss"] = mean_over_data(torch.stack(parts).mean())
+                batches = [mine[i : i + BATCH_SIZE] for i in range(0, len(mine), BATCH_SIZE)]
+                losses = [loss_of(model, batch) * len(batch) for batch in batches]
+            values["val_loss"] = mean_over_data(torch.stack(losses).sum() / len(mine))
         if metrics:
             print(json.dumps(values), file=metrics, flush=True)
             bar.set_postfix(loss=f"{mean:.3f}", val=f"{values.get('val_loss', float('nan')):.3f}", refresh=False)

@@ -178,6 +178,8 @@ def _tables(model: nn.Module | None) -> dict[str, str]:
         try:
             module = getattr(model, get)()
         except (AttributeError, NotImplementedError, TypeError):
+            # AttributeError: no model, or not of transformers. NotImplementedError: of transformers, without such a
+            # module. TypeError: the model uses the name for something else. Names and module types then decide alone.
             continue
         found |= {id(p): why for p in (module.parameters() if isinstance(module, nn.Module) else ())}
     return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found} if model is not None else {}

@@ -82,8 +82,9 @@ def install() -> None:
     random.initialize_rng_tracker()
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 uses the name without importing it
         moe_utils.te_general_gemm = None
-    # Every rank that saves spawns a process for this queue, since CUDA does not survive a fork; what it spawns imports
-    # the main program again, and Megatron with it.
+    # Every rank that saves a checkpoint spawns a process for this queue, which imports the main program and Megatron
+    # again. Without CUDA, which does not survive a fork, it can be forked.
+    queue = functools.cache(lambda: multiprocessing.get_context("fork").Manager().Queue())
     name = "get_write_results_queue"
     name = name if hasattr(filesystem_async, name) else f"_{name}"  # 0.16.1
-    setattr(filesystem_async, name, functools.cache(lambda: multiprocessing.get_context("fork").Manager().Queue()))
+    setattr(filesystem_async, name, lambda mp_mode="fork": queue())

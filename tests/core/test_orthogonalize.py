@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
 from muon_plugin.core.orthogonalize import NewtonSchulz
-from tests.support.combinations import covering
+from tests.support.combinations import FULL, covering
 
 pytestmark = pytest.mark.fast
 
@@ -44,6 +44,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 #: 16 x 91: one product of this size is below the size at which torch's CPU products change kernel, a batch is above.
 SHAPES = [(1, 7), (16, 91), (33, 91), (91, 33), (64, 64), (128, 512), (512, 128), (256, 768)]
+SHAPES += [(512, 1536)] if FULL else []
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show, in about a minute on one of them. FULL=1 runs the two process tests on the CPU too.
+"""What only a CUDA device can show, in about a minute on one of them. Without one, all but the two process tests skip.
 
 Random matrices are drawn on the CPU, so that every device gets the same ones.
 """
@@ -24,7 +24,6 @@ from muon_plugin.core.groups import Host
 from muon_plugin.core.halves import Call
 from muon_plugin.core.layout import Shard
 from muon_plugin.core.settings import Settings
-from tests.support.combinations import FULL
 
 #: Odd ones, a pair that shares a shape, tall and wide ones, one large enough for the GPU's usual kernels.
 SHAPES = {
@@ -48,8 +47,7 @@ def _say_once(request: pytest.FixtureRequest) -> None:
     """One line without a device, past pytest's capturing: a row of `s` looks like success."""
     if not torch.cuda.is_available():
         with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-            rest = ", so only its two process tests run, on the CPU" if FULL else ": all its tests are skipped"
-            print(f"\ntests/gpu/test_core.py: {NO_CUDA}{rest}", flush=True)
+            print(f"\ntests/gpu/test_core.py: {NO_CUDA}, so only its two process tests run, on the CPU", flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"] if FULL else ["cuda"])
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("cuda")
 

@@ -88,3 +88,18 @@ def test_an_adamw_checkpoint_of_megatron_is_taken_over(ranks, release, kind, tmp
     assert rest > 0
     assert "AdamW" in logged
     assert "starts from zero" in logged
+
+
+def queues(rank: int) -> tuple[bool, int]:
+    """Whether both of Megatron's ways to ask for the queue of its writers give one, and how many processes it took."""
+    import multiprocessing
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    get = getattr(filesystem_async, "get_write_results_queue", None) or filesystem_async._get_write_results_queue
+    same = get() is get(mp_mode="fork")  # the second as megatron.training does with --async-save
+    return same, sum("spawn" in type(child).__name__.lower() for child in multiprocessing.active_children())
+
+
+def test_the_queue_of_megatrons_writers_is_forked_on_the_cpu(ranks, release):
+    assert ranks(1, release).run(queues) == [(True, 0)]
