@@ -78,8 +78,7 @@ class Hooks:
         for hook in hooks:
             original = getattr(hook.holder, hook.name)
             wrapper = _wrapped(original, hook.ours)
-            # Modules that imported the function by name before now get the wrapper too.
-            others = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get(hook.name) is original]
+            others = _importers(original, hook.name) if inspect.ismodule(hook.holder) else []
             for holder in {id(h): h for h in (hook.holder, *others)}.values():
                 setattr(holder, hook.name, wrapper)
                 self._undo.append(functools.partial(setattr, holder, hook.name, original))
@@ -88,6 +87,11 @@ class Hooks:
         """Gives every holder the original back."""
         while self._undo:
             self._undo.pop()()
+
+
+def _importers(function: Any, name: str) -> list[Any]:
+    """Modules that have imported the function by its name: they get the wrapper too."""
+    return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is function]
 
 
 def _wrapped(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

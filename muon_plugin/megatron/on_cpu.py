@@ -22,9 +22,9 @@ class _CudaMeansCpu(TorchFunctionMode):
     """Sends requests for a CUDA device to the CPU, and calls CPU tensors' types by CUDA's names (Megatron compares)."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
         name = getattr(function, "__name__", "")
         if name == "cuda":
             return args[0]

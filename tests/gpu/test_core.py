@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from muon_plugin import Muon
@@ -24,6 +21,7 @@ from muon_plugin.core.groups import Host
 from muon_plugin.core.halves import Call
 from muon_plugin.core.layout import Shard
 from muon_plugin.core.settings import Settings
+from tests.support.ranks import Ranks
 
 #: Odd ones, a pair that shares a shape, tall and wide ones, one large enough for the GPU's usual kernels.
 SHAPES = {
@@ -242,26 +240,19 @@ def _shards(sizes: list[tuple[str, int]], begin: int, part: Tensor) -> list[Shar
     return found
 
 
-def _rank(rank: int, size: int, work: Callable[..., Any], device: torch.device, folder: Path) -> None:
-    torch.set_num_threads(1)  # the same on every world size: on CPU the number of threads may move bits
-    if size > 1:
-        limit = timedelta(seconds=120)  # a hang must end the test
-        dist.init_process_group("gloo", f"file://{folder}/store", limit, world_size=size, rank=rank)
-    torch.save(work(rank, size, device), folder / f"{rank}.pt")
-    if size > 1:
-        dist.destroy_process_group()
-
-
-def _run(size: int, work: Callable[..., Any], device: torch.device, folder: Path) -> list[dict[str, Tensor]]:
-    """`work` on `size` processes that share the device: what each returns."""
-    mp.spawn(_rank, (size, work, device, folder), nprocs=size)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+def _run(size: int, work: Callable[..., Any], device: torch.device) -> list[dict[str, Tensor]]:
+    """`work` on `size` processes that share the device, or have one each: what each returns."""
+    processes = Ranks(size, device=device.type)
+    try:
+        return processes.run(work, size, device)
+    finally:
+        processes.close()
 
 
 @pytest.fixture(scope="module")
-def alone(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def alone(device: torch.device) -> dict[str, Tensor]:
     """The weights that one process ends in."""
-    return _run(1, _replicas, device, tmp_path_factory.mktemp("alone"))[0]
+    return _run(1, _replicas, device)[0]
 
 
 def _differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, int]:
@@ -270,13 +261,13 @@ def _differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str,
     return {name: count for name, count in counts.items() if count}
 
 
-def test_two_processes_with_replicas_end_in_the_bits_of_one(device, alone, tmp_path):
-    for rank, found in enumerate(_run(2, _replicas, device, tmp_path)):
+def test_two_processes_with_replicas_end_in_the_bits_of_one(device, alone):
+    for rank, found in enumerate(_run(2, _replicas, device)):
         assert not _differing(found, alone), f"rank {rank}"
 
 
-def test_two_processes_with_half_of_everything_end_in_the_bits_of_one(device, alone, tmp_path):
-    halves = _run(2, _halves, device, tmp_path)
+def test_two_processes_with_half_of_everything_end_in_the_bits_of_one(device, alone):
+    halves = _run(2, _halves, device)
     found = {name: torch.cat([half[name] for half in halves if name in half]) for name in alone}
     assert not _differing(found, alone)
     assert any(name in halves[0] and name in halves[1] for name in alone), "no parameter was cut"

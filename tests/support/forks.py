@@ -86,6 +86,8 @@ class Engine:
             # Compiled at start otherwise, for inference alone; a killed build leaves a lock on which others wait.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             _import(DEEPSPEED)
+            if not self.megatron:
+                _import(["transformers"])  # by DeepSpeed's pipelines, at their first batch
         if self.megatron:
             from muon_plugin.megatron import on_cpu
 
@@ -340,20 +342,20 @@ def _rank(pipe: Connection, rank: int, size: int, store: str, engine: Engine) ->
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        """Tensors by torch.save: Megatron's own ways to pickle them are not there in the process of the tests."""
+        """Tensors as bytes: `torch.save` costs ten times as much, and Megatron's own ways to pickle them are not there
+        in the process of the tests."""
         import torch
 
         if not isinstance(value, torch.Tensor):
             return NotImplemented
-        buffer = io.BytesIO()
-        torch.save(value.detach().clone(), buffer)
-        return _tensor, (buffer.getvalue(),)
+        flat = value.detach().cpu().contiguous().view(-1)
+        return _tensor, (flat.view(torch.uint8).numpy().tobytes(), value.dtype, tuple(value.shape))
 
 
-def _tensor(saved: bytes) -> Any:
+def _tensor(raw: bytes, dtype: Any, shape: tuple[int, ...]) -> Any:
     import torch
 
-    return torch.load(io.BytesIO(saved), weights_only=True)
+    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
 
 
 def _pickled(value: Any) -> bytes:

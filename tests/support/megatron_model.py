@@ -209,28 +209,36 @@ def optimizer_for(chunks: list[Any], layout: Layout, **options: Any) -> Any:
 
 def named(chunks: list[Any]) -> list[tuple[str, Any, Any]]:
     """(Name that is the same in every layout, parameter, module)."""
+    for chunk in chunks:
+        if "_named" not in chunk.__dict__:  # once: it is asked for several times a step
+            chunk.__dict__["_named"] = _named(chunk)
+    return [found for chunk in chunks for found in chunk.__dict__["_named"]]
+
+
+def _named(chunk: Any) -> list[tuple[str, Any, Any]]:
     from megatron.core import parallel_state as mpu
 
+    modules = dict(chunk.named_modules())
+    numbers = {
+        path: module.layer_number - 1
+        for path, module in modules.items()
+        if hasattr(module, "layer_number") and path.rpartition(".")[2].isdigit()
+    }
     found = []
-    for chunk in chunks:
-        numbers = {}
-        for path, module in chunk.named_modules():
-            if hasattr(module, "layer_number") and path.rpartition(".")[2].isdigit():
-                numbers[path] = module.layer_number - 1
-        for path, module in chunk.named_modules():
-            for leaf, p in module.named_parameters(recurse=False):
-                parts, prefix, out = f"{path}.{leaf}".split("."), "", []
-                for part in parts:
-                    prefix = f"{prefix}.{part}" if prefix else part
-                    if prefix in numbers:
-                        part = str(numbers[prefix])
-                    elif out and out[-1] == "local_experts":
-                        local = len(chunk.get_submodule(prefix.rpartition(".")[0]))
-                        part = str(mpu.get_expert_model_parallel_rank() * local + int(part))
-                    out.append(part)
-                while out[0] == "module":
-                    out.pop(0)
-                found.append((".".join(out), p, module))
+    for path, module in modules.items():
+        for leaf, p in module.named_parameters(recurse=False):
+            parts, prefix, out = f"{path}.{leaf}".split("."), "", []
+            for part in parts:
+                prefix = f"{prefix}.{part}" if prefix else part
+                if prefix in numbers:
+                    part = str(numbers[prefix])
+                elif out and out[-1] == "local_experts":
+                    local = len(modules[prefix.rpartition(".")[0]])
+                    part = str(mpu.get_expert_model_parallel_rank() * local + int(part))
+                out.append(part)
+            while out[0] == "module":
+                out.pop(0)
+            found.append((".".join(out), p, module))
     return found
 
 
@@ -317,12 +325,13 @@ def full_weights(chunks: list[Any], layout: Layout) -> dict[str, Tensor]:
     mine = {}
     for name, p, module in named(chunks):
         dim, stride, rank, size = _cut(name, p, module)
-        mine[name] = (rank, size, dim, stride, p.detach().to("cpu", torch.float32, copy=True))
+        mine[name] = (rank, size, dim, stride, p.detach().to("cpu", torch.float32, copy=True).numpy())
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine)  # arrays, as a tensor costs ten times as much to pickle
     found: dict[str, dict[int, Any]] = {}
     for theirs in everyone:
-        for name, (rank, size, dim, stride, part) in theirs.items():
+        for name, (rank, size, dim, stride, array) in theirs.items():
+            part = torch.from_numpy(array)
             held = found.setdefault(name, {}).setdefault(rank, (part, size, dim, stride))
             assert torch.equal(held[0], part), f"replicas of {name} differ"
     weights = {}
