@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from tests.support import ROOT
-from tests.support.jobs import environment
+from tests.support.jobs import Process, environment
 from tests.support.ranks import RankError
 
 pytest.importorskip("transformers")
@@ -32,27 +31,16 @@ from experiments import SCALES, Lab  # noqa: E402
 TEXT = ROOT / "muon_plugin"
 
 
-def execute(out: Path, *options: str) -> str:
-    command = [
-        sys.executable,
-        str(FOLDER / "run.py"),
-        "--scale",
-        "test",
-        "--data",
-        str(TEXT),
-        "--shifted",
-        str(ROOT / "docs"),
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(out), *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def execute(out: Path, *options: str) -> None:
+    texts = ["--data", str(TEXT), "--shifted", str(ROOT / "docs")]
+    with (out / "log").open("w") as log:
+        process = Process(
+            [str(FOLDER / "run.py"), "--scale", "test", *texts, "--out", str(out), *options], environment(), log
+        )
+    try:
+        assert process.wait(timeout=300) == 0, (out / "log").read_text()[-3000:]
+    finally:
+        process.close()
 
 
 @pytest.fixture(scope="module")
