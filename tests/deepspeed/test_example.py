@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.combinations import FULL
 from tests.support.jobs import environment
 
 COMPARE = ROOT / "examples" / "llama" / "compare.py"
@@ -23,7 +24,8 @@ def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_both_optimizers_train_and_are_compared(tmp_path):
     text = Path(sysconfig.get_paths()["stdlib"]) / "tkinter" / "__init__.py"
-    found = compare("--steps", "3", "--data", str(text), "--out", str(tmp_path))
+    processes = "2" if FULL else "1"  # Slurm's tests train with the same script on two nodes
+    found = compare("--steps", "3", "--nproc", processes, "--data", str(text), "--out", str(tmp_path))
     assert found.returncode == 0, found.stdout + found.stderr
     assert "Muon did not reach" in found.stdout or "Muon reached AdamW's final validation loss" in found.stdout
     result = json.loads((tmp_path / "result.json").read_text())
