@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +19,10 @@ def _no_name(group: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _own_shape(p: Tensor) -> tuple[int, ...]:
+    return tuple(p.shape)
+
+
 @dataclass(frozen=True)
 class Host:
     """What the engine around the optimizer requires of it. The defaults are for use without an engine.
@@ -27,12 +33,14 @@ class Host:
         group_keys: further keys that a parameter group may have.
         experts: returns the engine's name of a group of experts that it shards over other ranks than the rest, which
             the group keeps; None for other groups.
+        shape: returns a parameter's whole shape, where the engine has cut the parameter before the optimizer sees it.
     """
 
     momentum: str = "momentum_buffer"
     advice: str = "load the weights alone"
     group_keys: tuple[str, ...] = ()
     experts: Callable[[Mapping[str, Any]], str | None] = _no_name
+    shape: Callable[[Tensor], tuple[int, ...]] = _own_shape
 
 
 #: Engines that may take over an optimizer which was built without one.
@@ -51,11 +59,18 @@ def no_engine() -> Host:
     def experts(group: Mapping[str, Any]) -> str | None:
         return next((name for host in _expected if (name := host.experts(group)) is not None), None)
 
-    return Host(group_keys=tuple(key for host in _expected for key in host.group_keys), experts=experts)
+    def shape(p: Tensor) -> tuple[int, ...]:
+        return next((found for host in _expected if (found := host.shape(p)) != tuple(p.shape)), tuple(p.shape))
+
+    return Host(group_keys=tuple(key for host in _expected for key in host.group_keys), experts=experts, shape=shape)
 
 
 def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """The client's parameter groups, with "params" as (name, parameter) pairs and without frozen parameters."""
+    """The client's parameter groups, with "params" as (name, parameter) pairs and without frozen parameters.
+
+    Raises:
+        ValueError: for no parameters at all, one without a name, or one that is there twice.
+    """
     given = list(params)
     if not given:
         raise ValueError("params is empty: Muon needs model.named_parameters(), or parameter groups of such pairs")
@@ -74,19 +89,17 @@ def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
             if p in seen:
                 raise ValueError(f"parameter {name} is in params twice; allowed: each parameter once")
             seen.add(p)
-    if not seen:
-        raise ValueError("params holds no trainable parameter (requires_grad is false for all of them)")
     return groups
 
 
-def whole_shape(name: str, p: Tensor) -> tuple[int, ...]:
+def check_parameter(name: str, p: Tensor) -> None:
+    """Refuses what is no dense, contiguous tensor of real floating-point numbers."""
     if p.is_complex() or not p.is_floating_point() or p.is_sparse:
         raise ValueError(f"parameter {name} is {p.dtype}, {p.layout}; allowed: dense real floating-point parameters")
     if type(p.data).__name__ == "DTensor":
         raise ValueError(f"parameter {name} is a DTensor; allowed: whole tensors (one process, plain DDP) or an engine")
     if not p.is_contiguous():
         raise ValueError(f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters")
-    return tuple(p.shape)
 
 
 def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -98,11 +111,10 @@ def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -
 def parameter_groups(
     groups: Iterable[Mapping[str, Any]], routing: Routing, settings: Settings, host: Host | None = None
 ) -> list[dict[str, Any]]:
-    """Splits each client group into one of matrices and one of the rest, in an order that depends only on the model.
+    """Splits each of the client's groups into one of matrices and one of the rest, where it has both; in their order.
 
-    Groups with equal options are merged, since ZeRO steps group by group, and ranks are balanced and communication
-    overlaps with computation only within a group. The order must not depend on the world size, because flat groups are
-    resumed by position.
+    Groups are not merged, even if their options are equal: a schedule may tell them apart by position. The order must
+    not depend on the world size, because flat groups are resumed by position.
 
     Args:
         groups: the client's groups, with "params" as (name, parameter) pairs.
@@ -111,16 +123,58 @@ def parameter_groups(
         host: the engine, for its group keys and experts.
     """
     host = host or Host()
-    merged: dict[str, dict[str, Any]] = {}
-    for group in groups:
+    found: list[dict[str, Any]] = []
+    for number, group in enumerate(groups):
         given = {key: value for key, value in group.items() if key != "params"}
         for muon in (True, False):
             members = [p for name, p in group["params"] if (name not in routing.adamw) is muon]
             options = settings.of_group(given, muon, host.group_keys)
             label = "-".join([*([given["name"]] if "name" in given else []), "muon" if muon else "adamw"])
-            label = host.experts(given) or label
-            key = repr((label, options))
+            name = host.experts(given) or label
             if members:
-                into = merged.setdefault(key, {"params": [], "use_muon": muon, "name": label, **options})
-                into["params"] += members
-    return list(merged.values())
+                found.append({"params": members, "use_muon": muon, "name": name, "client_group": number, **options})
+    return found
+
+
+#: What both halves of a client's group are given.
+SHARED = ("lr", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Halved:
+    """A client's group that was split in two.
+
+    Attributes:
+        matrices, rest: the positions of its halves among the optimizer's groups.
+        start: key of `SHARED` -> its values in both when the optimizer was built.
+    """
+
+    matrices: int
+    rest: int
+    start: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def among(cls, groups: Sequence[Mapping[str, Any]], apart: Sequence[str] = ()) -> list[Halved]:
+        """Those among the groups that `parameter_groups` made; `apart` are keys that each half has for itself."""
+        return [
+            cls(i, i + 1, {key: (float(one[key]), float(other[key])) for key in SHARED if key not in apart})
+            for i, (one, other) in enumerate(pairwise(groups))
+            if one["client_group"] == other["client_group"]
+        ]
+
+    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses a rate or a decay that was changed in one half alone, as by a list meant for the client's groups.
+
+        Raises:
+            RuntimeError: with the positions, the values and what to do.
+        """
+        for key, (matrices, rest) in self.start.items():
+            now = float(groups[self.matrices][key]), float(groups[self.rest][key])
+            if not math.isclose(now[0] * rest, now[1] * matrices, rel_tol=1e-6):
+                raise RuntimeError(
+                    f"{key} is {now[0]:g} in param_groups[{self.matrices}] and {now[1]:g} in "
+                    f"param_groups[{self.rest}], the matrices and the rest of one group of yours, which began with "
+                    f"{matrices:g} and {rest:g}. Each group that was given has become one or two of {len(groups)}, "
+                    'with its number as "client_group": change both halves alike. To drive them apart, give the '
+                    "matrices and the rest groups of their own, or set muon_lr and adam_lr"
+                )

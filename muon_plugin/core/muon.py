@@ -6,6 +6,7 @@ tensor is updated, and `update` implements the step of the matrices.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,13 +18,17 @@ from torch.optim import Optimizer
 from . import adamw, report
 from .adamw import AdamWHalf
 from .agreement import agree, together, world_of
-from .groups import Host, layout_digest, named_groups, no_engine, parameter_groups, whole_shape
+from .groups import Halved, Host, check_parameter, layout_digest, named_groups, no_engine, parameter_groups
 from .halves import Call, Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
 from .routing import Routing, route
 from .settings import Settings, scale_for
 from .update import Update
+
+#: What the table says where Muon has nothing to do.
+NO_MATRIX = "no parameter is a matrix of a hidden layer: AdamW trains all of them"
+NOTHING = "no parameter requires gradients: nothing is trained"
 
 
 class Muon(Optimizer):
@@ -76,6 +81,8 @@ class Muon(Optimizer):
         **settings: Any,
     ) -> None:
         self.host = host or no_engine()
+        #: whether an engine decides which tensors are stepped
+        self._in_engine = host is not None
         self._complete = False
         #: empty until the optimizer is attached to its tensors
         self.halves = Halves(MuonHalf(), AdamWHalf())
@@ -87,32 +94,45 @@ class Muon(Optimizer):
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
             checked = Settings.from_dict(settings)
             groups = named_groups(params)
-            whole = {name: whole_shape(name, p) for group in groups for name, p in group["params"]} | dict(shapes or {})
+            names = {p: name for group in groups for name, p in group["params"]}
+            for p, name in names.items():
+                check_parameter(name, p)
+            whole = {name: (shapes or {}).get(name, self.host.shape(p)) for p, name in names.items()}
+            if not whole:  # patterns, which have nothing to match, are no mistake: they may come with another model
+                return checked, [], Routing((), {}, {}, (NOTHING,)), names
             routing = route(whole, model=model, exclude=checked.exclude, split=checked.split)
             one_of_many = host is not None and process_group is not None  # a stage of a pipeline
-            if not routing.matrices and not checked.exclude and not one_of_many:
-                raise ValueError(
-                    f"found no hidden-layer matrices among the {len(whole)} parameters: "
-                    f"{dict(list(routing.adamw.items())[:5])}. Pass whole, unflattened parameters, or use AdamW"
-                )
-            names = {p: name for group in groups for name, p in group["params"]}
+            if not routing.matrices and not one_of_many:
+                routing = replace(routing, notes=(*routing.notes, NO_MATRIX))
             return checked, parameter_groups(groups, routing, checked, self.host), routing, names
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
-        self.settings, groups, self.routing, names = together(prepare, process_group)
+        #: names: parameter -> its name in `routing`
+        self.settings, groups, self.routing, self.names = together(prepare, process_group)
         agree(
             "the model or the settings of Muon",
             [*self.routing.describe(), repr(self.settings)],
             "Build the same model from the same configuration on every rank",
             process_group,
         )
-        super().__init__(groups, {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay})
+        # torch wants a group even if there is nothing to train, as in a reference model.
+        defaults = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
+        super().__init__(groups or [{"params": [], "use_muon": False, "name": "adamw", "client_group": 0}], defaults)
         self._complete = True
-        for group, members in zip(self.param_groups, groups):
-            group["layout"] = layout_digest([names[p] for p in members["params"]], self.routing.shapes)
-        if host is None:
-            self.attach([_whole(i, group["params"], names, process_group) for i, group in enumerate(self.param_groups)])
+        self._groups, self._parameters = self.param_groups, [tuple(group["params"]) for group in self.param_groups]
+        self._set_digests()
+        own_rates = self.settings.muon_lr is not None or self.settings.adam_lr is not None
+        self._halved = Halved.among(self.param_groups, ["lr"] if own_rates else [])
+        if host is None and all(self.routing.shapes[name] == tuple(p.shape) for p, name in self.names.items()):
+            held = [(i, parameters) for i, parameters in enumerate(self._parameters) if parameters]
+            self.attach([_whole(i, parameters, self.names, process_group) for i, parameters in held])
             self._check_replicas = True
+            if not self.routing.matrices:
+                warnings.warn(f"muon_plugin.Muon: {self.routing.notes[-1]}", stacklevel=2)
+
+    def _set_digests(self) -> None:
+        for group, members in zip(self.param_groups, self._parameters, strict=True):
+            group["layout"] = layout_digest([self.names[p] for p in members], self.routing.shapes)
 
     def attach(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
         """Binds the optimizer to the tensors that an engine will step, creates their state and the plans. Collective.
@@ -155,12 +175,24 @@ class Muon(Optimizer):
         self.state.clear()
         self.calls, self.halves, self._check_replicas = (), Halves(MuonHalf(), AdamWHalf()), False
 
-    def hand_over(self, host: Host) -> None:
+    def hand_over(self, host: Host, names: Mapping[Tensor, str]) -> None:
         """Transfers an optimizer that was built without an engine to `host`, whose hooks then call `attach`.
+
+        Args:
+            host: the engine.
+            names: parameter -> its name in the engine's module, which its checkpoints use. The client may have called
+                the same parameter by another name: that of a submodule, or without a wrapper's prefix.
 
         Raises:
             RuntimeError: if it has stepped or restored a checkpoint: the engine's shards start from new state.
+            ValueError: for a parameter that the engine's module does not have.
         """
+        for p, name in self.names.items():
+            if p not in names:
+                raise ValueError(
+                    f"the optimizer holds {name} {list(self.routing.shapes[name])}, which the model given to the "
+                    "engine does not have; allowed: an optimizer of that model's parameters"
+                )
         state = (value for of_tensor in self.state.values() for value in of_tensor.values())
         if any(bool(torch.as_tensor(value).any()) for value in state):
             raise RuntimeError(
@@ -168,7 +200,10 @@ class Muon(Optimizer):
                 "engine around a new Muon, then load the checkpoint through the engine"
             )
         self.detach()
-        self.host = host
+        self.host, self._in_engine = host, True
+        self.routing = self.routing.renamed({name: names[p] for p, name in self.names.items()})
+        self.names = {p: names[p] for p in self.names}
+        self._set_digests()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -178,7 +213,16 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self.calls:
+            if self.names and not self._in_engine:
+                raise RuntimeError(
+                    "an engine has cut the parameters of this Muon: call muon_plugin.register(), give the optimizer "
+                    "to that engine, and step the engine"
+                )
             return loss  # an engine may step once on zeros while it builds its wrapper: that must change nothing
+        if len(self.param_groups) == len(self._parameters):
+            self._groups = self.param_groups  # an engine may leave one group in them for each call
+        for halved in self._halved:
+            halved.check(self._groups)
         if self._check_replicas:
             self._compare_replicas()
         self.halves.step([group for group in self.param_groups if group["params"]], self.state)
@@ -216,11 +260,12 @@ class Muon(Optimizer):
             ValueError: if the saved groups were split differently (another `exclude`, another optimizer).
         """
         self.check_saved(state_dict["param_groups"])
-        if not self.calls:
+        if self.names and not self.calls:
             raise RuntimeError(
                 "Muon is not attached to an engine's tensors yet: load the checkpoint through the engine"
             )
         self.halves.load(self, state_dict, super().load_state_dict)
+        self._groups = self.param_groups  # torch makes new ones
 
     def check_saved(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Checks that saved parameter groups come from this optimizer with the same routing.
@@ -245,15 +290,17 @@ class Muon(Optimizer):
         """One plan for each call with matrices, in order."""
         return self.halves.muon.plans
 
-    def summary(self) -> str:
-        """The start-up table: the parameters of Muon and of AdamW, the plan's balance, bytes and memory."""
+    def summary(self, notes: Sequence[str] = ()) -> str:
+        """The start-up table: Muon's and AdamW's parameters, the plan's balance, bytes and memory; and `notes`."""
+        if not self.names:
+            return f"muon_plugin: {NOTHING}"
         if not self.calls:
             return "muon_plugin: not attached to an engine's tensors yet"
         plans: dict[str, list[Plan]] = {}  # experts are sharded over other ranks than the dense layers
         groups = [self.param_groups[call.group] for call in self.calls]
         for group, plan in zip((group for group in groups if group["use_muon"]), self.plans, strict=True):
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(plan)
-        routing = replace(self.routing, notes=(*self.routing.notes, *self.settings.notes))
+        routing = replace(self.routing, notes=(*self.routing.notes, *self.settings.notes, *notes))
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
 
 

@@ -84,9 +84,14 @@ def options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def label(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:
-    """A group's name; with its half, where DeepSpeed's MoE wants the same name for both."""
-    shared = sum(other["name"] == group["name"] for other in groups) > 1
-    return f"{group['name']}-{'muon' if group['use_muon'] else 'adamw'}" if shared else str(group["name"])
+    """A group's name; where others have the same, with its half (DeepSpeed's MoE wants one name for both) and place."""
+    same = [(i, other) for i, other in enumerate(groups) if other["name"] == group["name"]]
+    if len(same) == 1:
+        return str(group["name"])
+    half = "muon" if group["use_muon"] else "adamw"
+    name = str(group["name"]) if str(group["name"]).endswith(half) else f"{group['name']}-{half}"
+    alike = [(i, other) for i, other in same if other["use_muon"] == group["use_muon"]]
+    return name if len(alike) == 1 else next(f"{name}[{i}]" for i, other in alike if other is group)
 
 
 def si(amount: float) -> str:

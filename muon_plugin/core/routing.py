@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from typing import Any
@@ -63,6 +63,18 @@ class Routing:
             ways[matrix.parameter] = ways.get(matrix.parameter, "") + f"[{matrix.rows}x{matrix.cols}]"
         return [f"{name} {list(shape)}: {ways[name]}" for name, shape in self.shapes.items()]
 
+    def renamed(self, names: Mapping[str, str]) -> Routing:
+        """The same ways under other names; `names` has a name for every parameter."""
+        return replace(
+            self,
+            matrices=tuple(
+                replace(m, name=names[m.parameter] + m.name[len(m.parameter) :], parameter=names[m.parameter])
+                for m in self.matrices
+            ),
+            adamw={names[name]: why for name, why in self.adamw.items()},
+            shapes={names[name]: shape for name, shape in self.shapes.items()},
+        )
+
 
 def route(
     shapes: Mapping[str, tuple[int, ...]],
@@ -83,14 +95,16 @@ def route(
         ValueError: a pattern that matches nothing, or a split that does not fit a shape it matches.
     """
     split = dict(split or {})
-    _check_patterns(shapes, exclude, split)
-    modules, heads = _modules_of(model, shapes), _tables(model)
+    modules, heads, names = _modules_of(model, shapes), _tables(model), _all_names(model)
+    _check_patterns(shapes, exclude, split, names)
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
     notes: list[str] = []
     for name, shape in shapes.items():
         module, config = modules.get(name, (None, None))
-        why = heads.get(name) or _not_a_matrix(name, shape, module, exclude)
+        known = [(alias, modules.get(alias, (None, None))[0]) for alias in names.get(name, [name])]
+        reasons = (_not_a_matrix(alias, shape, of_alias, exclude) for alias, of_alias in known)
+        why = heads.get(name) or next(filter(None, reasons), None)
         if why is not None:
             adamw[name] = why
             continue
@@ -111,9 +125,11 @@ def route(
     return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
 
 
-def _check_patterns(shapes: Iterable[str], exclude: Sequence[str], split: Iterable[str]) -> None:
+def _check_patterns(
+    shapes: Iterable[str], exclude: Sequence[str], split: Iterable[str], all_names: Mapping[str, Sequence[str]]
+) -> None:
     """Refuses a pattern that matches no parameter."""
-    names = list(shapes)
+    names = [alias for name in shapes for alias in all_names.get(name, [name])]
     for key, patterns in (("exclude", exclude), ("split", split)):
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
@@ -169,6 +185,14 @@ def _owners(model: nn.Module | None) -> dict[str, tuple[nn.Module, Any]]:
         for name, _ in module.named_parameters(recurse=False):
             found[f"{prefix}.{name}" if prefix else name] = module, config
     return found
+
+
+def _all_names(model: nn.Module | None) -> dict[str, list[str]]:
+    """First name of each parameter -> all its names: a tied weight is an embedding, or a head, by any of them."""
+    found: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False) if model is not None else ():
+        found.setdefault(id(p), []).append(name)
+    return {names[0]: names for names in found.values()}
 
 
 def _tables(model: nn.Module | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ..core.muon import Muon
 from ..core.settings import Settings
 from . import tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
-from .host import HOST
+from .host import HOST, whole_shape
 from .monitor import watch
 from .refusals import check_supported
 from .shards import calls, holdings
@@ -38,7 +38,7 @@ def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: 
         return  # every stage has a model of its own: the ranks of one compare theirs when the optimizer is built
     agree(
         "the model",
-        [f"{name} {list(tensor_parallel.full_shape(p))} {p.dtype}" for name, p in model.named_parameters()],
+        [f"{name} {list(whole_shape(p))} {p.dtype}" for name, p in model.named_parameters()],
         "Build the same model from the same configuration on every rank",
     )
 
@@ -52,7 +52,8 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})
 
     params, options = together(prepare)
-    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, engine.param_names))
+    trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
+    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, trainable))
     shapes = {name: partition.shape for name, partition in engine._muon_partitions.items()}
     stage = engine.seq_data_parallel_group if engine.pipeline_parallelism else None
     muon = Muon(params, model=engine.module, process_group=stage, host=HOST, shapes=shapes, **options)
@@ -72,7 +73,7 @@ def _configure_optimizer(
     def taken_over(optimizer: Any) -> Any:
         if isinstance(optimizer, Muon):
             together(lambda: check_supported(engine))
-            optimizer.hand_over(HOST)
+            together(lambda: optimizer.hand_over(HOST, engine.param_names))
         else:
             _refuse_remade(optimizer)  # not together: no collectives for engines without Muon; all ranks do the same
         return optimizer
@@ -84,7 +85,7 @@ def _configure_optimizer(
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         return
-    names, tp = engine.param_names, tensor_parallel.group_of(engine)
+    names, tp = muon.names, tensor_parallel.group_of(engine)
     partitions = getattr(
         engine, "_muon_partitions", None
     )  # on all ranks or on none: not yet there for a client's own optimizer
@@ -98,7 +99,16 @@ def _configure_optimizer(
     check_before_loading(engine.optimizer, muon)
     watch(engine)
     if world_of(None)[0] == 0:
-        print(muon.summary(), flush=True)
+        print(muon.summary(_left_out(engine, muon)), flush=True)
+
+
+def _left_out(engine: Any, muon: Muon) -> list[str]:
+    """A note on parameters that are trainable, but in no optimizer: DeepSpeed trains only those that it was given."""
+    names = [name for p, name in engine.param_names.items() if p.requires_grad and p not in muon.names]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"{len(names)} parameters require gradients but are not in the optimizer, and are not trained: {shown}"]
 
 
 def _refuse_remade(optimizer: Any) -> None:

@@ -13,6 +13,11 @@ def _experts(group: Mapping[str, Any]) -> str | None:
     return str(group["name"]) if group.get("moe") else None
 
 
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape before ZeRO-3 cut the parameter: afterwards, and under ``zero.Init`` from the start, it looks empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 #: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.
 HOST = Host(
     momentum="exp_avg",
@@ -20,5 +25,6 @@ HOST = Host(
     "state that both optimizers share; or load only the weights (load_module_only=True)",
     group_keys=("moe",),
     experts=_experts,
+    shape=whole_shape,
 )
 expect(HOST)  # a client's own Muon, which `deepspeed.initialize(optimizer=...)` takes over

@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.lr_schedules import WarmupLR
 
 from ..core.checks import Refusal, refuse
 
@@ -112,9 +113,18 @@ def _one_rate_schedulers(engine: Any) -> list[Refusal]:
     options, name = engine.optimizer_params() or {}, engine.scheduler_name()
     schedule = engine.scheduler_params() or {}
     ends = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
-    overrides = name in {*ends, "LRRangeTest"} and not isinstance(schedule.get(ends.get(name)), list)
+    end = schedule.get(ends.get(name))
+    own = isinstance(end, list) or (name == "WarmupLR" and end is None and _warms_up_to_each_rate())
+    overrides = name in {*ends, "LRRangeTest"} and not own
     advice = f"it without the scheduler {name}, which sets one rate for all"
     return [Refusal(key, options.get(key), overrides and key in options, advice) for key in ("muon_lr", "adam_lr")]
+
+
+def _warms_up_to_each_rate() -> bool:
+    """Whether WarmupLR without warmup_max_lr ends at each group's own rate (from #8171 on), or at the first group's."""
+    rates = [1.0, 2.0]
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
+    return bool(WarmupLR(torch.optim.SGD(groups)).max_lrs == rates)
 
 
 def _on_nvme(zero: Any) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.agreement import agree
 from ..core.layout import Block, Partition, Strided
+from .host import whole_shape
 
 
 def group_of(engine: Any) -> Any:
@@ -29,23 +30,18 @@ def group_of(engine: Any) -> Any:
 
 
 def cuts(engine: Any, names: Mapping[Tensor, str]) -> dict[str, Partition]:
-    """Name -> how tensor parallelism partitions it, for every trainable parameter.
+    """Name -> how tensor parallelism partitions it, for each of these parameters.
 
     Raises:
         ValueError: for one that is partitioned in a way that nobody describes.
     """
     group = group_of(engine)
     size = 1 if group is None else dist.get_world_size(group)
-    return {name: _partition(name, p, size) for p, name in names.items() if p.requires_grad}
-
-
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape before ZeRO-3 cut the parameter: afterwards, and under ``zero.Init`` from the start, it looks empty."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return {name: _partition(name, p, size) for p, name in names.items()}
 
 
 def _partition(name: str, p: Tensor, size: int) -> Partition:
-    shape = full_shape(p)
+    shape = whole_shape(p)
     if size == 1 or not _is_cut(p):
         return Partition.of(name, shape)
     if getattr(p, "ds_autotp_universal_checkpoint_meta", None):
@@ -117,7 +113,7 @@ def compare_replicas(names: Mapping[Tensor, str], group: Any) -> None:
     for p, name in names.items():
         if p.requires_grad and not _is_cut(p):
             tensor = getattr(p, "ds_tensor", p).detach()
-            lines.append(f"{name} {list(full_shape(p))} with the sum {tensor.double().sum().item()}")
+            lines.append(f"{name} {list(whole_shape(p))} with the sum {tensor.double().sum().item()}")
     agree(
         "parameters that no tensor parallelism cuts",
         lines,

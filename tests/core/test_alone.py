@@ -129,9 +129,25 @@ def test_each_half_has_its_own_learning_rate():
     assert {group["use_muon"]: group["lr"] for group in muon.param_groups} == {True: 0.02, False: 0.003}
 
 
-def test_a_model_without_matrices_is_refused():
-    with pytest.raises(ValueError, match="found no hidden-layer matrices"):
-        Muon([("a", nn.Parameter(torch.zeros(8)))])
+def test_a_model_without_matrices_is_trained_by_adamw_and_told():
+    """Prompt tuning, a head alone, or parameters that something has flattened."""
+    p = nn.Parameter(torch.zeros(8))
+    with pytest.warns(UserWarning, match="no parameter is a matrix of a hidden layer: AdamW trains all of them"):
+        muon = Muon([("a", p)], lr=0.02, weight_decay=0.0)
+    p.grad = torch.ones(8)
+    muon.step()
+    assert p.detach() == pytest.approx(-0.02, rel=1e-4)
+    assert "note: no parameter is a matrix of a hidden layer" in muon.summary()
+
+
+def test_a_model_with_nothing_to_train_is_left_as_it_is():
+    """A reference model that is given the configuration of the trained one, with its patterns."""
+    model = layers().requires_grad_(False)
+    with pytest.warns(UserWarning, match="no parameter requires gradients: nothing is trained"):
+        muon = Muon(model.named_parameters(), exclude=["up"], split={"down": 2})
+    muon.step()
+    muon.load_state_dict(muon.state_dict())
+    assert muon.summary() == "muon_plugin: no parameter requires gradients: nothing is trained"
 
 
 def test_a_scalar_parameter_loads():
@@ -174,6 +190,41 @@ def test_a_state_of_another_routing_is_refused():
     saved = Muon(a.named_parameters()).state_dict()
     with pytest.raises(ValueError, match="the checkpoint's optimizer has"):
         Muon(b.named_parameters(), exclude=["up"]).load_state_dict(saved)
+
+
+def test_groups_of_the_client_are_kept_in_their_order():
+    """Equal options are no reason to merge them: a schedule may tell them apart by position."""
+    named = list(layers().named_parameters())
+    muon = Muon([{"params": named[:2]}, {"params": named[2:]}], lr=0.02)
+    names = [[muon.names[p] for p in group["params"]] for group in muon.param_groups]
+    assert [g["client_group"] for g in muon.param_groups] == sorted(g["client_group"] for g in muon.param_groups)
+    for number, given in enumerate((named[:2], named[2:])):
+        found = [n for of, g in zip(names, muon.param_groups) if g["client_group"] == number for n in of]
+        assert sorted(found) == sorted(name for name, _ in given)
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+def test_a_schedule_for_the_clients_groups_by_position_does_not_reach_the_wrong_half(key):
+    """A list of the client's length must not set the rate of one half alone."""
+    model = layers()
+    muon = Muon([{"params": list(model.named_parameters())}], lr=0.02)
+    random_gradients(model, 0)
+    for group in muon.param_groups:
+        group[key] *= 0.5
+    muon.step()
+    muon.param_groups[0][key] = 0.001
+    with pytest.raises(RuntimeError, match=rf"{key} is 0\.001 in param_groups\[0\] and 0\.\d+ in param_groups\[1\]"):
+        muon.step()
+
+
+def test_halves_with_rates_of_their_own_are_scheduled_apart():
+    model = layers()
+    muon = Muon(model.named_parameters(), muon_lr=0.02, adam_lr=0.003)
+    random_gradients(model, 0)
+    muon.param_groups[0]["lr"] = 0.5
+    muon.step()
+    with pytest.raises(ValueError, match="Expected 2 lr_lambdas, but got 1"):
+        torch.optim.lr_scheduler.LambdaLR(muon, [lambda step: 1.0])
 
 
 def test_groups_can_not_be_added_later():
@@ -219,7 +270,6 @@ def test_bad_settings_are_refused(settings, match):
         (lambda: [{"params": list(layers().named_parameters()), "ns_steps": 3}], "a parameter group sets ns_steps=3"),
         (lambda: [{"params": list(layers().named_parameters()), "lr": -3}], "param group lr=-3"),
         (lambda: [("a", p) for p in [nn.Parameter(torch.randn(3, 3))] * 2], "twice"),
-        (lambda: [("a", nn.Parameter(torch.randn(3, 3), requires_grad=False))], "no trainable parameter"),
         (lambda: [("a", nn.Parameter(torch.randn(3, 5).T))], "not contiguous"),
         (lambda: [("a", nn.Parameter(torch.randn(3, 3, dtype=torch.complex64)))], "complex"),
     ],
@@ -295,14 +345,14 @@ def test_offload_keeps_the_bits_and_puts_the_direction_in_the_gradients_place(ne
 def test_momentum_is_not_lost_when_an_engine_takes_the_optimizer_over(how):
     model = layers()
     muon = Muon(model.named_parameters(), lr=0.02)
-    Muon(model.named_parameters(), lr=0.02).hand_over(muon.host)  # a new one may go
+    Muon(model.named_parameters(), lr=0.02).hand_over(muon.host, muon.names)  # a new one may go
     random_gradients(model, 0)
     muon.step()
     if how == "loaded":
         saved, muon = muon.state_dict(), Muon(model.named_parameters(), lr=0.02)
         muon.load_state_dict(saved)
     with pytest.raises(RuntimeError, match="the engine would discard its momentum"):
-        muon.hand_over(muon.host)
+        muon.hand_over(muon.host, muon.names)
 
 
 def test_a_checkpoint_is_not_lost_in_an_optimizer_that_waits_for_its_engine():

@@ -272,3 +272,18 @@ def test_three_dimensions_that_are_no_experts_go_to_adamw():
 def test_a_model_of_other_names_is_refused():
     with pytest.raises(ValueError, match=r"model has no parameter a\.weight"):
         route({"a.weight": (8, 4)}, model=nn.ModuleDict({"b": nn.Linear(4, 8)}))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_tied_weight_is_an_embedding_by_any_of_its_names(head_first):
+    """`named_parameters()` gives one name, the first registered, which may say nothing of the table."""
+    table, decoder = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False)
+    decoder.weight = table.weight
+    parts = {"tok": table, "decoder": decoder, "up": nn.Linear(16, 24)}
+    model = nn.ModuleDict(dict(reversed(parts.items())) if head_first else parts)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    routing = route(shapes, model=model)
+    assert {m.parameter for m in routing.matrices} == {"up.weight"}
+    assert routing.adamw["decoder.weight" if head_first else "tok.weight"] == "embedding"
+    for pattern in ("tok", "decoder"):  # both names may be excluded by
+        assert route(shapes, model=model, exclude=[pattern]).adamw.keys() == routing.adamw.keys()
