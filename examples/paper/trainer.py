@@ -154,10 +154,11 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         "baseline": ("none", run.update_rms * math.sqrt(run.hidden)),
         "update norm": ("update_norm", run.update_rms / 0.2),
     }[run.scaling]
-    optimizer = muon_plugin.Muon(groups, lr=run.lr, weight_decay=run.weight_decay, adjust_lr_fn=rule, model=model)
+    # The update is scaled, the decay is not: lr (factor u + wd w).
+    rates = {"lr": run.lr, "muon_lr": run.lr * factor}
+    optimizer = muon_plugin.Muon(groups, weight_decay=run.weight_decay, adjust_lr_fn=rule, model=model, **rates)
     for group in optimizer.param_groups:
-        if group["use_muon"]:  # the update is scaled, the decay is not: lr (factor u + wd w)
-            group["lr"] *= factor
+        if group["use_muon"]:
             group["weight_decay"] /= factor
     return optimizer
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .routing import Routing
+from .routing import Routing, layer_types
 from .settings import Settings
 
 
@@ -34,6 +34,8 @@ class Host:
         experts: returns the engine's name of a group of experts that it shards over other ranks than the rest, which
             the group keeps; None for other groups.
         shape: returns a parameter's whole shape, where the engine has cut the parameter before the optimizer sees it.
+        layers: returns number -> class of a model's layers, as `routing.layer_types` does: a pipeline's stage holds
+            only some of them.
     """
 
     momentum: str = "momentum_buffer"
@@ -41,6 +43,7 @@ class Host:
     group_keys: tuple[str, ...] = ()
     experts: Callable[[Mapping[str, Any]], str | None] = _no_name
     shape: Callable[[Tensor], tuple[int, ...]] = _own_shape
+    layers: Callable[[nn.Module | None], Mapping[str, Any]] = layer_types
 
 
 #: Engines that may take over an optimizer which was built without one.
@@ -62,7 +65,12 @@ def no_engine() -> Host:
     def shape(p: Tensor) -> tuple[int, ...]:
         return next((found for host in _expected if (found := host.shape(p)) != tuple(p.shape)), tuple(p.shape))
 
-    return Host(group_keys=tuple(key for host in _expected for key in host.group_keys), experts=experts, shape=shape)
+    def layers(model: nn.Module | None) -> Mapping[str, Any]:
+        own = layer_types(model)
+        return next((found for host in _expected if (found := host.layers(model)) != own), own)
+
+    keys = tuple(key for host in _expected for key in host.group_keys)
+    return Host(group_keys=keys, experts=experts, shape=shape, layers=layers)
 
 
 def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -154,10 +162,10 @@ class Halved:
     start: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def among(cls, groups: Sequence[Mapping[str, Any]], apart: Sequence[str] = ()) -> list[Halved]:
-        """Those among the groups that `parameter_groups` made; `apart` are keys that each half has for itself."""
+    def among(cls, groups: Sequence[Mapping[str, Any]]) -> list[Halved]:
+        """Those among the groups that `parameter_groups` made."""
         return [
-            cls(i, i + 1, {key: (float(one[key]), float(other[key])) for key in SHARED if key not in apart})
+            cls(i, i + 1, {key: (float(one[key]), float(other[key])) for key in SHARED})
             for i, (one, other) in enumerate(pairwise(groups))
             if one["client_group"] == other["client_group"]
         ]

@@ -100,7 +100,9 @@ class Muon(Optimizer):
             whole = {name: (shapes or {}).get(name, self.host.shape(p)) for p, name in names.items()}
             if not whole:  # patterns, which have nothing to match, are no mistake: they may come with another model
                 return checked, [], Routing((), {}, {}, (NOTHING,)), names
-            routing = route(whole, model=model, exclude=checked.exclude, split=checked.split)
+            routing = route(
+                whole, model=model, exclude=checked.exclude, split=checked.split, layers=self.host.layers(model)
+            )
             one_of_many = host is not None and process_group is not None  # a stage of a pipeline
             if not routing.matrices and not one_of_many:
                 routing = replace(routing, notes=(*routing.notes, NO_MATRIX))
@@ -121,8 +123,8 @@ class Muon(Optimizer):
         self._complete = True
         self._groups, self._parameters = self.param_groups, [tuple(group["params"]) for group in self.param_groups]
         self._set_digests()
-        own_rates = self.settings.muon_lr is not None or self.settings.adam_lr is not None
-        self._halved = Halved.among(self.param_groups, ["lr"] if own_rates else [])
+        apart = self.settings.muon_lr is not None or self.settings.adam_lr is not None
+        self._halved = [] if apart else Halved.among(self.param_groups)
         if host is None and all(self.routing.shapes[name] == tuple(p.shape) for p, name in self.names.items()):
             held = [(i, parameters) for i, parameters in enumerate(self._parameters) if parameters]
             self.attach([_whole(i, parameters, self.names, process_group) for i, parameters in held])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import takewhile
@@ -82,6 +82,7 @@ def route(
     model: nn.Module | None = None,
     exclude: Sequence[str] = (),
     split: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
 ) -> Routing:
     """Decides for every parameter.
 
@@ -90,6 +91,8 @@ def route(
         model: looked into for module types and its config; without it, names alone decide.
         exclude: shell-style patterns (``*.router.*``, or a part of the name) of parameters that go to AdamW.
         split: pattern -> how a fused projection is cut (see `SPLIT_HELP`); the first match wins over the defaults.
+        layers: number -> class of all layers, where names begin with their number and `model` holds only some of them;
+            by default those of `model`. The last ones, of classes that occur once, are no blocks and may be heads.
 
     Raises:
         ValueError: a pattern that matches nothing, or a split that does not fit a shape it matches.
@@ -97,13 +100,14 @@ def route(
     split = dict(split or {})
     modules, heads, names = _modules_of(model, shapes), _tables(model), _all_names(model)
     _check_patterns(shapes, exclude, split, names)
+    ends = _last_layers(layer_types(model) if layers is None else layers)
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
     notes: list[str] = []
     for name, shape in shapes.items():
         module, config = modules.get(name, (None, None))
         known = [(alias, modules.get(alias, (None, None))[0]) for alias in names.get(name, [name])]
-        reasons = (_not_a_matrix(alias, shape, of_alias, exclude) for alias, of_alias in known)
+        reasons = (_not_a_matrix(alias, shape, of_alias, exclude, ends) for alias, of_alias in known)
         why = heads.get(name) or next(filter(None, reasons), None)
         if why is not None:
             adamw[name] = why
@@ -187,6 +191,17 @@ def _owners(model: nn.Module | None) -> dict[str, tuple[nn.Module, Any]]:
     return found
 
 
+def layer_types(model: nn.Module | None) -> dict[str, type[nn.Module]]:
+    """Number -> class, of a model that is a sequence of layers: then names begin with a layer's number."""
+    return {name: type(layer) for name, layer in model.named_children() if name.isdigit()} if model is not None else {}
+
+
+def _last_layers(layers: Mapping[str, Any]) -> set[str]:
+    """The numbers of the layers after the last block."""
+    numbers, kinds = list(layers), list(layers.values())
+    return set(takewhile(lambda number: kinds.count(layers[number]) == 1, reversed(numbers)))
+
+
 def _all_names(model: nn.Module | None) -> dict[str, list[str]]:
     """First name of each parameter -> all its names: a tied weight is an embedding, or a head, by any of them."""
     found: dict[int, list[str]] = {}
@@ -215,7 +230,9 @@ def _owner(name: str) -> str:
     return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
 
 
-def _not_a_matrix(name: str, shape: tuple[int, ...], module: nn.Module | None, exclude: Iterable[str]) -> str | None:
+def _not_a_matrix(
+    name: str, shape: tuple[int, ...], module: nn.Module | None, exclude: Iterable[str], ends: Collection[str]
+) -> str | None:
     if any(_matches(name, pattern) for pattern in exclude):
         return "excluded"
     if len(shape) < 2 or 0 in shape:
@@ -227,7 +244,7 @@ def _not_a_matrix(name: str, shape: tuple[int, ...], module: nn.Module | None, e
         return "embedding"
     if NOT_MATRICES.search(parts[-1]):
         return "a table or a bias"
-    outside = [*takewhile(lambda part: not part.isdigit(), parts)]
+    outside = [*takewhile(lambda part: not part.isdigit(), parts[1:] if parts[0] in ends else parts)]
     if set(parts) & HEADS or set(outside) & OUTER_HEADS:
         return "output head"
     experts = "expert" in name.lower() or "expert" in type(module).__name__.lower()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.groups import Host, expect
+from ..core.routing import layer_types
 
 
 def _experts(group: Mapping[str, Any]) -> str | None:
@@ -18,6 +19,14 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _layers(model: Any) -> dict[str, Any]:
+    """Of a PipelineModule, of which a stage holds some layers; else those of the model. Functions are layers too."""
+    specs = getattr(model, "_layer_specs", None)
+    if specs is None:
+        return layer_types(model)
+    return {str(number): getattr(spec, "typename", type(spec)) for number, spec in enumerate(specs)}
+
+
 #: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.
 HOST = Host(
     momentum="exp_avg",
@@ -26,5 +35,6 @@ HOST = Host(
     group_keys=("moe",),
     experts=_experts,
     shape=whole_shape,
+    layers=_layers,
 )
 expect(HOST)  # a client's own Muon, which `deepspeed.initialize(optimizer=...)` takes over

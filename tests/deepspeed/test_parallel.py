@@ -15,7 +15,15 @@ from tests.support.deepspeed_runs import convert
 from tests.support.integers import build, config, differing, gradient
 from tests.support.integers import trained as trained_on_integers
 from tests.support.monitored import written
-from tests.support.parallel_models import Block, Experts, Stage, described, in_a_pipeline, with_experts
+from tests.support.parallel_models import (
+    Block,
+    Experts,
+    Stage,
+    described,
+    in_a_pipeline,
+    routed_in_a_pipeline,
+    with_experts,
+)
 from tests.support.ranks import RankError
 
 CUT = {
@@ -246,6 +254,15 @@ def test_a_pipeline_changes_no_bit(ranks, stage, dtype, world, stages):
         seen |= set(found)
         assert differing(found, {name: alone[name] for name in found}) == []
     assert seen == set(alone)
+
+
+def test_the_head_of_a_pipeline_is_a_head_and_its_blocks_are_not(ranks):
+    """Names begin with a layer's number, and a stage has only some of the layers."""
+    blocks = [{f"{layer}.fc.weight": "", f"{layer}.output.weight": ""} for layer in (1, 2)]
+    assert ranks(2, apart="pipeline").run(routed_in_a_pipeline, config(1, gas=2)) == [
+        {"0.weight": "embedding"} | blocks[0],
+        blocks[1] | {"3.head.weight": "output head"},
+    ]
 
 
 def watched_in_a_pipeline(rank: int, settings: dict[str, Any], stages: int, folder: Path) -> None:

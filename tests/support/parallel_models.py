@@ -161,3 +161,30 @@ def in_a_pipeline(rank: int, settings: dict[str, Any], stages: int) -> dict[str,
         rows = [(torch.tensor([[0.0, step, micro]]).requires_grad_(), torch.zeros(1)) for micro in range(2)]
         engine.train_batch(iter(rows))
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class NamedLikeHeads(nn.Module):
+    """A block with the names of a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.output = nn.Linear(8, 12), nn.Linear(12, 8)
+
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 40, bias=False)
+
+
+def routed_in_a_pipeline(rank: int, settings: dict[str, Any]) -> dict[str, str]:
+    """Of this rank's stage: parameter -> why AdamW trains it, "" for matrices; without vectors."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.init_distributed("gloo")
+    layers = [LayerSpec(nn.Embedding, 40, 8), LayerSpec(NamedLikeHeads), LayerSpec(NamedLikeHeads), LayerSpec(Last)]
+    model = PipelineModule(layers, num_stages=2, loss_fn=nn.functional.cross_entropy, partition_method="uniform")
+    engine = build(rank, settings, model, model_parameters=list(model.parameters()))
+    routing = engine.basic_optimizer.routing
+    return {name: routing.adamw.get(name, "") for name, shape in routing.shapes.items() if len(shape) > 1}
