@@ -119,7 +119,7 @@ def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -
 def parameter_groups(
     groups: Iterable[Mapping[str, Any]], routing: Routing, settings: Settings, host: Host | None = None
 ) -> list[dict[str, Any]]:
-    """Splits each of the client's groups into one of matrices and one of the rest, where it has both; in their order.
+    """The client's groups in their order; each that holds both matrices and other parameters becomes two.
 
     Groups are not merged, even if their options are equal: a schedule may tell them apart by position. The order must
     not depend on the world size, because flat groups are resumed by position.

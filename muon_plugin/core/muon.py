@@ -121,20 +121,21 @@ class Muon(Optimizer):
         defaults = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
         super().__init__(groups or [{"params": [], "use_muon": False, "name": "adamw", "client_group": 0}], defaults)
         self._complete = True
-        self._groups, self._parameters = self.param_groups, [tuple(group["params"]) for group in self.param_groups]
+        #: all groups, also while an engine leaves one of them in `param_groups` for each call of `step`
+        self._groups = self.param_groups
         self._set_digests()
         apart = self.settings.muon_lr is not None or self.settings.adam_lr is not None
         self._halved = [] if apart else Halved.among(self.param_groups)
         if host is None and all(self.routing.shapes[name] == tuple(p.shape) for p, name in self.names.items()):
-            held = [(i, parameters) for i, parameters in enumerate(self._parameters) if parameters]
+            held = [(i, group["params"]) for i, group in enumerate(self.param_groups) if group["params"]]
             self.attach([_whole(i, parameters, self.names, process_group) for i, parameters in held])
             self._check_replicas = True
             if not self.routing.matrices:
                 warnings.warn(f"muon_plugin.Muon: {self.routing.notes[-1]}", stacklevel=2)
 
     def _set_digests(self) -> None:
-        for group, members in zip(self.param_groups, self._parameters, strict=True):
-            group["layout"] = layout_digest([self.names[p] for p in members], self.routing.shapes)
+        for group in self.param_groups:
+            group["layout"] = layout_digest([self.names[p] for p in group["params"]], self.routing.shapes)
 
     def attach(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
         """Binds the optimizer to the tensors that an engine will step, creates their state and the plans. Collective.
@@ -221,8 +222,6 @@ class Muon(Optimizer):
                     "to that engine, and step the engine"
                 )
             return loss  # an engine may step once on zeros while it builds its wrapper: that must change nothing
-        if len(self.param_groups) == len(self._parameters):
-            self._groups = self.param_groups  # an engine may leave one group in them for each call
         for halved in self._halved:
             halved.check(self._groups)
         if self._check_replicas:

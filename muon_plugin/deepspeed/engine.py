@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from .. import watchdog
 from ..core import phases
 from ..core.agreement import agree, together, world_of
+from ..core.layout import Partition
 from ..core.muon import Muon
 from ..core.settings import Settings
 from . import tensor_parallel
@@ -91,6 +92,7 @@ def _configure_optimizer(
     )  # on all ranks or on none: not yet there for a client's own optimizer
     if partitions is None:
         partitions = together(lambda: tensor_parallel.cuts(engine, names))
+    together(lambda: _check_whole(muon, partitions))
     tensor_parallel.compare_replicas(names, tp)
     found = together(lambda: calls(engine, names))
     muon.attach(holdings(found, names, partitions, tp), torch.device(engine.device))
@@ -100,6 +102,18 @@ def _configure_optimizer(
     watch(engine)
     if world_of(None)[0] == 0:
         print(muon.summary(_left_out(engine, muon)), flush=True)
+
+
+def _check_whole(muon: Muon, partitions: Mapping[str, Partition]) -> None:
+    """Refuses a client's Muon that was built for the parts of matrices that tensor parallelism left on this rank."""
+    for name, partition in partitions.items():
+        shape = muon.routing.shapes.get(name, partition.shape)
+        if tuple(shape) != tuple(partition.shape):
+            raise ValueError(
+                f"optimizer=Muon was built for {name} {list(shape)}, which tensor parallelism has cut from "
+                f'{list(partition.shape)}; allowed: "optimizer": {{"type": "Muon"}} in the DeepSpeed JSON, which knows '
+                "the whole matrices"
+            )
 
 
 def _left_out(engine: Any, muon: Muon) -> list[str]:

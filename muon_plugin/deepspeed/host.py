@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from ..core.groups import Host, expect
 from ..core.routing import layer_types
 
@@ -20,11 +22,12 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def _layers(model: Any) -> dict[str, Any]:
-    """Of a PipelineModule, of which a stage holds some layers; else those of the model. Functions are layers too."""
+    """All layers of a PipelineModule, of which a stage holds some; of another model, those that it holds."""
     specs = getattr(model, "_layer_specs", None)
     if specs is None:
         return layer_types(model)
-    return {str(number): getattr(spec, "typename", type(spec)) for number, spec in enumerate(specs)}
+    kinds = {str(number): getattr(spec, "typename", type(spec)) for number, spec in enumerate(specs)}
+    return {number: kind for number, kind in kinds.items() if issubclass(kind, nn.Module)}  # others are functions
 
 
 #: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.

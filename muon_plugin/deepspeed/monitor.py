@@ -43,7 +43,7 @@ class StepMonitor:
             Part(report.label(muon.param_groups[call.group], muon.param_groups), call.shards, call.process_group)
             for call in muon.calls
         ]
-        tied = [name for p, name in self._engine.param_names.items() if getattr(p, "ds_pipe_replicated", False)]
+        tied = [name for p, name in muon.names.items() if getattr(p, "ds_pipe_replicated", False)]
         return Measure(parts, muon.routing.shapes, tied)
 
     def step(self, original: Callable[..., None], *args: Any) -> None:

@@ -262,7 +262,7 @@ def test_megatron_survives_a_cancelled_step_and_the_signal(submit, folder):
     assert differing(megatron_state(out), megatron_state(folder / "whole")) == []
 
 
-@pytest.mark.skipif(not FULL, reason="FULL=1; the tests above requeue and resume, test_clients.py has the launcher")
+@pytest.mark.skipif(not FULL, reason="FULL=1; the tests above requeue and resume after other faults")
 def test_the_deepspeed_launcher_survives_a_lost_node(submit, sweep, folder):
     """`deepspeed --launcher slurm` with its hostfile; then a node is gone, and Slurm itself requeues the job."""
     out = folder / "launcher"

@@ -10,6 +10,7 @@ from torch import nn
 
 from muon_plugin.core.layout import Shard, Strided, pieces
 from muon_plugin.core.routing import route
+from tests.support.parallel_models import Last, NamedLikeHeads
 
 pytestmark = pytest.mark.fast
 
@@ -289,21 +290,9 @@ def test_a_tied_weight_is_an_embedding_by_any_of_its_names(head_first):
         assert route(shapes, model=model, exclude=[pattern]).adamw.keys() == routing.adamw.keys()
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.output = nn.Linear(8, 12), nn.Linear(12, 8)
-
-
-class Last(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 40, bias=False)
-
-
 def test_heads_are_known_where_names_begin_with_the_number_of_a_layer():
     """nn.Sequential, DeepSpeed's pipelines: the last layers, of classes that occur once, are no blocks."""
-    model = nn.Sequential(nn.Embedding(40, 8), Block(), Block(), Last())
+    model = nn.Sequential(nn.Embedding(40, 8), NamedLikeHeads(), NamedLikeHeads(), Last())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     blocks = {f"{i}.{name}.weight" for i in (1, 2) for name in ("fc", "output")}
     routing = route(shapes, model=model)
@@ -312,6 +301,6 @@ def test_heads_are_known_where_names_begin_with_the_number_of_a_layer():
     # A stage holds one block, and knows from the pipeline that there are others.
     stage = nn.ModuleDict({"2": model[2], "3": model[3]})
     shapes = {name: tuple(p.shape) for name, p in stage.named_parameters()}
-    layers = {"0": nn.Embedding, "1": Block, "2": Block, "3": Last}
+    layers = {"0": nn.Embedding, "1": NamedLikeHeads, "2": NamedLikeHeads, "3": Last}
     routing = route(shapes, model=stage, layers=layers)
     assert {m.parameter for m in routing.matrices} == {"2.fc.weight", "2.output.weight"}

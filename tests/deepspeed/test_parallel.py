@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import muon_plugin
 from tests.support.combinations import FULL, covering
 from tests.support.deepspeed_runs import convert
 from tests.support.integers import build, config, differing, gradient
@@ -194,11 +195,14 @@ class Marked(nn.Module):
         return loss
 
 
-def with_mpu(rank: int, settings: dict[str, Any], tp: int, marked: bool = True) -> tuple[int, dict[str, Tensor]]:
-    """Five steps: this rank in TP, its parts of the weights."""
+def with_mpu(
+    rank: int, settings: dict[str, Any], tp: int, marked: bool = True, own: bool = False
+) -> tuple[int, dict[str, Tensor]]:
+    """Five steps: this rank in TP, its parts of the weights. With `own`, the optimizer is the client's."""
     mpu = Grid(tp) if tp > 1 else None
     model = Marked(dist.get_rank(mpu.tp) if mpu else 0, tp, marked)
-    engine = build(rank, settings, model, mpu=mpu)
+    options = {"optimizer": muon_plugin.Muon(model.named_parameters(), model=model)} if own else {}
+    engine = build(rank, settings, model, mpu=mpu, **options)
     dp_rank, dp = (dist.get_rank(mpu.dp), dist.get_world_size(mpu.dp)) if mpu else (0, 1)
     for step in range(5):
         engine.backward(engine(step, dp_rank, dp))
@@ -213,6 +217,16 @@ def test_a_clients_mpu_changes_no_bit(ranks, stage):
         cut = Marked(rank, 2)
         parts = {name: cut.part(whole, cut.CUTS[name.split(".")[0]]) for name, whole in alone.items()}
         assert differing(found, parts) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_clients_muon_that_was_built_for_parts_of_matrices_is_refused(ranks, stage):
+    settings = config(stage, "bf16")
+    del settings["optimizer"]
+    told = r"built for up\.weight \[16, 24\], which tensor parallelism has cut from \[32, 24\].*in the DeepSpeed JSON"
+    with pytest.raises(RankError, match=told) as caught:
+        ranks(2, apart="mpu").run(with_mpu, settings, 2, True, True)
+    assert {kind for kind, _ in caught.value.errors} == {"ValueError"}
 
 
 def test_parts_that_nobody_marked_are_told(ranks):
@@ -258,10 +272,10 @@ def test_a_pipeline_changes_no_bit(ranks, stage, dtype, world, stages):
 
 def test_the_head_of_a_pipeline_is_a_head_and_its_blocks_are_not(ranks):
     """Names begin with a layer's number, and a stage has only some of the layers."""
-    blocks = [{f"{layer}.fc.weight": "", f"{layer}.output.weight": ""} for layer in (1, 2)]
+    blocks = [{f"{layer}.fc.weight": "", f"{layer}.output.weight": ""} for layer in (2, 3)]
     assert ranks(2, apart="pipeline").run(routed_in_a_pipeline, config(1, gas=2)) == [
         {"0.weight": "embedding"} | blocks[0],
-        blocks[1] | {"3.head.weight": "output head"},
+        blocks[1] | {"4.head.weight": "output head"},
     ]
 
 

@@ -85,6 +85,8 @@ class Engine:
 
             # Compiled at start otherwise, for inference alone; a killed build leaves a lock on which others wait.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            # CPUs without fp16 instructions compute it in software: slow, but the same numbers. DeepSpeed says no.
+            deepspeed.get_accelerator().is_fp16_supported = lambda: True
             _import(DEEPSPEED)
             if not self.megatron:
                 _import(["transformers"])  # by DeepSpeed's pipelines, at their first batch

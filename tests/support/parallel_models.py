@@ -183,7 +183,8 @@ def routed_in_a_pipeline(rank: int, settings: dict[str, Any]) -> dict[str, str]:
     from deepspeed.pipe import LayerSpec, PipelineModule
 
     deepspeed.init_distributed("gloo")
-    layers = [LayerSpec(nn.Embedding, 40, 8), LayerSpec(NamedLikeHeads), LayerSpec(NamedLikeHeads), LayerSpec(Last)]
+    layers = [LayerSpec(nn.Embedding, 40, 8), torch.neg, LayerSpec(NamedLikeHeads)]
+    layers += [LayerSpec(NamedLikeHeads), LayerSpec(Last), torch.neg]
     model = PipelineModule(layers, num_stages=2, loss_fn=nn.functional.cross_entropy, partition_method="uniform")
     engine = build(rank, settings, model, model_parameters=list(model.parameters()))
     routing = engine.basic_optimizer.routing
