@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,36 +16,44 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import adapter_rule, adapter_stored
 from .checks import is_whole
-from .layout import Matrix, Strided
+from .cutting import Rule, Stored, cut
+from .fused import known_batch, known_rule, stored_experts
+from .layout import Matrix
+from .modelling_code import split_in
+from .places import Place, places
 
 #: Words in the last two parts of a name that say "looked up by token or position".
 EMBEDDING_WORDS = ("embed", "wte", "wpe")
+#: Linear layers that are applied to embeddings, in spite of their names.
+OF_EMBEDDINGS = re.compile(r"\w*embed\w*_(hidden_)?(mapping|proj|dense|transform)\w*")
+#: The linear map of patches of an image, which models implement by convolutions and linear layers of many names.
+PATCHES = re.compile(r"patch_(emb|conv|proj)\w*")
+PATCH_CLASSES = re.compile(r"Patch\w*Embed|Vision\w*Embeddings$")
 #: Names of an output head wherever it sits, and names that mean one only outside numbered blocks.
-HEADS = {"lm_head", "lm_heads", "embed_out", "output_layer", "qa_outputs"}
+HEADS = {"lm_head", "lm_heads", "embed_out", "output_layer", "qa_outputs", "shadow_head", "seq_relationship"}
 OUTER_HEADS = {"head", "output", "classifier", "score", "fc", "proj_out"}
-#: Tables and vectors that have two or more dimensions: the last part of the name ends or starts so.
-NOT_MATRICES = re.compile(r"(bias|_table|_tokens?|A_log)$|^rel_pos")
-#: Fused query, key and value, one after the other along the output dimension, in plain torch and timm models ...
-QKV_NAMES = {"qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_weight", "query_key_value", "w_pack"}
-#: ... and in models with a config: those whose code was read. Others use the same names for other layouts.
-QKV_IN_ORDER = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "phi3", "mpt", "dbrx", "modernbert"}
-#: q, k and v of one head, then of the next.
-QKV_BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}
-GATE_UP_NAMES = {"gate_up_proj", "w12", "gate_up"}
+#: Layers that are heads by themselves, and (layer, the class that it is in) of heads with ordinary names.
+HEAD_LAYERS = re.compile(r"(\w+_)?heads?|head_linear|action_out_proj|output_projection")
+HEADS_IN = (
+    ("out_proj|output_projection|summary", r"Classif\w*Head$|SequenceSummary"),
+    ("dense", "MobileBertLMPredictionHead"),  # the rest of the vocabulary's matrix, beside the embedding
+    ("out", r"CTCEncoder$"),
+    ("linear", r"ISTFTHead$"),
+)
+#: Hidden layers of a head, before the one that gives the scores.
+BEFORE_SCORES = re.compile(r"dense|linear\d*|transform|fc1|in_proj_weight")
+#: Tables and vectors that have two or more dimensions: the parameter's own name.
+NOT_MATRICES = re.compile(
+    r"(bias|_table|_tokens?|A_log|query|queries|latents?|probe|prompts?|module_logits)$"
+    r"|^(rel_pos|pos_bias|time_mix|position|codebook)"
+)
 
 SPLIT_HELP = (
     'sizes along the output dimension ([512, 256, 256]), a number of equal parts (3), {"sizes": [...], "groups": n} '
     'for sizes that repeat n times (interleaved by head or query group), or "whole"'
 )
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How the output dimension of a fused parameter is cut: `sizes`, repeated `groups` times."""
-
-    sizes: tuple[int, ...]
-    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,35 +107,52 @@ def route(
         ValueError: a pattern that matches nothing, or a split that does not fit a shape it matches.
     """
     split = dict(split or {})
-    modules, heads, names = _modules_of(model, shapes), _tables(model), _all_names(model)
+    names = _all_names(model)
+    known = places(model, [*{alias: None for name in shapes for alias in names.get(name, [name])}])
+    heads = _tables(model)
     _check_patterns(shapes, exclude, split, names)
     ends = _last_layers(layer_types(model) if layers is None else layers)
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
-    notes: list[str] = []
+    whole: dict[str, list[str]] = defaultdict(list)  # why a layer that looks fused is kept whole -> its names
     for name, shape in shapes.items():
-        module, config = modules.get(name, (None, None))
-        known = [(alias, modules.get(alias, (None, None))[0]) for alias in names.get(name, [name])]
-        reasons = (_not_a_matrix(alias, shape, of_alias, exclude, ends) for alias, of_alias in known)
+        aliases = names.get(name, [name])
+        reasons = (_not_a_matrix(alias, shape, known[alias], exclude, ends) for alias in aliases)
         why = heads.get(name) or next(filter(None, reasons), None)
-        if why is not None:
-            adamw[name] = why
+        stored = _stored(known[name], shape) if why is None else why
+        if isinstance(stored, str):
+            adamw[name] = stored
             continue
-        stored = _stored(name, shape, module, config)
         asked = _first_match(name, split)
-        rule = _known_rule(name, stored, config) if asked is None else _asked(name, shape, stored, asked, split[asked])
-        if rule is None:
-            notes.append(f"{name} looks like a fused projection of an unknown layout and is kept whole; see split")
+        rule = _rule(known[name], stored) if asked is None else _asked(name, shape, stored, asked, split[asked])
+        if isinstance(rule, str):
+            whole[rule].append(name)
             rule = Rule((stored.outputs,))
-        parts = cut(name, stored.batch, stored.rows, stored.cols, rule, stored.transposed)
+        parts = cut(name, stored, rule)
         if all(min(part.rows, part.cols) > 1 for part in parts):
             matrices += parts
-        elif asked is None or min(stored.rows, stored.cols) == 1:
+        elif min(stored.rows, stored.cols) == 1:
             adamw[name] = "a vector"
+        elif asked is None:  # such as a single time step beside the states
+            whole["it holds a vector beside matrices"].append(name)
+            matrices += cut(name, stored, Rule((stored.outputs,)))
         else:
             raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
     _check_splits_cut(split, matrices)
+    notes = [note for why, of_why in whole.items() for note in _notes(why, of_why)]
     return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
+
+
+def _notes(why: str, names: Iterable[str]) -> list[str]:
+    """One note for the same parameter of all layers."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[".".join("*" if part.isdigit() else part for part in name.split("."))].append(name)
+    return [
+        f"{pattern if len(found) > 1 else found[0]} is kept whole, because {why}; see split"
+        + (f" ({len(found)} parameters)" if len(found) > 1 else "")
+        for pattern, found in alike.items()
+    ]
 
 
 def _check_patterns(
@@ -163,34 +189,6 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or (not any(c in pattern for c in "*?[") and pattern in name)
 
 
-def _modules_of(model: nn.Module | None, shapes: Iterable[str]) -> dict[str, tuple[nn.Module, Any]]:
-    """`_owners`, where the model holds all these parameters; empty without a model.
-
-    Raises:
-        ValueError: for a parameter that the model does not have.
-    """
-    modules = _owners(model)
-    missing = sorted(set(shapes) - set(modules))
-    if model is not None and missing:
-        raise ValueError(f"model has no parameter {missing[0]}; allowed: the module whose named_parameters() these are")
-    return modules
-
-
-def _owners(model: nn.Module | None) -> dict[str, tuple[nn.Module, Any]]:
-    """Parameter name -> the module that holds it, and the config nearest above it (a vision tower has its own)."""
-    found: dict[str, tuple[nn.Module, Any]] = {}
-    configs: dict[str, Any] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False) if model is not None else ():
-        above = configs.get(prefix.rpartition(".")[0]) if prefix else None
-        config = getattr(module, "config", None) or above
-        configs[prefix] = config
-        if config is not None and hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        for name, _ in module.named_parameters(recurse=False):
-            found[f"{prefix}.{name}" if prefix else name] = module, config
-    return found
-
-
 def layer_types(model: nn.Module | None) -> dict[str, type[nn.Module]]:
     """Number -> class, of a model that is a sequence of layers: then names begin with a layer's number."""
     return {name: type(layer) for name, layer in model.named_children() if name.isdigit()} if model is not None else {}
@@ -224,115 +222,104 @@ def _tables(model: nn.Module | None) -> dict[str, str]:
     return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found} if model is not None else {}
 
 
-def _owner(name: str) -> str:
-    """The name of the module, or of the bare parameter, that holds the weight."""
-    parts = name.split(".")
-    return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-
-
 def _not_a_matrix(
-    name: str, shape: tuple[int, ...], module: nn.Module | None, exclude: Iterable[str], ends: Collection[str]
+    alias: str, shape: tuple[int, ...], place: Place, exclude: Iterable[str], ends: Collection[str]
 ) -> str | None:
-    if any(_matches(name, pattern) for pattern in exclude):
+    """Why AdamW has the parameter, as far as its name, its dimensions and its module say; None for a matrix."""
+    if any(_matches(alias, pattern) for pattern in exclude):
         return "excluded"
     if len(shape) < 2 or 0 in shape:
         return "a vector"
-    parts = name.split(".")
-    if isinstance(module, nn.Embedding) or "Embedding" in type(module).__name__:
-        return "embedding"
-    if any(word in part for part in parts[-2:] for word in EMBEDDING_WORDS) and "embed_out" not in parts:
+    parts = place.name.split(".")
+    if place.magnitude:
+        return "magnitudes of a normed weight"
+    if _is_embedding(place, parts):
         return "embedding"
     if NOT_MATRICES.search(parts[-1]):
         return "a table or a bias"
     outside = [*takewhile(lambda part: not part.isdigit(), parts[1:] if parts[0] in ends else parts)]
-    if set(parts) & HEADS or set(outside) & OUTER_HEADS:
+    if _is_head(place, parts, set(parts) & HEADS | set(outside) & OUTER_HEADS):
         return "output head"
-    experts = "expert" in name.lower() or "expert" in type(module).__name__.lower()
-    if len(shape) > 2 and not (experts or isinstance(module, nn.modules.conv._ConvNd)):
-        # A batch of matrices and a kernel look alike; by names alone, four dimensions can only be a kernel.
-        return None if module is None and len(shape) > 3 else f"{len(shape)} dimensions, neither a kernel nor experts"
     return None
 
 
-@dataclass(frozen=True)
-class Stored:
-    """How a parameter holds matrices: `batch` of (rows, cols), (inputs, outputs) if `transposed`."""
-
-    batch: int
-    rows: int
-    cols: int
-    transposed: bool
-
-    @property
-    def outputs(self) -> int:
-        return self.cols if self.transposed else self.rows
-
-    @property
-    def inputs(self) -> int:
-        return self.rows if self.transposed else self.cols
+def _is_embedding(place: Place, parts: Sequence[str]) -> bool:
+    layer, block = type(place.layer).__name__, type(place.block).__name__
+    if "Embedding" in layer:
+        return True
+    linear = isinstance(place.layer, (nn.Linear, nn.modules.conv._ConvNd))
+    if linear and OF_EMBEDDINGS.fullmatch(place.attribute):
+        return False
+    if any(PATCHES.fullmatch(part) for part in parts[-3:-1]):
+        return True
+    if isinstance(place.layer, nn.modules.conv._ConvNd) and PATCH_CLASSES.search(block):
+        return True
+    return any(word in part for part in parts[-2:] for word in EMBEDDING_WORDS) and "embed_out" not in parts
 
 
-def _stored(name: str, shape: tuple[int, ...], module: nn.Module | None, config: Any) -> Stored:
-    rows, cols, transposed = _geometry(shape, module)
-    batch = math.prod(shape) // (rows * cols)
-    return Stored(batch, rows, cols, transposed or (batch > 1 and _stored_in_out(name, rows, cols, config)))
+def _is_head(place: Place, parts: Sequence[str], named: Collection[str]) -> bool:
+    """Whether the layer's outputs are scores or codes.
+
+    Args:
+        named: the parts of the name that say so, of the layer or of a module above it.
+    """
+    if place.block is None:
+        return bool(named)
+    block = type(place.block).__name__
+    if any(re.fullmatch(layers, place.attribute) and re.search(blocks, block) for layers, blocks in HEADS_IN):
+        return True
+    if place.attribute in named:
+        return not re.search(r"Att(entio)?n|Merger", block)  # whose own outputs have such names, too
+    if isinstance(place.layer, nn.Linear) and HEAD_LAYERS.fullmatch(place.attribute):
+        return True
+    if not named or place.tuner is not None:
+        return bool(named)
+    # In a module that is called a head, the last layer gives the scores. Pooling heads give hidden states.
+    above = place.classes[min(parts.index(name) for name in named)]
+    if not re.search(r"Head|Classif|Score|ModuleList|Sequential|Projection", above) or "Pooling" in above:
+        return False
+    if isinstance(place.block, nn.Sequential):
+        return place.layer is [layer for layer in place.block if any(True for _ in layer.parameters())][-1]
+    return not BEFORE_SCORES.fullmatch(place.attribute)
 
 
-def _geometry(shape: tuple[int, ...], module: nn.Module | None) -> tuple[int, int, bool]:
-    """(rows, cols, stored in-out) of one matrix of the parameter; leading dimensions are a batch."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+def _stored(place: Place, shape: tuple[int, ...]) -> Stored | str:
+    """How a parameter stores matrices, or the reason why it stores none."""
+    if place.tuner is not None:
+        return adapter_stored(place, shape)
+    batch = known_batch(place, shape)
+    if batch is not None:
+        return batch
+    layer = place.layer
+    if isinstance(layer, nn.modules.conv._ConvNd):
         # A kernel is the matrix (outputs, inputs x window); a grouped convolution is one matrix a group. A transposed
         # convolution holds (inputs, outputs, window): its rows are inputs.
-        return shape[0] // module.groups, math.prod(shape[1:]), module.transposed
-    if module is None and len(shape) > 3:
-        return shape[0], math.prod(shape[1:]), False  # by names alone, four dimensions can only be a kernel
-    return shape[-2], shape[-1], type(module).__name__ == "Conv1D"
+        return Stored(layer.groups, shape[0] // layer.groups, math.prod(shape[1:]), layer.transposed)
+    if len(shape) == 2:
+        return Stored(1, *shape, type(layer).__name__ == "Conv1D")
+    if layer is None and len(shape) > 3:  # by names alone, four dimensions can only be a kernel
+        return Stored(1, shape[0], math.prod(shape[1:]))
+    if "expert" in place.name.lower() or "expert" in type(layer).__name__.lower():
+        return stored_experts(place, shape)
+    # A batch of matrices and a kernel look alike.
+    return f"{len(shape)} dimensions, neither a kernel nor experts"
 
 
-def _stored_in_out(name: str, rows: int, cols: int, config: Any) -> bool:
-    """Whether batched expert weights are stored (in, out), told by the model's hidden size."""
-    hidden = getattr(config, "hidden_size", None)
-    if hidden is None or rows == cols:
-        return False
-    gate_or_up = any(word in name for word in ("gate", "up"))
-    return bool(hidden == (rows if gate_or_up else cols))
+def _rule(place: Place, stored: Stored) -> Rule | str:
+    """How a parameter is cut by default, or the reason why it is kept whole although it looks fused."""
+    rule = known_rule(place, stored) if place.tuner is None else adapter_rule(place, stored)
+    if rule is None:
+        return "it looks like a fused projection of an unknown layout"
+    if rule != Rule((stored.outputs,)):
+        return rule if stored.told else "nothing says whether it is stored (in, out)"
+    if place.tuner is None and place.block is not None and place.attribute in _split_in(place.block):
+        return "the model's code splits its outputs in a way that is not known here"
+    return rule
 
 
-def _known_rule(name: str, stored: Stored, config: Any) -> Rule | None:
-    """The default cut of a parameter; None where it looks fused and the layout is not known."""
-    square_experts = stored.batch > 1 and stored.rows == stored.cols  # whether stored (in, out), nobody can tell
-    if square_experts and _owner(name).lower() in GATE_UP_NAMES:
-        return None
-    return _default_rule(name, stored.outputs, stored.inputs, config)
-
-
-def _default_rule(name: str, outputs: int, inputs: int, config: Any) -> Rule | None:
-    """The cut of the fused projections known by name; None where the name is known but the sizes are not."""
-    owner = _owner(name).lower()
-    if owner in GATE_UP_NAMES and outputs % 2 == 0:
-        if getattr(config, "model_type", None) == "gpt_oss":  # gate and up alternate
-            return Rule((1, 1), outputs // 2)
-        return Rule((outputs // 2,) * 2)
-    if owner not in QKV_NAMES:
-        return Rule((outputs,))
-    model_type = getattr(config, "model_type", None)
-    if model_type is None and owner == "query_key_value":
-        return None  # by head in most models
-    if owner in ("in_proj_weight", "qkv") or model_type is None:  # torch's attention, vision transformers, plain models
-        heads = groups = 0
-    elif model_type in QKV_IN_ORDER | QKV_BY_HEAD:
-        heads = int(getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or 0)
-        groups = int(getattr(config, "num_key_value_heads", None) or heads)
-    else:
-        return None
-    if not heads:
-        return Rule((inputs,) * 3) if outputs == 3 * inputs else None
-    width, rest = divmod(outputs, heads + 2 * groups)
-    if rest:
-        return None
-    if model_type in QKV_BY_HEAD:
-        return Rule((width,) * 3, heads) if heads == groups else None
-    return Rule((heads * width, groups * width, groups * width))
+def _split_in(block: nn.Module) -> Collection[str]:
+    of_class: Any = type(block)
+    return split_in(of_class)
 
 
 def _asked(name: str, shape: tuple[int, ...], stored: Stored, pattern: str, value: Any) -> Rule:
@@ -359,25 +346,3 @@ def _asked(name: str, shape: tuple[int, ...], stored: Stored, pattern: str, valu
     if sum(sizes) * groups != outputs:
         raise ValueError(f"{where}: the sizes add up to {sum(sizes) * groups}, not to its {outputs} outputs")
     return Rule(tuple(sizes), groups)
-
-
-def cut(name: str, batch: int, rows: int, cols: int, rule: Rule, transposed: bool) -> list[Matrix]:
-    """The matrices of one parameter: each part of the rule, for each entry of the batch."""
-    found = []
-    period, several = sum(rule.sizes), batch * len(rule.sizes) > 1
-    for entry in range(batch):
-        base = entry * rows * cols
-        begin = 0
-        for number, size in enumerate(rule.sizes):
-            label = ",".join(str(i) for i, n in ((entry, batch), (number, len(rule.sizes))) if n > 1)
-            outputs = size * rule.groups
-            # Stored (in, out), a part is columns: `groups` runs in each of `rows` rows, all one period apart.
-            unit, count = (1, rows * rule.groups) if transposed else (cols, rule.groups)
-            run, stride = size * unit, period * unit
-            if run == stride:
-                run, count = run * count, 1
-            where = Strided(base + begin * unit, run, stride, count)
-            shape = (rows, outputs) if transposed else (outputs, cols)
-            found.append(Matrix(f"{name}[{label}]" if several else name, name, *shape, where, transposed))
-            begin += size
-    return found

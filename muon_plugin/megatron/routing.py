@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.cutting import Rule, Stored, cut
 from ..core.layout import Matrix, Partition
-from ..core.routing import Routing, Rule, cut
+from ..core.routing import Routing
 
 #: Layers whose outputs are gate, then up, in models with gated units.
 GATED = ("linear_fc1", "experts.weight1")
@@ -158,7 +159,7 @@ def route(
         *batch, rows, cols = shape
         outputs = cols if parameter.transposed else rows
         rule = _rule(parameter, outputs, configs[id(parameter.tensor)], split_qkv)
-        matrices += cut(parameter.name, math.prod(batch), rows, cols, rule, parameter.transposed)
+        matrices += cut(parameter.name, Stored(math.prod(batch), rows, cols, parameter.transposed), rule)
     return Routing(tuple(matrices), adamw, shapes)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.cutting import Rule, Stored, cut
 from ..core.layout import Matrix
-from ..core.routing import Routing, Rule, cut, route
+from ..core.routing import Routing, route
 
 KNOWN = (
     "a Hugging Face folder; a DeepSpeed checkpoint of any ZeRO stage (the folder with `latest`, or a tag's) or a "
@@ -232,7 +233,7 @@ def _megatron(routing: Routing, config: Mapping[str, Any], split: Mapping[str, A
             if fused and not asked:
                 notes.append(f"{name} is fused and stays whole: the checkpoint's arguments do not say how; see --split")
             continue
-        for part in cut(matrix.name, 1, matrix.rows, matrix.cols, rule, False):
+        for part in cut(matrix.name, Stored(1, matrix.rows, matrix.cols), rule):
             where = replace(part.where, start=part.where.start + matrix.where.start)
             found.append(replace(part, name=part.name.replace("][", ","), parameter=name, where=where))
     return replace(routing, matrices=tuple(found), notes=tuple(notes))

@@ -1,0 +1,155 @@
+"""Fused projections, experts, heads and adapters of real models: known by the class and the attribute that hold them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from muon_plugin.core.modelling_code import split_in
+from muon_plugin.core.routing import route
+from tests.support.model_sweep import COMMON, build
+
+pytestmark = pytest.mark.fast
+
+
+def rows_of(model: nn.Module, name: str) -> list[list[int]]:
+    """For each matrix of a Linear's weight, the outputs that it holds."""
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    found = []
+    for matrix in route(shapes, model=model).matrices:
+        if matrix.parameter == name:
+            rows, cols = shapes[name]
+            flat = torch.arange(rows)[:, None].expand(rows, cols).reshape(-1)
+            found.append(matrix.where.view(flat).reshape(matrix.rows, matrix.cols)[:, 0].tolist())
+    return found
+
+
+def block(kind: str, attribute: str, outputs: int, **sizes: int) -> nn.Module:
+    """A model with one module of class `kind`, in which `attribute` is a Linear with so many outputs."""
+    held = type(kind, (nn.Module,), {})()
+    setattr(held, attribute, nn.Linear(8, outputs, bias=False))
+    for name, value in sizes.items():
+        setattr(held, name, value)
+    model = nn.Module()
+    model.block = held
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "attribute", "sizes", "parts"),
+    [
+        # DeepSeek's W_DKV and W_KR; W_UK and W_UV, and W_UQ and W_QR, head by head.
+        ("Any", "kv_a_proj_with_mqa", {"qk_rope_head_dim": 2}, [range(6), range(6, 8)]),
+        ("Any", "kv_b_proj", {"qk_nope_head_dim": 3, "v_head_dim": 2}, [[0, 1, 2, 5, 6, 7], [3, 4, 8, 9]]),
+        ("Any", "q_b_proj", {"qk_nope_head_dim": 3, "qk_rope_head_dim": 2}, [[0, 1, 2, 5, 6, 7], [3, 4, 8, 9]]),
+        ("Any", "q_proj", {"qk_nope_head_dim": 2, "qk_rope_head_dim": 2}, [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("Any", "q_proj", {}, [range(8)]),
+        # Gate, hidden states, B, C and time steps.
+        (
+            "Mamba2Mixer",
+            "in_proj",
+            {"intermediate_size": 4, "conv_dim": 8, "n_groups": 1, "ssm_state_size": 2, "num_heads": 2},
+            [range(4), range(4, 8), range(8, 10), range(10, 12), range(12, 14)],
+        ),
+        ("MambaMixer", "in_proj", {"intermediate_size": 4}, [range(4), range(4, 8)]),
+        ("ZambaMambaMixer", "in_proj", {"intermediate_size": 4}, [range(0, 8, 2), range(1, 8, 2)]),
+        ("Lfm2ShortConv", "in_proj", {}, [range(2), range(2, 4), range(4, 6)]),
+        (
+            "Qwen3NextGatedDeltaNet",
+            "in_proj_qkvz",
+            {"num_k_heads": 2, "num_v_heads": 2, "head_k_dim": 1, "head_v_dim": 2},
+            [[0, 6], [1, 7], [2, 3, 8, 9], [4, 5, 10, 11]],
+        ),
+        ("ModernBertMLP", "Wi", {}, [range(3), range(3, 6)]),
+        ("CodeGenAttention", "qkv_proj", {}, [[*range(0, 24, 6), *range(1, 24, 6)]]),
+    ],
+)
+def test_a_fused_projection_is_cut_as_its_code_splits_it(kind, attribute, sizes, parts):
+    outputs = sum(len(part) for part in parts) * (3 if kind == "CodeGenAttention" else 1)
+    found = rows_of(block(kind, attribute, outputs, **sizes), f"block.{attribute}.weight")
+    if kind == "CodeGenAttention":
+        assert sorted(found[0]) == sorted(parts[0])
+        assert len(found) == 3
+    else:
+        assert found == [list(part) for part in parts]
+
+
+def test_the_same_name_in_an_unknown_class_is_whole_and_named_once():
+    model = nn.Module()
+    model.layers = nn.ModuleList(block("Unheard", "in_proj_qkvz", 12) for _ in range(3))
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    routing = route(shapes, model=model)
+    assert len(routing.matrices) == 3
+    assert [note.split(", because")[0] for note in routing.notes] == [
+        "layers.*.block.in_proj_qkvz.weight is kept whole"
+    ]
+
+
+class Splits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.one, self.batch = nn.Linear(4, 8), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        fused = self.both(x).view(2, -1)
+        left, right = fused.chunk(2, dim=-1)
+        first, second = torch.split(self.batch(x), 2)
+        return left * right + self.one(x) + first + second
+
+
+def test_what_the_models_code_splits_is_named():
+    assert split_in(Splits) == {"both"}
+    model = Splits()
+    routing = route({n: tuple(p.shape) for n, p in model.named_parameters()}, model=model)
+    assert [note.split(" is")[0] for note in routing.notes] == ["both.weight"]
+
+
+def test_nobody_guesses_how_experts_are_stored():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.empty(2, 8, 8))
+
+    model = nn.Module()
+    model.experts, model.config = Experts(), SimpleNamespace(hidden_size=8)
+    shapes = {"experts.gate_up_proj": (2, 8, 8)}
+    routing = route(shapes, model=model)
+    assert len(routing.matrices) == 2
+    assert "(in, out)" in routing.notes[0]
+    model.experts.is_transposed = True
+    assert {m.out_in for m in route(shapes, model=model).matrices} == {(4, 8)}
+
+
+def test_the_hidden_layers_of_a_head_are_matrices():
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(vocab_size=40, **sizes))
+    routing = route({n: tuple(p.shape) for n, p in model.named_parameters()}, model=model)
+    assert "lm_head.dense.weight" in {m.parameter for m in routing.matrices}
+    model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(vocab_size=40, **sizes))
+    routing = route({n: tuple(p.shape) for n, p in model.named_parameters()}, model=model)
+    assert "classifier.dense.weight" in {m.parameter for m in routing.matrices}
+    assert routing.adamw["classifier.out_proj.weight"] == "output head"
+
+
+def test_parametrized_weights_are_what_their_layer_is():
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4), nn.Embedding(9, 4))
+    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrizations.weight_norm(model[1], "in_proj_weight")
+    nn.utils.parametrizations.spectral_norm(model[3])
+    routing = route({n: tuple(p.shape) for n, p in model.named_parameters()}, model=model)
+    found = [(m.name, m.rows, m.cols) for m in routing.matrices]
+    assert ("0.parametrizations.weight.original1", 6, 12) in found
+    assert ("1.parametrizations.in_proj_weight.original1[2]", 4, 4) in found
+    assert ("2.weight_hh_l0[3]", 4, 4) in found
+    assert routing.adamw["3.parametrizations.weight.original"] == "embedding"
+    assert routing.adamw["0.parametrizations.weight.original0"] == "magnitudes of a normed weight"
+
+
+def test_the_sweep_knows_its_models():
+    assert len(COMMON) >= 30
+    assert sum(p.numel() for p in build("LlamaForCausalLM").parameters()) > 6e9
