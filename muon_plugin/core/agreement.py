@@ -9,9 +9,13 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
+#: Elements of which `checksum` takes the bits at a time: it needs three int64 for each.
+CHUNK = 2**22
 
 
 def world_of(group: Any) -> tuple[int, int]:
@@ -69,3 +73,22 @@ def agree(what: str, lines: list[str], advice: str, group: Any = None) -> None:
             else:
                 difference = f"rank 0 has {everyone[0][at]}, rank {rank} has {other[at]}"
             raise ValueError(f"the ranks disagree about {what}: {difference}. {advice}")
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> int:
+    """64 bits of all of a tensor's bits, in their order: the same on every device, and also of NaN.
+
+    (A sum of the values is NaN if one of them is, whatever the others are, and does not depend on their order.)
+    """
+    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    words = tensor.detach().reshape(-1).view(widths[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for first in range(0, words.numel(), CHUNK):
+        mixed = words[first : first + CHUNK].long()
+        mixed += torch.arange(first + 1, first + 1 + mixed.numel(), device=tensor.device) * 0x9E3779B97F4A7C1  # odd
+        mixed ^= mixed >> 29
+        mixed *= 0x3F58476D1CE4E5B9  # odd; int64 wraps around, as a hash should
+        mixed ^= mixed >> 32
+        total += mixed.sum()
+    return int(total)

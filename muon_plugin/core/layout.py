@@ -214,6 +214,19 @@ class Shard:
         return Shard(parameter, Strided(start, length), tensor, Strided(offset, length))
 
 
+def lies_in(part: Tensor, whole: Tensor, start: int) -> bool:
+    """Whether `part` is the elements of `whole` from `start` on, in the same memory; both are contiguous.
+
+    Told from addresses. Values tell nothing where weights are equal, and differ from themselves where they are NaN, as
+    they may be before a checkpoint is loaded.
+    """
+    if part.dtype is not whole.dtype or not 0 <= start <= whole.numel() - part.numel():
+        return False
+    if not (part.is_contiguous() and whole.is_contiguous()):
+        return False
+    return part.numel() == 0 or part.data_ptr() == whole.data_ptr() + start * whole.element_size()
+
+
 @dataclass(frozen=True)
 class Piece:
     """What this rank holds of one matrix in one tensor (both by their number)."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import adamw, report
 from .adamw import AdamWHalf
-from .agreement import agree, together, world_of
+from .agreement import agree, checksum, together, world_of
 from .groups import Halved, Host, check_parameter, layout_digest, named_groups, no_engine, parameter_groups
 from .halves import Call, Halves, MuonHalf
 from .layout import Shard
@@ -234,10 +234,10 @@ class Muon(Optimizer):
         self._check_replicas = False
         if world_of(self._process_group)[1] > 1:
             tensors = [p for g in self.param_groups for p in g["params"]]
-            sums = [[t.double().sum().item() for t in (p, p.grad) if t is not None] for p in tensors]
+            sums = [[checksum(t) for t in (p, p.grad) if t is not None] for p in tensors]
             agree(
                 "the weights or the gradients",
-                [f"sums of weights and gradients {values}" for values in sums],
+                [f"{self.names[p]} with the checksums {values}" for p, values in zip(tensors, sums)],
                 "Without an engine, all ranks must hold replicas (DistributedDataParallel). For a model of its own on "
                 "each rank, pass process_group=torch.distributed.new_group([rank]) made for each rank",
                 self._process_group,

@@ -93,9 +93,10 @@ def _configure_optimizer(
     if partitions is None:
         partitions = together(lambda: tensor_parallel.cuts(engine, names))
     together(lambda: _check_whole(muon, partitions))
-    tensor_parallel.compare_replicas(names, tp)
+    matrices = {matrix.parameter for matrix in muon.routing.matrices}
+    together(lambda: tensor_parallel.compare_replicas(names, tp, matrices))
     found = together(lambda: calls(engine, names))
-    muon.attach(holdings(found, names, partitions, tp), torch.device(engine.device))
+    muon.attach(holdings(found, partitions, tp), torch.device(engine.device))
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, found)
     check_before_loading(engine.optimizer, muon)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.agreement import together
 from ..core.halves import Call
-from ..core.layout import Partition, Shard, cut_shards
+from ..core.layout import Partition, Shard, cut_shards, lies_in
 from ..core.process_groups import joint_groups
 from . import cuts
 
@@ -23,6 +21,8 @@ class Zero12(Protocol):
     """Attributes used of the wrapper of ZeRO stages 1 and 2 (`DeepSpeedZeroOptimizer`), each by parameter group."""
 
     round_robin_bit16_groups: Sequence[Sequence[Tensor]]
+    bit16_groups_flat: Sequence[Tensor]
+    parallel_partitioned_bit16_groups: Sequence[Sequence[Tensor]]
     single_partition_of_fp32_groups: Sequence[Tensor]
     partition_size: Sequence[int]
     real_dp_process_group: Sequence[Any]
@@ -32,6 +32,8 @@ class Bf16(Protocol):
     """Attributes used of the wrapper of bf16 with fp32 gradients (`BF16_Optimizer`), each by parameter group."""
 
     bf16_groups: Sequence[Sequence[Tensor]]
+    bf16_groups_flat: Sequence[Tensor]
+    bf16_partitioned_groups: Sequence[Sequence[Tensor]]
     fp32_groups_flat_partition: Sequence[Tensor]
     real_dp_process_group: Sequence[Any]
 
@@ -40,6 +42,7 @@ class Zero3(Protocol):
     """Attributes used of the wrapper of ZeRO stage 3 (`DeepSpeedZeroOptimizer_Stage3`), each by sub-group."""
 
     fp16_groups: Sequence[Sequence[Any]]
+    fp16_partitioned_groups_flat: Sequence[Tensor | None]
     fp32_partitioned_groups_flat: Sequence[Tensor]
     sub_group_to_group_id: Mapping[int, int]
     dp_process_group: Any
@@ -51,12 +54,15 @@ def calls(engine: Any, names: Names) -> list[Call]:
     Their shards and process groups cover only this TP rank's part of each parameter; `holdings` extends them to the
     whole parameter.
 
+    Where DeepSpeed's tables say that a parameter lies is compared with where it lies in memory, so that a release with
+    another layout raises an error here and does not cause a wrong update later.
+
     Args:
         engine: DeepSpeed's, with its wrapper built.
         names: parameter -> its name.
 
     Raises:
-        ValueError: for an unsupported wrapper.
+        ValueError: for an unsupported wrapper, or a parameter that does not lie where its tables say.
     """
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
@@ -87,22 +93,14 @@ def _replicas(engine: Any, group: Mapping[str, Any]) -> Any:
     return engine.expert_data_parallel_group[group["name"]] if group.get("moe") else engine.seq_data_parallel_group
 
 
-def holdings(found: Sequence[Call], names: Names, partitions: Mapping[str, Partition], tp: Any) -> list[Call]:
+def holdings(found: Sequence[Call], partitions: Mapping[str, Partition], tp: Any) -> list[Call]:
     """The same calls with shards of whole parameters, and the ranks over which these are sharded. Collective.
-
-    Every shard is compared with the parameter it should hold, so that a release with another layout raises an error
-    here and does not cause a wrong update later.
 
     Args:
         found: what `calls` found.
-        names: parameter -> its name in the model.
         partitions: name -> how tensor parallelism partitions the parameter.
         tp: the TP group of this rank, or None.
-
-    Raises:
-        ValueError: for a shard that does not hold what it should.
     """
-    together(lambda: _compare(found, {name: p for p, name in names.items()}))
     process_groups = [call.process_group for call in found]
     if tp is not None and dist.get_world_size(tp) > 1:
         process_groups = joint_groups([(group, tp) for group in process_groups])
@@ -127,24 +125,59 @@ def _zero_1_and_2(zero: Zero12, group: int, names: Names) -> list[Shard]:
     # `parameter_alignment` (from 0.19) puts padding between parameters; before, there is none and no such table.
     gaps = getattr(zero, "round_robin_bit16_padding", None)
     rank = dist.get_rank(zero.real_dp_process_group[group])
-    begin, master = rank * int(zero.partition_size[group]), zero.single_partition_of_fp32_groups[group]
-    return _of_flat_group(zero.round_robin_bit16_groups[group], gaps[group] if gaps else None, begin, master, names)
+    flat = _Flat(
+        zero.round_robin_bit16_groups[group],
+        gaps[group] if gaps else None,
+        zero.bit16_groups_flat[group],
+        zero.parallel_partitioned_bit16_groups[group][rank],
+        rank * int(zero.partition_size[group]),
+        zero.single_partition_of_fp32_groups[group],
+    )
+    return flat.shards(names)
 
 
 def _bf16(bf16: Bf16, group: int, names: Names) -> list[Shard]:
     """The bf16 wrapper with fp32 gradients: ZeRO-1's cut without padding between parameters."""
     rank = dist.get_rank(bf16.real_dp_process_group[group])
     master = bf16.fp32_groups_flat_partition[group]
-    return _of_flat_group(bf16.bf16_groups[group], None, rank * master.numel(), master, names)
+    flat = _Flat(
+        bf16.bf16_groups[group],
+        None,
+        bf16.bf16_groups_flat[group],
+        bf16.bf16_partitioned_groups[group][rank],
+        rank * master.numel(),
+        master,
+    )
+    return flat.shards(names)
 
 
-def _of_flat_group(
-    parameters: Sequence[Tensor], gaps: Sequence[int] | None, begin: int, master: Tensor, names: Names
-) -> list[Shard]:
-    """The part of each parameter that falls into [begin, begin + size of the fp32 partition)."""
-    sizes = [p.numel() for p in parameters]
-    spans = cuts.in_part(sizes, cuts.offsets_of(sizes, gaps), begin, master.numel())
-    return _shards(spans, parameters, master, names)
+@dataclass(frozen=True)
+class _Flat:
+    """A flat group of stages 1 and 2.
+
+    Attributes:
+        parameters, gaps: in the order in which they lie in it, and the padding after each.
+        whole: the tensor of which the parameters are views.
+        part: this rank's part of it, from `begin` on, of which `master` is a copy in fp32.
+    """
+
+    parameters: Sequence[Tensor]
+    gaps: Sequence[int] | None
+    whole: Tensor
+    part: Tensor
+    begin: int
+    master: Tensor
+
+    def shards(self, names: Names) -> list[Shard]:
+        """The part of each parameter that falls into this rank's part."""
+        sizes = [p.numel() for p in self.parameters]
+        offsets = cuts.offsets_of(sizes, self.gaps)
+        for p, offset in zip(self.parameters, offsets):
+            _require(lies_in(p, self.whole, offset), names[p])
+        same = self.part.numel() == self.master.numel() and lies_in(self.part, self.whole, self.begin)
+        _require(same, f"this rank's part of the group of {names[self.parameters[0]]}")
+        spans = cuts.in_part(sizes, offsets, self.begin, self.master.numel())
+        return _shards(spans, self.parameters, self.master, names)
 
 
 def _shards(spans: Iterable[cuts.Span], parameters: Sequence[Tensor], master: Tensor, names: Names) -> list[Shard]:
@@ -158,27 +191,19 @@ def _zero_3(zero: Zero3, number: int, names: Names) -> Call:
     group = groups[number] if groups else zero.dp_process_group
     parameters = zero.fp16_groups[number]
     sizes, parts = [p.ds_numel for p in parameters], [int(p.partition_numel()) for p in parameters]
+    flat = zero.fp16_partitioned_groups_flat[number]  # `master` is a copy of it in fp32; None if it is on NVMe
+    if flat is not None:
+        for p, offset in zip(parameters, cuts.offsets_of(parts)):
+            _require(lies_in(p.ds_tensor, flat, offset), names[p])
+        _require(master.numel() in (flat.numel(), 0), names[parameters[0]])  # empty: on NVMe
     spans = cuts.in_sub_group(sizes, parts, dist.get_rank(group))
     shards = _shards(spans, parameters, master, names)
     return Call(zero.sub_group_to_group_id[number], (master,), tuple(shards), group)
 
 
-def _compare(found: Sequence[Call], parameters: Mapping[str, Tensor]) -> None:
-    for call in found:
-        for shard in call.shards:
-            _compare_one(shard, parameters[shard.parameter])
-
-
-def _compare_one(shard: Shard, parameter: Tensor) -> None:
-    """Compares a shard of this TP rank's part with the parameter, or with what ZeRO-3 left of it on this rank."""
-    cut_by_zero_3 = getattr(parameter, "ds_tensor", None)
-    held = parameter if cut_by_zero_3 is None else cut_by_zero_3
-    if not (shard.tensor.numel() and held.numel()):
-        return  # it is on NVMe
-    where = shard.where if cut_by_zero_3 is None else replace(shard.where, start=0)
-    theirs, ours = where.view(held.detach().view(-1)), shard.local.view(shard.tensor.detach().view(-1))
-    if not torch.allclose(ours.to(theirs.dtype), theirs.to(ours.device), rtol=0, atol=0, equal_nan=True):
+def _require(lies: bool, what: str) -> None:
+    if not lies:
         raise ValueError(
-            f"{shard.where.numel} elements of {shard.parameter} from {shard.where.start} on are not where DeepSpeed's "
-            "tables say: the shard layout of this release is not supported. Please report the release and the config"
+            f"{what} is not where DeepSpeed's tables say: the shard layout of this release is not supported. Please "
+            "report the release and the config"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor
 
-from ..core.agreement import agree
+from ..core.agreement import agree, checksum
 from ..core.layout import Block, Partition, Strided
 from .host import whole_shape
+
+#: What a client is told whose parameters are cut in a way that nobody describes.
+MARK = "Mark what each rank holds a part of: tensor_model_parallel=True and partition_dim (Megatron's attributes)"
 
 
 def group_of(engine: Any) -> Any:
@@ -44,7 +47,7 @@ def _partition(name: str, p: Tensor, size: int) -> Partition:
     shape = whole_shape(p)
     if size == 1 or not _is_cut(p):
         return Partition.of(name, shape)
-    if getattr(p, "ds_autotp_universal_checkpoint_meta", None):
+    if _is_cut_by_deepspeed(p):
         return _affine(name, p, shape, size)
     dim, parts = getattr(p, "partition_dim", 0), getattr(p, "partition_stride", 1)
     if dim not in range(len(shape)) or shape[dim] % parts:
@@ -57,8 +60,11 @@ def _partition(name: str, p: Tensor, size: int) -> Partition:
 
 def _is_cut(p: Any) -> bool:
     """AutoTP describes every parameter of the layers it replaced; Megatron's marks are what an mpu's client has."""
-    meta = getattr(p, "ds_autotp_universal_checkpoint_meta", None)
-    return bool(meta) or bool(getattr(p, "tensor_model_parallel", False))
+    return _is_cut_by_deepspeed(p) or bool(getattr(p, "tensor_model_parallel", False))
+
+
+def _is_cut_by_deepspeed(p: Any) -> bool:
+    return bool(getattr(p, "ds_autotp_universal_checkpoint_meta", None))
 
 
 def _affine(name: str, p: Any, shape: Sequence[int], size: int) -> Partition:
@@ -101,22 +107,49 @@ def _blocks(piece: Any) -> list[Block]:
     return found
 
 
-def compare_replicas(names: Mapping[Tensor, str], group: Any) -> None:
+def compare_replicas(names: Mapping[Tensor, str], group: Any, matrices: Collection[str]) -> None:
     """What nobody marked as cut must be the same on every rank of the TP group. Collective over it.
 
+    Args:
+        names: parameter -> its name.
+        group: the TP group of this rank, or None.
+        matrices: names of the parameters that hold matrices.
+
     Raises:
-        ValueError: on every rank, for the first parameter that differs.
+        ValueError: on every rank, for the first parameter that differs; and for a matrix whose elements are all equal,
+            so that parts of it could not be told from replicas.
     """
     if group is None:
         return
-    lines = []
-    for p, name in names.items():
-        if p.requires_grad and not _is_cut(p):
-            tensor = getattr(p, "ds_tensor", p).detach()
-            lines.append(f"{name} {list(whole_shape(p))} with the sum {tensor.double().sum().item()}")
+    unmarked = {p: name for p, name in names.items() if p.requires_grad and not _is_cut(p)}
     agree(
         "parameters that no tensor parallelism cuts",
-        lines,
-        "Mark what each rank holds a part of: tensor_model_parallel=True and partition_dim (Megatron's attributes)",
+        [f"{name} {list(whole_shape(p))} with the checksum {checksum(_held(p))}" for p, name in unmarked.items()],
+        MARK,
         group,
     )
+    if any(map(_is_cut_by_deepspeed, names)):  # which describes whatever it cuts
+        return
+    for p, name in unmarked.items():
+        if name in matrices and not hasattr(p, "tensor_model_parallel") and _is_constant(_held(p)):
+            raise ValueError(
+                f"all elements of {name} {list(whole_shape(p))} are equal, and nothing says whether tensor parallelism "
+                f"cuts it. {MARK}, and tensor_model_parallel=False on what each rank holds whole"
+            )
+
+
+def _held(p: Any) -> Tensor:
+    """What this rank holds of a parameter.
+
+    Without what pads the last of ZeRO-3's parts: that memory is never written.
+    """
+    part: Tensor | None = getattr(p, "ds_tensor", None)
+    if part is None:
+        return p.detach()  # type: ignore[no-any-return]
+    begin = dist.get_rank(p.ds_process_group) * int(p.partition_numel())
+    return part.detach().view(-1)[: max(p.ds_numel - begin, 0)]
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    """Whether all elements have the same value, as those of a matrix of zeros; NaN has none."""
+    return bool(tensor.numel() == 0 or (tensor == tensor.view(-1)[0]).all())

@@ -61,4 +61,5 @@ def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs:
     try:
         return original(args, *rest, **kwargs)
     finally:
-        args.optimizer = "muon"
+        if args.use_distributed_optimizer:  # which --freeze-all-layers turns off: then there is nothing to train
+            args.optimizer = "muon"

@@ -194,6 +194,7 @@ def _check_model(model_chunks: Any) -> None:
             f"model_chunks is {type(model_chunks).__name__} of unwrapped modules; allowed: a list of models in "
             "megatron.core.distributed.DistributedDataParallel"
         )
+    # Not tried: needs Transformer Engine 2.19. It cuts weights along one more axis, which `routing` does not know.
     if any(getattr(p, "is_gtp_weight_remat", False) for chunk in model_chunks for p in chunk.parameters()):
         raise ValueError("GTP weight rematerialization is not supported with Muon: leave its group size at 1")
 

@@ -1,4 +1,7 @@
-"""What this Muon cannot work with under Megatron-Core, checked before anything is built. Imports no engine."""
+"""What this Muon cannot work with under Megatron-Core, checked before anything is built. Imports no engine.
+
+Beside each: whether the engine stands in the way, this plugin has not been written for it, or nobody has tried it.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +28,36 @@ def _optimizer(config: Any) -> list[Refusal]:
     decoupled = getattr(config, "decoupled_weight_decay", True)
     layer_wise = getattr(config, "use_layer_wise_distributed_optimizer", False)
     return [
+        # The engine: Transformer Engine's FusedAdam then holds the main parameters in its own state, and their shards,
+        # on which Muon works, are None.
         Refusal(
             "--use-precision-aware-optimizer",
             None,
             config.use_precision_aware_optimizer,
             "momentum and main parameters in fp32, without this flag; --muon-offload saves memory",
         ),
+        # The engine: HybridDeviceOptimizer steps all its parameters, matrices too, in Adams of its own over copies.
         Refusal(
             "--optimizer-cpu-offload (HybridDeviceOptimizer)",
             None,
             config.optimizer_cpu_offload,
             "--muon-offload, which keeps Muon's momentum in CPU memory",
         ),
+        # Not written: Lion keeps one moment, and the other half's state and checkpoints are AdamW's two.
         Refusal(
             "--muon-scalar-optimizer", scalar, scalar != "adam", "adam: everything but the matrices is trained by AdamW"
         ),
+        # Not written: decay would be added to the gradient, and so be orthogonalized with it.
         Refusal("decoupled_weight_decay", decoupled, not decoupled, "true: Muon's weight decay is decoupled"),
+        # A contradiction: Megatron's own validation sets one or the other.
         Refusal(
             "use_layer_wise_distributed_optimizer",
             True,
             layer_wise,
             "false: it shards whole layers, this Muon shards as the stock distributed optimizer does",
         ),
+        # Not tried: messages between ranks and the copies of --muon-offload would have to be captured. Megatron made
+        # it for Adam.
         Refusal(
             "--optimizer-cuda-graph", None, getattr(config, "optimizer_cuda_graph", False), "steps without this flag"
         ),
@@ -56,14 +67,18 @@ def _optimizer(config: Any) -> list[Refusal]:
 def _data_parallel(ddp: Any) -> list[Refusal]:
     gathered = "main parameters from bf16 or fp16, without this flag"
     return [
+        # Not tried, for want of Transformer Engine and a GPU that has these types. Of most, parts cannot be viewed, so
+        # that where they lie could not be checked.
         Refusal("--fp8-param-gather", None, getattr(ddp, "fp8_param_gather", False), gathered),
         Refusal("--fp4-param-gather", None, getattr(ddp, "fp4_param_gather", False), gathered),
+        # The engine: FSDP's parameters are DTensors in buffers of its own, with other tables.
         Refusal(
             "--use-megatron-fsdp",
             None,
             getattr(ddp, "use_megatron_fsdp", False),
             "--use-distributed-optimizer, without FSDP",
         ),
+        # A contradiction: the buffers are cut for the distributed optimizer, or they are not.
         Refusal(
             "DistributedDataParallelConfig.use_distributed_optimizer",
             ddp.use_distributed_optimizer,

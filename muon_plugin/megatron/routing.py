@@ -95,13 +95,13 @@ def _parameter(name: str, p: Any, module: Any, config: Any, tp: int, expert_tp: 
         else:
             partition = Partition.of(name, (batch, others, hidden), 1, size)
         return Parameter(p, partition, transposed=True)
-    if p.dim() < 2:
-        return Parameter(p, Partition.of(name, p.shape))
+    batch = p.dim() - (1 if leaf.startswith("bias") else 2) if is_expert(name) else 0  # of grouped experts
     dim, stride = None, 1
-    if getattr(p, "tensor_model_parallel", False) and getattr(p, "partition_dim", -1) in (0, 1):
+    if getattr(p, "tensor_model_parallel", False) and getattr(p, "partition_dim", -1) in range(p.dim() - batch):
         dim, stride = p.partition_dim, getattr(p, "partition_stride", 1)
     if is_expert(name) and owner in ("linear_fc1", "linear_fc2"):
         dim = int(owner == "linear_fc2")  # not every release marks them
+        dim = dim if dim < p.dim() - batch else None  # TP adds up linear_fc2's outputs before its bias
     elif getattr(module, "parallel_mode", "") is None:
         # Transformer Engine marks what it repeats on every TP rank as cut, and 0.16.1 leaves that.
         dim, stride = None, 1
@@ -110,7 +110,7 @@ def _parameter(name: str, p: Any, module: Any, config: Any, tp: int, expert_tp: 
         stride = 2 if gated and not _interleaved(name, config) else 1
     shape = list(p.shape)
     if dim is not None:
-        dim += p.dim() - 2  # grouped experts have a batch before it
+        dim += batch
         shape[dim] *= size
     return Parameter(p, Partition.of(name, shape, dim, size, stride))
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.layout import Shard, cut_shards
+from ..core.layout import Shard, cut_shards, lies_in
 from .routing import Parameter, is_expert
 
 
-def masters(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """(Model parameter, this rank's fp32 shard of it) of a DistributedOptimizer."""
-    for models, shards in (
-        (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
-        (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+def masters(optimizer: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """(Model parameter, this rank's part of it, what the inner optimizer updates) of a DistributedOptimizer.
+
+    What it updates is the part itself if that is fp32, else an fp32 copy: the main parameter.
+    """
+    for models, parts, mains in (
+        (optimizer.model_fp32_groups, optimizer.shard_fp32_groups, optimizer.shard_fp32_groups),
+        (optimizer.model_float16_groups, optimizer.shard_float16_groups, optimizer.shard_fp32_from_float16_groups),
     ):
-        for of_models, of_shards in zip(models, shards, strict=True):
-            yield from zip(of_models, of_shards, strict=True)
+        for of_group in zip(models, parts, mains, strict=True):
+            yield from zip(*of_group, strict=True)
 
 
 def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int, expert_tp_rank: int) -> list[Shard]:
-    """This rank's shards of the parameters of one DistributedOptimizer, each compared with its parameter.
+    """This rank's shards of the parameters of one DistributedOptimizer, each found in its parameter's memory.
 
     Args:
         optimizer: Megatron's DistributedOptimizer.
@@ -31,13 +33,14 @@ def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int, ex
         tp_rank, expert_tp_rank: this rank in the TP groups of the dense layers and of the experts.
 
     Raises:
-        ValueError: where a shard does not hold what Megatron's tables say.
+        ValueError: where a shard does not lie where Megatron's tables say.
     """
     found = []
-    for model, master in masters(optimizer):
+    for model, part, master in masters(optimizer):
         held, parameter = optimizer._get_model_param_range_map(model)["param"], parameters[id(model)]
-        theirs = model.detach().view(-1)[held.start : held.end]
-        if theirs.numel() != master.numel() or not torch.equal(master.detach().to(theirs.dtype), theirs):
+        linked = part is master or model.main_param is master
+        fits = held.end - held.start == part.numel() == master.numel()
+        if not (linked and fits and lies_in(part, model, held.start)):
             raise ValueError(
                 f"elements {held.start} to {held.end} of {parameter.name} are not where Megatron's tables say: "
                 "the shard layout of this release is not supported. Please report the release and the arguments"

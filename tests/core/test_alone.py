@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from muon_plugin import Muon
+from muon_plugin.core.agreement import CHUNK, checksum
 from muon_plugin.core.coefficients import COEFFICIENT_SETS
 from tests.support.integers import IntegerModel, differing
 from tests.support.ranks import RankError
@@ -111,6 +112,16 @@ def test_ranks_with_models_of_their_own_are_told(ranks):
     with pytest.raises(RankError, match="the ranks disagree about the weights or the gradients"):
         ranks(2).run(no_replicas, False)
     ranks(2).run(no_replicas, True)
+
+
+def test_a_checksum_tells_what_a_sum_does_not():
+    nan = torch.tensor([float("nan"), 1.0, 2.0])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool):
+        assert checksum(nan.to(dtype)) == checksum(nan.to(dtype).clone())
+    others = [nan[[0, 2, 1]], nan[:2], torch.tensor([float("nan"), 1.0, -2.0]), torch.zeros(3), -torch.zeros(3)]
+    assert len({checksum(t) for t in [nan, *others]}) == 6
+    wide = torch.arange(CHUNK + 2, dtype=torch.int32).view(2, -1)  # in several chunks, and not contiguous
+    assert checksum(wide.mT) == checksum(wide.mT.contiguous()) != checksum(wide)
 
 
 def no_replicas(rank: int, own_group: bool) -> None:

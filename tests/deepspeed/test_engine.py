@@ -63,20 +63,37 @@ def test_without_deepspeed_register_says_what_to_install(monkeypatch):
         muon_plugin.register()
 
 
-def test_a_layout_that_is_not_the_engines_is_an_error_at_start(ranks):
-    """Every shard is compared with the parameter it should hold: a release that cuts otherwise does not train."""
-    with pytest.raises(RankError, match="are not where DeepSpeed's tables say"):
-        ranks(2).run(wrong_tables)
+TABLES = {
+    "stage 1": (config(1), "round_robin_bit16_groups"),
+    "stage 1, fp32 gradients": (config(1, "bf16", data_types={"grad_accum_dtype": "fp32"}), "bf16_groups"),
+    "stage 3": (config(3, "bf16"), "fp16_groups"),
+}
 
 
-def wrong_tables(rank: int) -> None:
-    from muon_plugin.deepspeed.shards import calls, holdings
-    from muon_plugin.deepspeed.tensor_parallel import cuts
+@pytest.mark.parametrize("value", [float("nan"), 0.0], ids=["NaN", "zeros"])
+@pytest.mark.parametrize("case", TABLES)
+def test_a_layout_that_is_not_the_engines_is_an_error_at_start_whatever_the_weights_are(ranks, case, value):
+    """A release that cuts otherwise does not train; and weights may be anything before a checkpoint is loaded."""
+    found = ranks(2).run(told_of_wrong_tables, *TABLES[case], value)
+    assert all("is not where DeepSpeed's tables say" in told for told in found), found
 
-    engine = build(rank, config(1))
-    engine.optimizer.round_robin_bit16_groups[0].reverse()
-    names = engine.param_names
-    holdings(calls(engine, names), names, cuts(engine, names), None)
+
+def told_of_wrong_tables(rank: int, settings: dict[str, Any], table: str, value: float) -> str:
+    from muon_plugin.deepspeed.shards import calls
+
+    model = IntegerModel()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(value)
+    engine = build(rank, settings, model)
+    getattr(engine.optimizer, table)[0].reverse()
+    try:
+        calls(engine, engine.param_names)
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
 
 
 def test_the_builtin_muon_is_kept_out(ranks):

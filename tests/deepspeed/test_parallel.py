@@ -234,6 +234,56 @@ def test_parts_that_nobody_marked_are_told(ranks):
         ranks(2, apart="mpu").run(with_mpu, config(1, "bf16"), 2, False)
 
 
+def zeros(rank: int, settings: dict[str, Any], told: bool | None) -> None:
+    """A client's model with a matrix that starts from zeros, and perhaps says that each rank holds it whole."""
+    mpu = Grid(2)
+    model = Marked(dist.get_rank(mpu.tp), 2)
+    nn.init.zeros_(model.router.weight)
+    if told is not None:
+        model.router.weight.tensor_model_parallel = told
+    build(rank, settings, model, mpu=mpu).destroy()
+
+
+def test_a_matrix_of_zeros_could_be_a_part_or_a_replica(ranks):
+    """Their sums are equal: what nobody marked was taken for a replica, and trained by one rank's gradient."""
+    told = r"all elements of router\.weight \[32, 24\] are equal.*tensor_model_parallel=False"
+    with pytest.raises(RankError, match=told) as caught:
+        ranks(2, apart="mpu").run(zeros, config(1, "bf16"), None)
+    assert {kind for kind, _ in caught.value.errors} == {"ValueError"}
+    ranks(2, apart="mpu").run(zeros, config(1, "bf16"), False)
+
+
+def compared(rank: int, settings: dict[str, Any], padding: bool) -> str:
+    """What is told of replicas that differ in the padding of ZeRO-3's last part, or in elements that are not NaN."""
+    from deepspeed.utils import groups
+
+    from muon_plugin.deepspeed.tensor_parallel import compare_replicas
+
+    model = Block()
+    model.odd = nn.Linear(5, 7, bias=False)
+    settings = {**settings, "tensor_parallel": {"autotp_size": 2, "partition_config": CUT}}
+    odd = build(rank, settings, model).module.odd.weight
+    part = odd.ds_tensor.view(-1)
+    with torch.no_grad():
+        if not padding:
+            part[0], part[1] = float("nan"), rank
+        elif dist.get_rank(odd.ds_process_group) == 1:
+            part[-odd.padding_size() :] = rank
+    assert odd.padding_size() == 1
+    try:
+        compare_replicas({odd: "odd"}, groups.get_tensor_model_parallel_group(), {"odd"})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_replicas_are_compared_bit_by_bit_without_what_pads_them(ranks, padding):
+    """That memory is never written; and a sum is NaN whatever the other elements are."""
+    found = ranks(4, apart="autotp").run(compared, config(3, "bf16"), padding)
+    assert ["disagree about" in told for told in found] == [not padding] * 4
+
+
 @pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_expert_parallelism_changes_no_bit(ranks, stage, world, ep):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
@@ -221,6 +222,29 @@ def refused(rank: int, layout: Layout, options: dict[str, Any], only: int | None
     get_megatron_optimizer(config, chunks)
 
 
+REFUSED_OF_DATA_PARALLELISM = {
+    "fp8_param_gather": (True, "--fp8-param-gather"),
+    "fp4_param_gather": (True, "--fp4-param-gather"),
+    "use_megatron_fsdp": (True, "--use-megatron-fsdp"),
+    "use_distributed_optimizer": (False, "DistributedDataParallelConfig.use_distributed_optimizer=False"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED_OF_DATA_PARALLELISM)
+def test_data_parallelism_that_cannot_work_is_refused(key):
+    from muon_plugin.megatron.refusals import check_supported
+
+    config = SimpleNamespace(use_precision_aware_optimizer=False, optimizer_cpu_offload=False)
+    supported = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+    check_supported(config, SimpleNamespace(**supported))
+    value, told = REFUSED_OF_DATA_PARALLELISM[key]
+    with pytest.raises(ValueError, match=f"^{re.escape(told)} is not supported"):
+        check_supported(config, SimpleNamespace(**{**supported, key: value}))
+    config.optimizer_cuda_graph = True
+    with pytest.raises(ValueError, match="--optimizer-cuda-graph is not supported"):
+        check_supported(config, SimpleNamespace(**supported))
+
+
 def test_one_ranks_bad_setting_is_every_ranks_error(ranks, release):
     with pytest.raises(RankError) as error:
         ranks(2, release).run(refused, Layout(), {"muon_momentum": 2.0}, only=1)
@@ -258,6 +282,34 @@ def wrong_model(rank: int, layout: Layout, wrong: str) -> None:
         next(p for name, p in chunks[0].named_parameters() if "linear_fc2" in name).requires_grad = False
     models = {"frozen": chunks, "bare": [chunks[0].module], "no list": chunks[0]}
     get_megatron_optimizer(config_for(layout), models[wrong])
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0], ids=["NaN", "zeros"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_where_shards_lie_is_not_told_from_weights(ranks, release, dtype, value):
+    """They may be anything before a checkpoint is loaded (--no-initialization); another layout is told all the same."""
+    for told in ranks(3, release).run(told_of_wrong_tables, Layout(dtype=dtype), value):
+        assert "not where Megatron's tables say" in told
+
+
+def told_of_wrong_tables(rank: int, layout: Layout, value: float) -> str:
+    from muon_plugin.megatron.routing import parameters
+    from muon_plugin.megatron.shards import names, shards
+
+    chunks = build(layout)
+    with torch.no_grad():
+        for p in chunks[0].parameters():
+            p.fill_(value)
+    stock = optimizer_for(chunks, layout).chained_optimizers[0]
+    ranges = [(model, stock._get_model_param_range_map(model)["param"]) for model in stock.model_param_gbuf_map]
+    held = next(held for model, held in ranges if held.end - held.start < model.numel())
+    shift = -1 if held.start else 1
+    held.start, held.end = held.start + shift, held.end + shift
+    try:
+        shards(stock, names(parameters(chunks, 1, 1)), 0, 0)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def test_a_stage_whose_every_parameter_is_frozen_trains(ranks, release):

@@ -15,7 +15,7 @@ RELEASES = ("0.16.1", "0.19.2")
 
 def check(ranks, release, world: int, layout: Layout) -> None:
     """Every rank ends in what one process ends in, by the model and what else is not layout."""
-    same = Layout(layout.model, dtype=layout.dtype, tied=layout.tied, muon=layout.muon)
+    same = Layout(layout.model, dtype=layout.dtype, tied=layout.tied, predicted=layout.predicted, muon=layout.muon)
     expected = ranks.alone(trained, same, megatron=release)
     for rank, found in enumerate(ranks(world, release).run(trained, layout)):
         assert differing(found, expected) == [], f"rank {rank}"
@@ -62,6 +62,7 @@ OTHERS = {
     "bf16 gradients": (2, Layout(grad_reduce_in_fp32=False)),
     "fp16": (4, Layout(tp=2, dtype="fp16")),
     "tied embeddings over stages": (4, Layout(tp=2, pp=2, tied=True)),
+    "tied embeddings of multi-token prediction": (2, Layout(pp=2, tied=True, predicted=1)),
     "more TP than query groups": (4, Layout("few_groups", tp=4)),
     "no gate, biases, positions": (4, Layout("gelu", tp=2)),
     "QKV whole": (4, Layout(tp=2, muon={"muon_split_qkv": False})),

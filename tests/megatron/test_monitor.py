@@ -77,6 +77,7 @@ def watched(rank: int, layout: Layout, folder: str) -> Any:
 LAYOUTS = {
     "one process": (1, Layout()),
     "TP 2 x DP 2": (4, Layout(tp=2)),
+    "biases, TP 2": (2, Layout("gelu", tp=2)),
     "PP 2, tied embeddings": (2, Layout(pp=2, tied=True)),
     "experts": (1, Layout("moe")),
     "experts, EP 2": (2, Layout("moe", ep=2)),

@@ -139,6 +139,37 @@ def test_experts_whose_gate_and_up_take_turns():
     assert all(torch.equal(a, b) for a, b in zip(got[2:], shared.chunk(2), strict=True))
 
 
+def test_vectors_and_convolutions_are_whole_too():
+    """What AdamW has is cut as well: the start-up table and the sizes that a user watches are of whole parameters."""
+    shapes = {
+        "mixer.conv1d.weight": (6, 1, 4),
+        "mixer.A_log": (6,),
+        "mlp.linear_fc1.bias": (8,),
+        "mlp.linear_fc2.bias": (6,),
+        "mlp.experts.linear_fc1.bias": (3, 8),
+        "mlp.experts.linear_fc1.bias0": (8,),
+        "mlp.experts.linear_fc2.bias": (3, 6),
+        "mlp.experts.linear_fc2.bias0": (6,),
+    }
+    model = stand_in(shapes, SimpleNamespace(**CONFIG))
+    for p in (model.mixer.conv1d.weight, model.mixer.A_log, model.mlp.linear_fc1.bias):
+        for key, value in COLUMN.items():
+            setattr(p, key, value)
+    found, _ = matrices_of(model, tp=2, expert_tp=4)
+    assert {p.name: p.partition.shape for p in found} == {
+        "mixer.conv1d.weight": (12, 1, 4),
+        "mixer.A_log": (12,),
+        "mlp.linear_fc1.bias": (16,),
+        "mlp.linear_fc2.bias": (6,),
+        "mlp.experts.linear_fc1.bias": (3, 32),
+        "mlp.experts.linear_fc1.bias0": (32,),
+        "mlp.experts.linear_fc2.bias": (3, 6),
+        "mlp.experts.linear_fc2.bias0": (6,),
+    }
+    bias = next(p.partition for p in found if p.name == "mlp.linear_fc1.bias")
+    assert [[block.inside.start for block in blocks] for blocks in bias.ranks] == [[0, 8], [4, 12]], "gate, then up"
+
+
 def test_a_single_grouped_weight():
     """0.19.2 may hold all experts of a layer in one (experts, out, in) parameter."""
     model = stand_in(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -52,9 +53,10 @@ DEEPSPEED = (
 MEGATRON = (
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.post_training.modelopt",
-    "megatron.training.training",  # only in source trees and the wheel of 0.19
     "muon_plugin.megatron.engine",
 )
+#: Its training loop, which only source trees and the wheel of 0.19 have, and the tokenizers that each run asks for.
+MEGATRON_TRAINING = ("megatron.training.training", "megatron.core.tokenizers.text")
 #: What is imported at the first step of any optimizer, and by the test files.
 COMMON = ("torch._dynamo", "torch.utils.flop_counter", "muon_plugin.watchdog", "pytest", "tests.support.integers")
 MESSAGE = 2**17  # bytes; the largest requests hold all environment variables
@@ -102,6 +104,8 @@ class Engine:
             import megatron.core.optimizer  # noqa: F401
 
             _import(MEGATRON)
+            if importlib.util.find_spec("megatron.training"):
+                _import(MEGATRON_TRAINING)
         for name in COMMON:
             importlib.import_module(name)
 

@@ -41,6 +41,7 @@ class Layout:
     overlap_param_gather: bool = False
     bucket_size: int | None = None
     tied: bool = False
+    predicted: int | None = None  # further tokens (multi-token prediction)
     muon: dict[str, Any] = field(default_factory=dict, hash=False)
     ddp: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -63,6 +64,7 @@ def _config(layout: Layout) -> Any:
         virtual_pipeline_model_parallel_size=layout.vp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp or layout.tp,
+        mtp_num_layers=layout.predicted,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bias_dropout_fusion=False,
@@ -118,7 +120,7 @@ def build(layout: Layout, freeze: bool = False) -> list[Any]:
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.transformer.module import Float16Module
 
@@ -128,15 +130,18 @@ def build(layout: Layout, freeze: bool = False) -> list[Any]:
     for stage in range(layout.vp or 1):
         vp = stage if layout.vp else None
         ends = {"ignore_virtual": False, "vp_stage": vp}
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp)
+        predicts = get_gpt_mtp_block_spec(config, spec, False, vp_stage=vp) if layout.predicted else None
         model = GPTModel(
             config,
-            get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp),
+            spec,
             VOCAB,
             SEQUENCE,
             pre_process=mpu.is_pipeline_first_stage(**ends),
             post_process=mpu.is_pipeline_last_stage(**ends),
             share_embeddings_and_output_weights=layout.tied,
             position_embedding_type="learned_absolute" if layout.model == "gelu" else "rope",
+            mtp_block_spec=predicts,
             vp_stage=vp,
         )
         model.cuda()
@@ -242,7 +247,7 @@ def _named(chunk: Any) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _cut(name: str, p: Any, module: Any) -> tuple[int | None, int, int, int]:
+def tp_cut(name: str, p: Any, module: Any) -> tuple[int | None, int, int, int]:
     """(Dimension that TP cuts or None, stride, this rank in TP, its size)."""
     from megatron.core import parallel_state as mpu
 
@@ -280,7 +285,7 @@ def _tied(name: str, layout: Layout) -> str:
 @torch.no_grad()
 def fill(model: Any, layout: Layout) -> None:
     for name, p, module in named([model]):
-        dim, stride, rank, size = _cut(name, p, module)
+        dim, stride, rank, size = tp_cut(name, p, module)
         generator = torch.Generator().manual_seed(zlib.crc32(_tied(name, layout).encode()))
         whole = torch.randn(_whole_shape(p, dim, size), generator=generator) * 0.1
         p.copy_(part_of(whole, dim, stride, rank, size))
@@ -298,7 +303,7 @@ def set_gradients(chunks: list[Any], layout: Layout, step: int, scale: float = 1
     for name, p, module in named(chunks):
         if not p.requires_grad:
             continue
-        dim, stride, rank, size = _cut(name, p, module)
+        dim, stride, rank, size = tp_cut(name, p, module)
         group = dense if getattr(p, "allreduce", True) else experts
         number = zlib.crc32(_tied(name, layout).encode())
         shape = _whole_shape(p, dim, size)
@@ -324,7 +329,7 @@ def full_weights(chunks: list[Any], layout: Layout) -> dict[str, Tensor]:
     """Every parameter whole, by name, on every rank."""
     mine = {}
     for name, p, module in named(chunks):
-        dim, stride, rank, size = _cut(name, p, module)
+        dim, stride, rank, size = tp_cut(name, p, module)
         mine[name] = (rank, size, dim, stride, p.detach().to("cpu", torch.float32, copy=True).numpy())
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)  # arrays, as a tensor costs ten times as much to pickle
