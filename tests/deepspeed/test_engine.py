@@ -31,7 +31,7 @@ def test_unregister_gives_deepspeed_its_own_code_back():
     import muon_plugin
 
     def hooked():
-        names = ("_configure_basic_optimizer", "_configure_optimizer")
+        names = ("_configure_distributed_model", "_configure_basic_optimizer", "_configure_optimizer")
         return [deepspeed.set_optimizer_flags, *(getattr(DeepSpeedEngine, name) for name in names)]
 
     own = hooked()
@@ -76,7 +76,7 @@ def wrong_tables(rank: int) -> None:
     engine = build(rank, config(1))
     engine.optimizer.round_robin_bit16_groups[0].reverse()
     names = engine.param_names
-    holdings(calls(engine, names), names, cuts(engine, names), None)
+    holdings(calls(engine, names), names, cuts(engine, names), None, None)
 
 
 def test_the_builtin_muon_is_kept_out(ranks):
