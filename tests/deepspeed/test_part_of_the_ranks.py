@@ -177,3 +177,11 @@ def test_the_monitor_measures_the_engines_ranks(ranks, tmp_path):
     settings = {**config(1), "steps_per_print": 2, "csv_monitor": monitor}
     ranks(3, apart="part").run(in_parts, settings, [[0, 1]], STEPS)
     check_sizes(written(tmp_path))
+
+
+def test_the_oldest_release_has_these_ranks_too(ranks):
+    release = {"deepspeed": "0.18.9", "apart": "part"}
+    expected = ranks.alone(alone, config(0), IntegerModel, 3, **release)
+    other, *found = ranks(3, **release).run(in_parts, config(0), [[1, 2]])
+    assert other is None
+    assert [differing(reached, expected) for reached, _ in found] == [[], []]
