@@ -59,7 +59,7 @@ def build(
     """
 
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    ranks = joined([groups.dp_cp, groups.tp, groups.pp])
+    ranks = joined([_dp_group(groups), groups.tp, groups.pp])
 
     def prepare() -> tuple[Settings, list[Parameter]]:
         settings = Settings.from_config(config, arguments())  # OptimizerConfig takes over only the flags that it knows
@@ -69,7 +69,7 @@ def build(
         return settings, parameters(model_chunks, tp, expert_tp)
 
     settings, found = together(prepare, ranks)
-    _compare(_lines(settings) + _lines(config), found, groups.dp_cp, ranks)
+    _compare(_lines(settings) + _lines(config), found, _dp_group(groups), ranks)
     stock = copy.copy(config)
     stock.optimizer = "adam"
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
@@ -168,6 +168,11 @@ def _overridden(chained: Any) -> set[int]:
                 if optimizer.optimizer.param_groups[group].get("optimizer", "muon") != "muon":
                     found.add(id(model))
     return found
+
+
+def _dp_group(groups: Any) -> Any:
+    """Data parallel with context parallel. Without the latter, a client's own groups need not name it."""
+    return getattr(groups, "dp_cp", None) or groups.dp
 
 
 def _tp_groups(groups: Any) -> tuple[Any, Any]:
