@@ -1,12 +1,15 @@
-"""What all ranks must share before training starts: the same facts, and each other's errors.
+"""What all ranks of an optimizer must share before training starts: the same facts, and each other's errors.
 
-A rank that raises alone leaves the others waiting in the next collective. These helpers make every rank raise.
+A rank that raises alone leaves the others waiting in the next collective. These helpers make every rank raise. The
+ranks are those of a process group, of the default group (None), or of a `Grid`; `joined` finds out which.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,20 +21,96 @@ T = TypeVar("T")
 CHUNK = 2**22
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Ranks that a grid of process groups spans (data by tensor parallel, for example), which have no group together.
+
+    Attributes:
+        groups: those of this rank, one along each dimension.
+        ranks: all ranks of the grid, numbered in the default group; ascending.
+    """
+
+    groups: tuple[Any, ...]
+    ranks: tuple[int, ...]
+
+
+def joined(groups: Sequence[Any]) -> Any:
+    """The ranks that can be reached through these process groups of this rank. Collective over those ranks.
+
+    Args:
+        groups: one along each dimension of a grid, such as data and tensor parallel; the same dimensions on every rank.
+            A dimension that lies within the ones before it is ignored.
+
+    Returns:
+        None for all ranks of the default group, one of `groups` that has them all, or a `Grid`.
+
+    Raises:
+        ValueError: if the groups do not span a grid.
+    """
+    ranks, along = {dist.get_rank()}, list(groups[:1])
+    for group in groups:
+        reached = set().union(*gather(ranks, group))
+        if len(reached) > len(ranks):
+            along = [group] if dist.get_world_size(group) == len(reached) else [*along, group]
+        ranks = reached
+    if len(ranks) == dist.get_world_size():
+        return None
+    if len(along) == 1:
+        return along[0]
+    sizes = [dist.get_world_size(group) for group in along]
+    if math.prod(sizes) != len(ranks):
+        raise ValueError(
+            f"the process groups of rank {dist.get_rank()} have {sizes} ranks and reach ranks {sorted(ranks)}; allowed "
+            "for a part of the world: groups that span a grid, such as data parallel x model parallel"
+        )
+    return Grid(tuple(along), tuple(sorted(ranks)))
+
+
+def ranks_of(group: Any) -> Sequence[int]:
+    """The ranks of `group`, numbered in the default group; [0] where torch.distributed does not run."""
+    if isinstance(group, Grid):
+        return group.ranks
+    if not (dist.is_available() and dist.is_initialized()):
+        return [0]
+    return range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+
+
 def world_of(group: Any) -> tuple[int, int]:
     """(rank, size) in `group`; (0, 1) where torch.distributed does not run. None is the default group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
+    if isinstance(group, Grid):
+        return group.ranks.index(dist.get_rank()), len(group.ranks)
     return dist.get_rank(group), dist.get_world_size(group)
 
 
 def gather(value: Any, group: Any) -> list[Any]:
     """`value` of every rank, by rank."""
+    if isinstance(group, Grid):
+        found = {dist.get_rank(): value}
+        for along in group.groups:
+            found = {rank: of_rank for part in gather(found, along) for rank, of_rank in part.items()}
+        return [found[rank] for rank in group.ranks]
     _, size = world_of(group)
     values = [value] * size
     if size > 1:
         dist.all_gather_object(values, value, group=group)
     return values
+
+
+def add_up(tensor: Tensor, group: Any) -> None:
+    """Replaces `tensor` by its sum over all ranks."""
+    if world_of(group)[1] > 1:
+        for along in group.groups if isinstance(group, Grid) else [group]:
+            dist.all_reduce(tensor, group=along)
+
+
+def wire_of(group: Any, device: torch.device) -> torch.device:
+    """The device of tensors that the backend of `group` sends, where the parameters are on `device`."""
+    if world_of(group)[1] == 1:
+        return device
+    backend = dist.get_backend(group.groups[0] if isinstance(group, Grid) else group)
+    return torch.device("cpu") if backend == "gloo" else device
 
 
 def together(work: Callable[[], T], group: Any = None) -> T:
@@ -49,9 +128,9 @@ def together(work: Callable[[], T], group: Any = None) -> T:
     errors = gather(None if error is None else str(error), group)
     if error is not None:
         raise error
-    failed = [(rank, message) for rank, message in enumerate(errors) if message is not None]
+    failed = [(rank, message) for rank, message in zip(ranks_of(group), errors, strict=True) if message is not None]
     if failed:
-        raise ValueError(f"rank {failed[0][0]} of {len(errors)} failed: {failed[0][1]}")
+        raise ValueError(f"rank {failed[0][0]} of {world_of(None)[1]} failed: {failed[0][1]}")
     return result  # type: ignore[return-value]
 
 
@@ -59,19 +138,19 @@ def agree(what: str, lines: list[str], advice: str, group: Any = None) -> None:
     """Checks that `lines` are the same on every rank, sending only a digest unless they differ.
 
     Raises:
-        ValueError: on every rank, with the first line in which a rank differs from rank 0.
+        ValueError: on every rank, with the first line in which a rank differs from the first rank.
     """
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if len(set(gather(digest, group))) == 1:
         return
-    everyone = gather(lines, group)
-    for rank, other in enumerate(everyone):
-        if other != everyone[0]:
-            at = next((i for i, (a, b) in enumerate(zip(everyone[0], other)) if a != b), None)
+    first, *rest = zip(ranks_of(group), gather(lines, group), strict=True)
+    for rank, other in rest:
+        if other != first[1]:
+            at = next((i for i, (a, b) in enumerate(zip(first[1], other)) if a != b), None)
             if at is None:
-                difference = f"rank 0 has {len(everyone[0])} entries, rank {rank} has {len(other)}"
+                difference = f"rank {first[0]} has {len(first[1])} entries, rank {rank} has {len(other)}"
             else:
-                difference = f"rank 0 has {everyone[0][at]}, rank {rank} has {other[at]}"
+                difference = f"rank {first[0]} has {first[1][at]}, rank {rank} has {other[at]}"
             raise ValueError(f"the ranks disagree about {what}: {difference}. {advice}")
 
 

@@ -239,9 +239,17 @@ class Batch:
 
 BATCHES = (
     # The experts of DBRX, below each other; w2 is (in, out).
-    Batch("w1|v1", "DbrxExpertGLU", lambda b, shape: Stored(b.moe_num_experts, b.ffn_hidden_size, shape[1]), flat=True),
     Batch(
-        "w2", "DbrxExpertGLU", lambda b, shape: Stored(b.moe_num_experts, b.ffn_hidden_size, shape[1], True), flat=True
+        "w1|v1",
+        "DbrxExpertGLU",
+        lambda b, shape: Stored(shape[0] // b.ffn_hidden_size, b.ffn_hidden_size, shape[1]),
+        flat=True,
+    ),
+    Batch(
+        "w2",
+        "DbrxExpertGLU",
+        lambda b, shape: Stored(shape[0] // b.ffn_hidden_size, b.ffn_hidden_size, shape[1], True),
+        flat=True,
     ),
     # Experts that are (in, out) without a mark, in some releases of transformers.
     Batch("gate_up_proj|down_proj", "Llama4TextExperts|GptOssExperts", lambda b, shape: Stored.of(shape, True)),

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import gather, world_of
+from .agreement import add_up, gather, wire_of
 from .layout import Shard
 from .phases import PHASES, heard
 
@@ -46,18 +45,24 @@ class Part:
 class Measure:
     """Sums of squares of one step, each element of the model counted once.
 
-    Building one is collective over the world, and so is `result`. Between them the optimizer makes its step with the
+    Building one is collective over `ranks`, and so is `result`. Between them the optimizer makes its step with the
     ``measure`` of its `Halves` set to it.
 
     Args:
         parts: all shards of this rank.
         shapes: the whole shape of each parameter, by name.
         elsewhere: parameters of this rank that other ranks count, such as tied weights on several pipeline stages.
+        ranks: those that hold the model between them: a process group, None or a `Grid`.
     """
 
     def __init__(
-        self, parts: Sequence[Part], shapes: Mapping[str, Sequence[int]], elsewhere: Iterable[str] = ()
+        self,
+        parts: Sequence[Part],
+        shapes: Mapping[str, Sequence[int]],
+        elsewhere: Iterable[str] = (),
+        ranks: Any = None,
     ) -> None:
+        self._ranks = ranks
         self._shards: dict[Tensor, list[Shard]] = {}
         #: by parameter: its label, and the weight of one of its elements on this rank (1 / number of replicas)
         self._label: dict[str, str] = {}
@@ -70,8 +75,8 @@ class Measure:
                 self._shards.setdefault(shard.tensor, []).append(shard)
                 self._label[shard.parameter] = part.label
                 counts[part.label] = counts.get(part.label, 0.0) + shard.where.numel * self._once[shard.parameter]
-        self.groups = sorted(set().union(*gather(sorted(counts), None)))
-        self._counts = [sum(each) for each in zip(*gather([counts.get(name, 0.0) for name in self.groups], None))]
+        self.groups = sorted(set().union(*gather(sorted(counts), ranks)))
+        self._counts = [sum(each) for each in zip(*gather([counts.get(name, 0.0) for name in self.groups], ranks))]
         self.clear()
 
     def clear(self) -> None:
@@ -114,12 +119,12 @@ class Measure:
         corrected for their bias. The gradient is the one that the optimizer got, clipped where the engine clips.
 
         Args:
-            device: the device on which the backend of the default process group communicates.
+            device: on which the optimizer computes.
         """
         zero = torch.zeros((), dtype=torch.float64)
-        sums = torch.stack([self._sums.get((name, what), zero).to(device) for name in self.groups for what in WHAT])
-        if world_of(None)[1] > 1:
-            dist.all_reduce(sums)
+        wire = wire_of(self._ranks, device)
+        sums = torch.stack([self._sums.get((name, what), zero).to(wire) for name in self.groups for what in WHAT])
+        add_up(sums, self._ranks)
         found, gradient = {}, 0.0
         for name, count, of_group in zip(self.groups, self._counts, sums.view(-1, len(WHAT)).tolist()):
             square = dict(zip(WHAT, of_group))
@@ -187,19 +192,16 @@ class Measured(Protocol):
 
 
 class Monitor:
-    """Measures the steps that an engine's own monitors log. Every method is collective over the world.
+    """Measures the steps that an engine's own monitors log. Every method is collective over the optimizer's ranks.
 
     Args:
         halves: those of all inner optimizers that one step of the engine updates.
         make: constructs the `Measure`; called at the first measured step.
         device: on which the optimizer computes.
-        wire: the device on which the backend of the default process group communicates.
     """
 
-    def __init__(
-        self, halves: Sequence[Measured], make: Callable[[], Measure], device: torch.device, wire: torch.device
-    ) -> None:
-        self._halves, self._make, self._wire = halves, make, wire
+    def __init__(self, halves: Sequence[Measured], make: Callable[[], Measure], device: torch.device) -> None:
+        self._halves, self._make, self._device = halves, make, device
         self._measure: Measure | None = None
         #: `Clock.begin` is for the engine to call, at the end of the step before the one that is measured
         self.clock = Clock(device)
@@ -217,7 +219,7 @@ class Monitor:
             for halves in self._halves:
                 halves.measure = None
         shares = self.clock.shares()
-        return made, self._measure.result(self._wire) | shares if self._measure.stepped else {}
+        return made, self._measure.result(self._device) | shares if self._measure.stepped else {}
 
 
 def _shares(part: Part, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import adamw, report
+from . import adamw, phases, report
 from .adamw import AdamWHalf
 from .agreement import agree, checksum, together, world_of
 from .groups import Halved, Host, check_parameter, layout_digest, named_groups, no_engine, parameter_groups
@@ -51,8 +51,10 @@ class Muon(Optimizer):
             contiguous and of a real floating-point dtype; frozen ones are ignored.
         model: the module itself, if available: module types and ``model.config`` then help to recognize embeddings
             and fused projections.
-        process_group: the ranks that hold replicas of the parameters (plain DDP), or, under an engine, the ranks of
-            one pipeline stage; by default the default group. Each matrix is orthogonalized on one of these ranks.
+        process_group: the ranks that hold replicas of the parameters (plain DDP), by default those of the default
+            group; under an engine, all ranks that train with it. Each matrix is orthogonalized on one of these ranks.
+        stage: passed by an engine's hooks: the ranks of `process_group` that hold this pipeline stage, if there are
+            several stages.
         host: passed by an engine's hooks: the optimizer then waits for `attach`, and `step` does nothing until then.
         shapes: passed by an engine's hooks: the whole shape of each parameter that the engine has sharded, by name.
         **settings: see `muon_plugin.core.settings.Settings`: lr, weight_decay, momentum, ...
@@ -76,6 +78,7 @@ class Muon(Optimizer):
         *,
         model: nn.Module | None = None,
         process_group: Any = None,
+        stage: Any = None,
         host: Host | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         **settings: Any,
@@ -88,8 +91,10 @@ class Muon(Optimizer):
         self.halves = Halves(MuonHalf(), AdamWHalf())
         #: what `attach` was given
         self.calls: tuple[Call, ...] = ()
-        #: whether to check at the first step that the ranks of `_process_group` hold replicas
-        self._check_replicas, self._process_group = False, process_group
+        self.process_group = process_group
+        #: whether to check at the first step that the ranks of `process_group` hold replicas
+        self._check_replicas = False
+        alike = process_group if stage is None else stage
 
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
             checked = Settings.from_dict(settings)
@@ -103,19 +108,18 @@ class Muon(Optimizer):
             routing = route(
                 whole, model=model, exclude=checked.exclude, split=checked.split, layers=self.host.layers(model)
             )
-            one_of_many = host is not None and process_group is not None  # a stage of a pipeline
-            if not routing.matrices and not one_of_many:
+            if not routing.matrices and stage is None:
                 routing = replace(routing, notes=(*routing.notes, NO_MATRIX))
             return checked, parameter_groups(groups, routing, checked, self.host), routing, names
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
         #: names: parameter -> its name in `routing`
-        self.settings, groups, self.routing, self.names = together(prepare, process_group)
+        self.settings, groups, self.routing, self.names = together(prepare, alike)
         agree(
             "the model or the settings of Muon",
             [*self.routing.describe(), repr(self.settings)],
             "Build the same model from the same configuration on every rank",
-            process_group,
+            alike,
         )
         # torch wants a group even if there is nothing to train, as in a reference model.
         defaults = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
@@ -146,6 +150,7 @@ class Muon(Optimizer):
         """
         self.detach()
         self.calls = tuple(calls)
+        phases.start(self.process_group, any(self.param_groups[call.group]["use_muon"] for call in calls))
         muon = MuonHalf(self.host.momentum, offload=self.settings.offload)
         for call in self.calls:
             if self.param_groups[call.group]["use_muon"]:
@@ -178,11 +183,12 @@ class Muon(Optimizer):
         self.state.clear()
         self.calls, self.halves, self._check_replicas = (), Halves(MuonHalf(), AdamWHalf()), False
 
-    def hand_over(self, host: Host, names: Mapping[Tensor, str]) -> None:
+    def hand_over(self, host: Host, names: Mapping[Tensor, str], process_group: Any = None) -> None:
         """Transfers an optimizer that was built without an engine to `host`, whose hooks then call `attach`.
 
         Args:
             host: the engine.
+            process_group: all ranks that train with the engine; by default those of the default group.
             names: parameter -> its name in the engine's module, which its checkpoints use. The client may have called
                 the same parameter by another name: that of a submodule, or without a wrapper's prefix.
 
@@ -203,7 +209,7 @@ class Muon(Optimizer):
                 "engine around a new Muon, then load the checkpoint through the engine"
             )
         self.detach()
-        self.host, self._in_engine = host, True
+        self.host, self._in_engine, self.process_group = host, True, process_group
         self.routing = self.routing.renamed({name: names[p] for p, name in self.names.items()})
         self.names = {p: names[p] for p in self.names}
         self._set_digests()
@@ -232,7 +238,7 @@ class Muon(Optimizer):
     def _compare_replicas(self) -> None:
         """At the first step only, as DDP may make the replicas late. Ranks with different models would mix updates."""
         self._check_replicas = False
-        if world_of(self._process_group)[1] > 1:
+        if world_of(self.process_group)[1] > 1:
             tensors = [p for g in self.param_groups for p in g["params"]]
             sums = [[checksum(t) for t in (p, p.grad) if t is not None] for p in tensors]
             agree(
@@ -240,7 +246,7 @@ class Muon(Optimizer):
                 [f"{self.names[p]} with the checksums {values}" for p, values in zip(tensors, sums)],
                 "Without an engine, all ranks must hold replicas (DistributedDataParallel). For a model of its own on "
                 "each rank, pass process_group=torch.distributed.new_group([rank]) made for each rank",
-                self._process_group,
+                self.process_group,
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -35,19 +35,24 @@ class Current:
 
 current = Current()
 _listeners: list[Listener] = []
-_starters: list[Callable[[Any], None]] = []
+_starters: list[Callable[[Any, bool], None]] = []
 
 
-def at_start(starter: Callable[[Any], None]) -> None:
-    """`starter` is called, with its process group, by every optimizer that is about to plan. Registered once."""
+def at_start(starter: Callable[[Any, bool], None]) -> None:
+    """`starter` is called by every optimizer that is about to plan, with the arguments of `start`. Registered once."""
     if starter not in _starters:
         _starters.append(starter)
 
 
-def start(process_group: Any) -> None:
-    """Before an optimizer plans. Collective over the process group, as every starter may be."""
+def start(ranks: Any, steps: bool = True) -> None:
+    """Before an optimizer plans. Collective over `ranks`, as every starter may be.
+
+    Args:
+        ranks: all that train with this optimizer: a process group, None or a `Grid`.
+        steps: whether `current` will count steps on this rank: a pipeline stage may have no matrix.
+    """
     for starter in _starters:
-        starter(process_group)
+        starter(ranks, steps)
 
 
 class phase:

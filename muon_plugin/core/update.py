@@ -23,7 +23,7 @@ from .agreement import agree, gather, together
 from .exchange import Exchange
 from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
-from .phases import current, phase, start
+from .phases import current, phase
 from .plan import make_plan
 
 
@@ -53,7 +53,6 @@ class Update:
         scale: Callable[[Matrix], float],
         normalize: bool = False,
     ) -> None:
-        start(process_group)
         held = set().union(*gather(sorted({shard.parameter for shard in shards}), process_group))
         self.matrices = [matrix for matrix in matrices if matrix.parameter in held]
         self.tensors: list[Tensor] = list({id(shard.tensor): shard.tensor for shard in shards}.values())

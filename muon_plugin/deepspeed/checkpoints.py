@@ -81,13 +81,14 @@ def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bo
     if not isinstance(muon, Muon):
         return False
     zero = Path(folder) / "zero"
-    saved = together(lambda: _read(zero / "optimizer_state.pt"))
+    ranks = muon.process_group
+    saved = together(lambda: _read(zero / "optimizer_state.pt"), ranks)
     saved.setdefault(DS_VERSION, deepspeed.__version__)  # ZeRO-3 does not save it, the others require it
     stage_3 = hasattr(wrapper, "_load_global_state_stage3")
     (wrapper._load_global_state_stage3 if stage_3 else wrapper._load_global_state)(saved)
-    fresh = set().union(*gather(together(lambda: _take(muon, zero, load_optimizer_states)), None))
+    fresh = set().union(*gather(together(lambda: _take(muon, zero, load_optimizer_states), ranks), ranks))
     if load_optimizer_states:
-        together(lambda: _take_groups(muon, saved, zero))
+        together(lambda: _take_groups(muon, saved, zero), ranks)
     for number in range(len(wrapper.fp16_groups)) if stage_3 else ():  # elsewhere the engine does it
         wrapper.fp16_partitioned_groups_flat[number].data.copy_(wrapper.fp32_partitioned_groups_flat[number].data)
         wrapper._unflatten_partitioned_parameters(number)

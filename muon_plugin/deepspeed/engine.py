@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from .. import watchdog
@@ -16,7 +14,7 @@ from ..core.agreement import agree, together, world_of
 from ..core.layout import Partition
 from ..core.muon import Muon
 from ..core.settings import Settings
-from . import tensor_parallel
+from . import ranks, tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
 from .host import HOST, whole_shape
 from .monitor import watch
@@ -27,21 +25,30 @@ phases.at_start(watchdog.start)
 
 
 def set_optimizer_flags(original: Callable[..., Any], config_class: Any, model: Any) -> None:
+    """No tags for DeepSpeed's own Muon."""
     if config_class.optimizer_name != "muon":
         original(config_class, model)
+
+
+def _configure_distributed_model(original: Callable[..., Any], engine: Any, model: Any) -> None:
+    compare_at_start(engine, model)
+    original(engine, model)
+
+
+def compare_at_start(engine: Any, model: Any) -> None:
+    """Checks that the settings are valid on all ranks of the engine, and that they have the same model.
+
+    As soon as the engine's groups are known, and before it broadcasts the model over them.
+    """
+    if not _asks_for_muon(engine):
         return
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:
-        # The engine does so later; a collective before that would put all ranks of a node on one device.
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    together(lambda: Settings.from_dict(config_class.optimizer_params or {}))
+    own = ranks.of(engine)
+    together(lambda: Settings.from_dict(engine.optimizer_params() or {}), own)
     if isinstance(model, PipelineModule):
         return  # every stage has a model of its own: the ranks of one compare theirs when the optimizer is built
-    agree(
-        "the model",
-        [f"{name} {list(whole_shape(p))} {p.dtype}" for name, p in model.named_parameters()],
-        "Build the same model from the same configuration on every rank",
-    )
+    lines = [f"{name} {list(whole_shape(p))} {p.dtype}" for name, p in model.named_parameters()]
+    advice = "Build the same model from the same configuration on every rank"
+    together(lambda: agree("the model", lines, advice, ranks.same_weights(engine)), own)
 
 
 def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_parameters: Any) -> Any:
@@ -52,18 +59,21 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         check_supported(engine)
         return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})
 
-    params, options = together(prepare)
+    own = ranks.of(engine)
+    params, options = together(prepare, own)
     trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
-    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, trainable))
+    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, trainable), own)
     shapes = {name: partition.shape for name, partition in engine._muon_partitions.items()}
-    stage = engine.seq_data_parallel_group if engine.pipeline_parallelism else None
-    muon = Muon(params, model=engine.module, process_group=stage, host=HOST, shapes=shapes, **options)
+    options |= {"process_group": own, "stage": ranks.same_weights(engine) if engine.pipeline_parallelism else None}
+    # The ranks of one stage may fail in it, while those of the others do not.
+    muon = together(lambda: Muon(params, model=engine.module, host=HOST, shapes=shapes, **options), own)
     if engine.pipeline_parallelism and engine.zero_optimization():
         agree(
             "the parameter groups of the pipeline's stages",
             [f"group {group['name']}" for group in muon.param_groups],
             "ZeRO adds up the gradient norm group by group over the stages, and would hang. Use fewer stages or "
             "another partition_method, so that every stage has a matrix and another parameter; or use ZeRO stage 0",
+            own,
         )
     return muon
 
@@ -73,8 +83,9 @@ def _configure_optimizer(
 ) -> None:
     def taken_over(optimizer: Any) -> Any:
         if isinstance(optimizer, Muon):
-            together(lambda: check_supported(engine))
-            together(lambda: optimizer.hand_over(HOST, engine.param_names))
+            own = ranks.of(engine)
+            together(lambda: check_supported(engine), own)
+            together(lambda: optimizer.hand_over(HOST, engine.param_names, own), own)
         else:
             _refuse_remade(optimizer)  # not together: no collectives for engines without Muon; all ranks do the same
         return optimizer
@@ -86,22 +97,23 @@ def _configure_optimizer(
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         return
-    names, tp = muon.names, tensor_parallel.group_of(engine)
+    names, tp, own = muon.names, tensor_parallel.group_of(engine), ranks.of(engine)
     partitions = getattr(
         engine, "_muon_partitions", None
     )  # on all ranks or on none: not yet there for a client's own optimizer
     if partitions is None:
-        partitions = together(lambda: tensor_parallel.cuts(engine, names))
-    together(lambda: _check_whole(muon, partitions))
+        partitions = together(lambda: tensor_parallel.cuts(engine, names), own)
+    together(lambda: _check_whole(muon, partitions), own)
     matrices = {matrix.parameter for matrix in muon.routing.matrices}
-    together(lambda: tensor_parallel.compare_replicas(names, tp, matrices))
-    found = together(lambda: calls(engine, names))
-    muon.attach(holdings(found, partitions, tp), torch.device(engine.device))
+    together(lambda: tensor_parallel.compare_replicas(names, tp, matrices), own)
+    found = together(lambda: calls(engine, names), own)
+    held = holdings(found, partitions, tp, own)
+    together(lambda: muon.attach(held, torch.device(engine.device)), own)
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, found)
     check_before_loading(engine.optimizer, muon)
     watch(engine)
-    if world_of(None)[0] == 0:
+    if world_of(own)[0] == 0:
         print(muon.summary(_left_out(engine, muon)), flush=True)
 
 

@@ -3,8 +3,9 @@
 DeepSpeed's functions are wrapped only here, and the wrappers act only when the config asks for Muon:
 
 - ``deepspeed.set_optimizer_flags`` would tag parameters for DeepSpeed's own Muon, which runs in the gradient path. The
-  wrapper instead checks that all ranks have valid settings and the same model, before anything is built (the engine's
-  broadcast of the model hangs or crashes if they differ).
+  wrapper does not.
+- ``DeepSpeedEngine._configure_distributed_model``: before it, the wrapper checks that all ranks of the engine (`ranks`)
+  have valid settings and the same model. (The engine's broadcast of the model hangs or crashes if they differ.)
 - ``DeepSpeedEngine._configure_basic_optimizer``: the wrapper builds this Muon in place of DeepSpeed's own.
 - ``DeepSpeedEngine._configure_optimizer``: once DeepSpeed's own wrapper (ZeRO, bf16, fp16 or none) has sharded the
   parameters, ours reads where the shards are (`shards`) and attaches the optimizer to them.
@@ -44,6 +45,12 @@ def register() -> None:
         return  # patches/deepspeed-*.patch: the source calls `engine` itself
     hooks = [
         Hook(deepspeed, "set_optimizer_flags", ["config_class", "model"], engine.set_optimizer_flags),
+        Hook(
+            DeepSpeedEngine,
+            "_configure_distributed_model",
+            ["self", "model"],
+            engine._configure_distributed_model,
+        ),
         Hook(
             DeepSpeedEngine,
             "_configure_basic_optimizer",

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..core import phases, report
 from ..core.measure import Measure, Monitor, Part
@@ -33,9 +32,7 @@ class StepMonitor:
         self._engine = engine
         steps = engine.steps_per_print()
         self.every = int(steps) if steps and math.isfinite(steps) else EVERY  # Hugging Face sets infinity
-        device = torch.device(engine.device)
-        wire = torch.device("cpu") if dist.get_backend() == "gloo" else device
-        self._monitor = Monitor([engine.basic_optimizer.halves], self._measure, device, wire)
+        self._monitor = Monitor([engine.basic_optimizer.halves], self._measure, torch.device(engine.device))
 
     def _measure(self) -> Measure:
         muon = self._engine.basic_optimizer
@@ -44,10 +41,10 @@ class StepMonitor:
             for call in muon.calls
         ]
         tied = [name for p, name in muon.names.items() if getattr(p, "ds_pipe_replicated", False)]
-        return Measure(parts, muon.routing.shapes, tied)
+        return Measure(parts, muon.routing.shapes, tied, muon.process_group)
 
     def step(self, original: Callable[..., None], *args: Any) -> None:
-        """In the place of the engine's `_take_model_step`. Collective over the world, where it is measured."""
+        """In the place of the engine's `_take_model_step`. Collective over the engine's ranks where it is measured."""
         engine, breakdown = self._engine, self._engine.wall_clock_breakdown()
         with ExitStack() as listening:
             if breakdown:

@@ -93,17 +93,18 @@ def _replicas(engine: Any, group: Mapping[str, Any]) -> Any:
     return engine.expert_data_parallel_group[group["name"]] if group.get("moe") else engine.seq_data_parallel_group
 
 
-def holdings(found: Sequence[Call], partitions: Mapping[str, Partition], tp: Any) -> list[Call]:
+def holdings(found: Sequence[Call], partitions: Mapping[str, Partition], tp: Any, ranks: Any) -> list[Call]:
     """The same calls with shards of whole parameters, and the ranks over which these are sharded. Collective.
 
     Args:
         found: what `calls` found.
         partitions: name -> how tensor parallelism partitions the parameter.
         tp: the TP group of this rank, or None.
+        ranks: all of the engine.
     """
     process_groups = [call.process_group for call in found]
     if tp is not None and dist.get_world_size(tp) > 1:
-        process_groups = joint_groups([(group, tp) for group in process_groups])
+        process_groups = joint_groups([(group, tp) for group in process_groups], ranks)
     rank = 0 if tp is None else dist.get_rank(tp)
 
     def whole(shards: Iterable[Shard]) -> tuple[Shard, ...]:

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from .. import watchdog
 from ..core import phases
-from ..core.agreement import agree, together, world_of
+from ..core.agreement import agree, joined, together, world_of
 from ..core.halves import Halves
 from ..core.layout import Shard
 from ..core.measure import Part
@@ -58,38 +58,52 @@ def build(
         ValueError: on every rank, for an unsupported setting or model, with what to change.
     """
 
-    def prepare() -> tuple[Settings, list[Parameter], Any]:
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    ranks = joined([_dp_group(groups), groups.tp, groups.pp])
+
+    def prepare() -> tuple[Settings, list[Parameter]]:
         settings = Settings.from_config(config, arguments())  # OptimizerConfig takes over only the flags that it knows
         _check_model(model_chunks)
         check_supported(config, model_chunks[0].ddp_config)
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         tp, expert_tp = (dist.get_world_size(group) for group in _tp_groups(groups))
-        return settings, parameters(model_chunks, tp, expert_tp), groups
+        return settings, parameters(model_chunks, tp, expert_tp)
 
-    settings, found, groups = together(prepare)
-    agree("the optimizer's settings", _lines(settings) + _lines(config), "Start every rank with the same arguments")
-    model = [f"{p.name} {list(p.partition.shape)} {p.tensor.dtype}" for p in found]
-    agree("the model", model, "Build the same model, with the same parameters frozen, on every rank", groups.dp_cp)
+    settings, found = together(prepare, ranks)
+    _compare(_lines(settings) + _lines(config), found, _dp_group(groups), ranks)
     stock = copy.copy(config)
     stock.optimizer = "adam"
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
-    together(lambda: _check_built(chained))
-    routing = together(lambda: route(found, model_chunks, settings.split_qkv, _overridden(chained)))
+    together(lambda: _check_built(chained), ranks)
+    routing = together(lambda: route(found, model_chunks, settings.split_qkv, _overridden(chained)), ranks)
     live = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
     tp, expert_tp = _tp_groups(groups)
     experts = [any(group["is_expert_parallel"] for group in optimizer.param_groups) for optimizer in live]
     process_groups = joint_groups(
-        [(o.data_parallel_group, expert_tp if e else tp) for o, e in zip(live, experts, strict=True)]
+        [(o.data_parallel_group, expert_tp if e else tp) for o, e in zip(live, experts, strict=True)], ranks
     )
     device = next(model_chunks[0].parameters()).device
-    ranks = dist.get_rank(tp), dist.get_rank(expert_tp)
-    converted = [
-        _convert(optimizer, found, routing, settings, group, ranks, device, of_experts)
-        for optimizer, of_experts, group in zip(live, experts, process_groups, strict=True)
-    ]
-    together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)))
-    _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device)
+    tp_ranks = dist.get_rank(tp), dist.get_rank(expert_tp)
+    first = world_of(ranks)[0] == 0
+    phases.start(ranks, bool(live))
+
+    def convert() -> list[Converted]:
+        return [
+            _convert(optimizer, found, routing, settings, group, tp_ranks, device, of_experts, first)
+            for optimizer, of_experts, group in zip(live, experts, process_groups, strict=True)
+        ]
+
+    converted = together(convert, ranks)
+    together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)) if first else None, ranks)
+    _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device, ranks)
     return chained
+
+
+def _compare(settings: list[str], found: Sequence[Parameter], dp: Any, ranks: Any) -> None:
+    """All ranks must have the same settings, and those of one stage and TP rank the same model."""
+    agree("the optimizer's settings", settings, "Start every rank with the same arguments", ranks)
+    model = [f"{p.name} {list(p.partition.shape)} {p.tensor.dtype}" for p in found]
+    advice = "Build the same model, with the same parameters frozen, on every rank"
+    together(lambda: agree("the model", model, advice, dp), ranks)
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,13 @@ class Converted:
 
 
 def _watch(
-    chained: Any, converted: Sequence[Converted], found: Sequence[Parameter], routing: Routing, ddp: Any, device: Any
+    chained: Any,
+    converted: Sequence[Converted],
+    found: Sequence[Parameter],
+    routing: Routing,
+    ddp: Any,
+    device: Any,
+    ranks: Any,
 ) -> None:
     """Measures the steps that Megatron's training loop logs."""
     copies = getattr(ddp, "num_distributed_optimizer_instances", 1)
@@ -128,6 +148,7 @@ def _watch(
         routing.shapes,
         [p.name for p in found if getattr(p.tensor, "shared", False)],
         device,
+        ranks,
     )
     MonitoredOptimizer.convert(chained, monitor)
 
@@ -149,6 +170,11 @@ def _overridden(chained: Any) -> set[int]:
     return found
 
 
+def _dp_group(groups: Any) -> Any:
+    """Data parallel with context parallel. Without the latter, a client's own groups need not name it."""
+    return getattr(groups, "dp_cp", None) or groups.dp
+
+
 def _tp_groups(groups: Any) -> tuple[Any, Any]:
     """The TP groups of the dense layers and of the routed experts."""
     return groups.tp, getattr(groups, "expt_tp", None) or groups.tp
@@ -163,8 +189,9 @@ def _convert(
     tp_ranks: tuple[int, int],
     device: torch.device,
     experts: bool,
+    first: bool,
 ) -> Converted:
-    """Puts Muon into one stock DistributedOptimizer."""
+    """Puts Muon into one stock DistributedOptimizer. `first`: whether this is the rank that logs for all."""
     muon = {matrix.parameter for matrix in routing.matrices}
     held = together(lambda: shards(optimizer, names(found), *tp_ranks), process_group)
     update = Update(
@@ -175,7 +202,7 @@ def _convert(
         settings.newton_schulz,
         settings.scale,
     )
-    MuonDistributedOptimizer.convert(optimizer, update, settings)
+    MuonDistributedOptimizer.convert(optimizer, update, settings, first)
     return Converted(optimizer.optimizer.halves, tuple(held), process_group, experts)
 
 
@@ -200,17 +227,15 @@ def _check_model(model_chunks: Any) -> None:
 
 
 def _report(converted: Sequence[Converted], routing: Routing, settings: Settings, stages: int) -> None:
-    """Rank 0 prints the start-up table, of the optimizers in which it takes part."""
-    rank, _ = world_of(None)
-    if rank == 0:
-        if stages > 1:
-            routing = replace(routing, notes=(*routing.notes, f"this is pipeline stage 0 of {stages}"))
-        plans: dict[str, list[Plan]] = {}
-        for each in converted:
-            plans.setdefault("experts" if each.experts else "dense layers", []).extend(each.halves.muon.plans)
-        print(table(routing, settings.describe(), [each.halves for each in converted], plans), flush=True)
-        for note in settings.notes:
-            print(f"muon_plugin: {note}", flush=True)
+    """Prints the start-up table, of the optimizers in which this rank takes part: the first of all ranks."""
+    if stages > 1:
+        routing = replace(routing, notes=(*routing.notes, f"this is pipeline stage 0 of {stages}"))
+    plans: dict[str, list[Plan]] = {}
+    for each in converted:
+        plans.setdefault("experts" if each.experts else "dense layers", []).extend(each.halves.muon.plans)
+    print(table(routing, settings.describe(), [each.halves for each in converted], plans), flush=True)
+    for note in settings.notes:
+        print(f"muon_plugin: {note}", flush=True)
 
 
 def get_megatron_optimizer(original: Callable[..., Any], config: Any, model_chunks: Any, *args: Any, **kw: Any) -> Any:

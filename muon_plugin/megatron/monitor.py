@@ -8,7 +8,7 @@ Only the steps that Megatron's ``--log-interval`` logs are measured. The metrics
 - ``muon/optimizer_share``, ``muon/exchange_share``: fractions of the time since the end of the step before, on the
   rank that logs.
 
-The last rank writes them, as in Megatron.
+The last rank of those that train with the optimizer writes them, as in Megatron.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from ..core.agreement import world_of
 from ..core.halves import Halves
 from ..core.measure import Measure, Monitor, Part
 
@@ -35,7 +35,7 @@ class MonitoredOptimizer(ChainedOptimizer):  # type: ignore[misc]
         optimizer._muon_monitor = monitor
 
     def step(self) -> Any:
-        """Its result is Megatron's own. Collective over the world when the step is measured."""
+        """Its result is Megatron's own. Collective over the optimizer's ranks when the step is measured."""
         return self._muon_monitor.step(super().step)
 
 
@@ -48,6 +48,7 @@ class StepMonitor:
         shapes: shapes of the whole parameters, by name.
         elsewhere: parameters of this rank that an earlier pipeline stage counts.
         device: on which the optimizer computes.
+        ranks: all that train with the optimizer: a process group, None or a `Grid`.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class StepMonitor:
         shapes: Mapping[str, Sequence[int]],
         elsewhere: Sequence[str],
         device: torch.device,
+        ranks: Any,
     ) -> None:
-        wire = torch.device("cpu") if dist.get_backend() == "gloo" else device
-        self._monitor = Monitor(halves, lambda: Measure(parts, shapes, elsewhere), device, wire)
+        self._monitor = Monitor(halves, lambda: Measure(parts, shapes, elsewhere, ranks), device)
+        rank, size = world_of(ranks)
+        self._writes = rank == size - 1
 
     def step(self, take: Callable[[], Any]) -> Any:
         """Calls `take`, the optimizer's own step, and returns its result."""
@@ -73,7 +76,7 @@ class StepMonitor:
             made = take()
         else:
             made, found = self._monitor.step(take)
-            if found:
+            if found and self._writes:
                 norm = made[1]  # (whether it stepped, gradient norm, zeros in the gradients)
                 _write(found if norm is None else {**found, "gradient_norm": float(norm)}, iteration, args)
         if (iteration + 1) % interval == 0:
@@ -91,8 +94,6 @@ def _global_vars() -> Any:
 
 
 def _write(found: Mapping[str, float], iteration: int, args: Any) -> None:
-    if dist.get_rank() != dist.get_world_size() - 1:
-        return
     values = " | ".join(f"{name} {value:.4g}" for name, value in found.items())
     print(f" [muon] iteration {iteration:8d}/{getattr(args, 'train_iters', None) or 0:8d} | {values}", flush=True)
     named = {f"muon/{name}": value for name, value in found.items()}

@@ -83,16 +83,21 @@ class MuonDistributedOptimizer(DistributedOptimizer):
     """
 
     @classmethod
-    def convert(cls, optimizer: DistributedOptimizer, update: Update, settings: Settings) -> None:
-        """Turns a DistributedOptimizer that Megatron has just built around Adam into one of this class, in place."""
+    def convert(cls, optimizer: DistributedOptimizer, update: Update, settings: Settings, logs: bool) -> None:
+        """Turns a DistributedOptimizer that Megatron has just built around Adam into one of this class, in place.
+
+        Args:
+            optimizer, update, settings: as for `InnerOptimizer`.
+            logs: whether this rank logs for all that train with the optimizer.
+        """
         optimizer.optimizer = InnerOptimizer(optimizer.optimizer, update, settings)
         optimizer.__class__ = cls
-        optimizer._fresh_momentum = False
+        optimizer._fresh_momentum, optimizer._logs = False, logs
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["optimizer"]["param_groups"]
         self._fresh_momentum = not any(group.get(MARK) for group in groups)
-        if self._fresh_momentum and torch.distributed.get_rank() == 0:
+        if self._fresh_momentum and self._logs:
             logger.warning(
                 "muon_plugin: the checkpoint was saved by Megatron's AdamW, not by Muon: restored the weights and the "
                 "AdamW state of the other parameters; the momentum of matrices starts from zero"

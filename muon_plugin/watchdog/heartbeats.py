@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
@@ -25,7 +26,8 @@ class Heartbeats:
     """Publishes the heartbeats of one rank and reads those of the others.
 
     Args:
-        rank, world: of the default group.
+        rank: in the default group.
+        ranks: all that are watched, numbered likewise; ascending.
         prefix: of the keys in the store; the same on every rank.
         beat: seconds between heartbeats.
 
@@ -37,15 +39,18 @@ class Heartbeats:
         serves: this process hosts the store.
     """
 
-    def __init__(self, rank: int, world: int, prefix: str, beat: float) -> None:
-        self.rank, self.world, self.prefix, self.beat = rank, world, prefix, beat
+    def __init__(self, rank: int, ranks: Sequence[int], prefix: str, beat: float) -> None:
+        self.rank, self.ranks, self.prefix, self.beat = rank, ranks, prefix, beat
         self.heard = time.monotonic()
         self.verdict: dict[str, Any] = {}
         self.published = 0
         self.address: nodes.Address | None = None
-        self.serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         # Held, since a store of rank 0's must outlive the process group.
         self._default = dist.distributed_c10d._get_default_store()
+        self._tcp = _tcp_store(self._default)
+        self._host = ranks[0] if self._tcp is None else 0
+        launched = self._tcp is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.serves = rank == self._host and not launched
         self._listener: Any = None
         self._store: Any = None
         self._first: dict[str, Any] = {}
@@ -53,17 +58,17 @@ class Heartbeats:
         self._seen: dict[int, tuple[int, float]] = {}
 
     def connect(self, done: threading.Event) -> bool:
-        """Connects to the default store, or to one that rank 0 opens if that is no TCPStore. False once `done` is set.
+        """Connects to the default store, or to one that the first rank opens if that is no TCPStore.
+
+        Returns:
+            Whether it is connected; False if `done` was set before.
 
         Raises:
             RuntimeError, OSError: if the host cannot be reached.
         """
-        store = self._default
-        while isinstance(store, dist.PrefixStore):
-            store = store.underlying_store
-        if isinstance(store, dist.TCPStore):
-            self.address = store.host, store.port
-        elif self.rank == 0:
+        if self._tcp is not None:
+            self.address = self._tcp.host, self._tcp.port
+        elif self.rank == self._host:
             self._own = dist.TCPStore(socket.gethostname(), 0, None, True, wait_for_workers=False)
             self.address = self._own.host, self._own.port
             self._default.set(self.prefix, json.dumps(self.address))
@@ -75,8 +80,9 @@ class Heartbeats:
         client = dist.TCPStore(*self.address, None, False, timeout=timedelta(seconds=60), wait_for_workers=False)
         self._store = dist.PrefixStore(self.prefix, client)
         self._listener = nodes.listen_towards(self.address)
-        if self.rank == 0:
-            self._store.multi_set([*map(str, range(self.world)), "verdict"], ["{}"] * (self.world + 1))
+        if self.rank == self.ranks[0]:
+            keys = [*map(str, {*self.ranks, self._host}), "verdict"]
+            self._store.multi_set(keys, ["{}"] * len(keys))
             self._store.set("ready", "1")
         return self._comes(self._store, "ready", done)
 
@@ -95,7 +101,7 @@ class Heartbeats:
             nodes.accept_all(self._listener)
 
     def publish(self, me: Standing) -> None:
-        """Publishes one heartbeat, and reads rank 0's heartbeat and the verdict.
+        """Publishes one heartbeat, and reads the verdict and that of the store's host, if it is watched.
 
         Raises:
             RuntimeError: if the store is gone.
@@ -103,7 +109,7 @@ class Heartbeats:
         more = {"signs": self.published + 1, "time": time.time(), "listens": self._listener.getsockname()[:2]}
         self._store.set(str(self.rank), json.dumps(asdict(me) | more))
         self.published += 1
-        first, verdict = map(json.loads, self._store.multi_get(["0", "verdict"]))
+        first, verdict = map(json.loads, self._store.multi_get([str(self._host), "verdict"]))
         self._first, self.verdict = first or self._first, verdict or self.verdict
         self.heard = time.monotonic()
 
@@ -132,7 +138,7 @@ class Heartbeats:
         """All ranks that have published; those without a new heartbeat, or all, are asked whether they are alive."""
         now = time.monotonic()
         found, listens = {}, {}
-        for rank, value in enumerate(self._store.multi_get([*map(str, range(self.world))])):
+        for rank, value in zip(self.ranks, self._store.multi_get([*map(str, self.ranks)])):
             state = json.loads(value)
             if rank == self.rank or not state:
                 continue
@@ -148,19 +154,30 @@ class Heartbeats:
     def keeper(self) -> str:
         """The store and its host, for a message."""
         if self.address is None:
-            return "the store that rank 0 opens"
+            return f"the store that rank {self._host} opens"
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        whose = f"{'the launcher of ' * launched}rank 0 ({self._first.get('node', 'node unknown')})"
+        whose = f"{'the launcher of ' * launched}rank {self._host} ({self._first.get('node', 'node unknown')})"
         return f"the store at {self.address[0]}:{self.address[1]}, hosted by {whose}"
 
-    def rank_0(self) -> list[Standing]:
-        """Rank 0, if it finished, failed or died, as far as can be told without the store; nothing while it runs."""
-        if self.rank == 0 or not self._first:
+    def host(self) -> list[Standing]:
+        """The rank that hosts the store, if it finished, failed or died, as far as can be told without the store.
+
+        Nothing while it runs, or if it is not watched.
+        """
+        if self.rank == self._host or not self._first:
             return []
         silent = time.monotonic() - self.heard
         first = _standing(self._first, silent)
-        known = _asked({0: first}, {0: self._first["listens"]} if first.life == RUNNING else {}, {0: silent}, 0)
+        listens = {self._host: self._first["listens"]} if first.life == RUNNING else {}
+        known = _asked({self._host: first}, listens, {self._host: silent}, 0)
         return [r for r in known if r.life != RUNNING]
+
+
+def _tcp_store(store: Any) -> dist.TCPStore | None:
+    """The store under its prefixes, if it is one that other processes can connect to by its address."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store if isinstance(store, dist.TCPStore) else None
 
 
 def _standing(state: dict[str, Any], silent: float) -> Standing:

@@ -9,7 +9,7 @@ reads the heartbeats of all ranks, asks the kernels of silent ranks whether thei
 `verdict.judge`. If that finds a hang, all ranks print the message, write torch's flight recorder to a file and exit
 with code 75; the responsible ranks and the rank that found the hang also print the stack trace of their main thread. A
 rank that fails with an error also prints which rank died, failed or exited before it. Without MUON_WATCHDOG nothing
-runs.
+runs. Only ranks that train with the optimizer are watched: others may evaluate, serve, or train another model.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..core.agreement import agree, world_of
+from ..core.agreement import agree, gather, ranks_of, world_of
 from ..core.phases import OUTSIDE, current
 from .heartbeats import Heartbeats
-from .nodes import node_name
+from .nodes import named, node_name
 from .process import dump_flight_recorder, main_stack, main_thread, say
 from .state import State
 from .verdict import FAILED, Standing, cause_of, judge
@@ -41,20 +41,36 @@ _running: _Watchdog | None = None
 _started = 0
 
 
-def start(process_group: Any = None) -> None:
-    """Starts the watchdog if MUON_WATCHDOG is set and none is running. Collective over `process_group`.
+def start(ranks: Any = None, steps: bool = True) -> None:
+    """Starts the watchdog of these ranks if MUON_WATCHDOG is set and theirs is not running. Collective over `ranks`.
+
+    Args:
+        ranks: all that train with the optimizer: a process group, None (the default group) or a `Grid`.
+        steps: whether this rank counts steps; one that does not is not watched.
 
     Raises:
         ValueError: on every rank, for a value that is not allowed, or that is not the same everywhere.
     """
     global _running, _started
     value = os.environ.get(VARIABLE, "")
-    agree(VARIABLE, [repr(value)], "Set it to the same value on all nodes", process_group)
+    agree(VARIABLE, [repr(value)], "Set it to the same value on all nodes", ranks)
     patience = limits(value)
-    if patience is None or world_of(None)[1] == 1 or (_running is not None and _running.watching):
+    if patience is None or world_of(ranks)[1] == 1:
         return
-    _started += 1
-    _running = _Watchdog(*patience, f"muon_plugin/watchdog/{_started}")
+    running = _running.ranks if _running is not None and _running.watching else []
+    everyone = list(zip(ranks_of(ranks), gather((steps, running, _started), ranks), strict=True))
+    watched = [rank for rank, (counts, *_) in everyone if counts]
+    others = [theirs for _, (counts, theirs, _) in everyone if counts and theirs != watched]
+    if not others or len(watched) < 2:
+        return
+    if any(others):
+        if world_of(ranks)[0] == 0:
+            theirs = named(next(filter(None, others)))
+            say(f"{named(watched)} are not watched: another optimizer's {theirs} are, and a process watches one set")
+        return
+    _started = 1 + max(number for _, (*_, number) in everyone)  # with the first rank, a name that no other set has
+    if steps:
+        _running = _Watchdog(*patience, watched, f"muon_plugin/watchdog/{_started}/{watched[0]}")
 
 
 def stop() -> None:
@@ -93,12 +109,12 @@ class _Watchdog:
     once there is a verdict, or when the store stops responding.
     """
 
-    def __init__(self, patience: float, longer: float, prefix: str) -> None:
-        self.patience, self.longer = patience, longer
+    def __init__(self, patience: float, longer: float, ranks: list[int], prefix: str) -> None:
+        self.patience, self.longer, self.ranks = patience, longer, ranks
         self.rank, self.world = world_of(None)
         self.node = node_name()
         self.beat = min(2.0, patience / 30)
-        self.hearts = Heartbeats(self.rank, self.world, prefix, self.beat)
+        self.hearts = Heartbeats(self.rank, ranks, prefix, self.beat)
         self.state = State()
         self._pid = os.getpid()
         self._excepthook, sys.excepthook = sys.excepthook, self._failed
@@ -130,7 +146,7 @@ class _Watchdog:
         self._excepthook(kind, error, trace)
         if os.getpid() == self._pid and self.watching:
             if self.state.fail(f"{kind.__name__}: {error}".partition("\n")[0][:200]):
-                self._explain(self.hearts.rank_0())
+                self._explain(self.hearts.host())
             self.state.explained.wait(10)
 
     # In the thread that talks to the store.
@@ -141,7 +157,7 @@ class _Watchdog:
                 self._beats()
         except Exception as error:  # the store's host may be dead: `_watch` handles that
             if self.state.lose_store(str(error).partition("\n")[0] or repr(error)):
-                self._explain(self.hearts.rank_0())
+                self._explain(self.hearts.host())
 
     def _beats(self) -> None:
         """Publishes a heartbeat and acts on it, again and again, until it has published that this rank has left."""
@@ -168,7 +184,7 @@ class _Watchdog:
 
     def _stands(self, looked: float) -> bool:
         """Whether this rank has made no progress for some time, and last looked at the others some time ago."""
-        every = max(self.patience / 8, self.world**2 / 1e6)  # the store reads at most a million states a second
+        every = max(self.patience / 8, len(self.ranks) ** 2 / 1e6)  # the store reads at most a million states a second
         now = time.monotonic()
         return now - current.since > self.patience / 2 and now - looked > every
 
@@ -210,7 +226,7 @@ class _Watchdog:
         """For a rank that makes no progress and cannot ask why: the store's host is down, hung or unreachable."""
         lost, silent = self.state.fate.lost, time.monotonic() - self.hearts.heard
         if me.seconds > self.patience and (silent > self.patience or (lost and silent > 3 * self.beat)):
-            verdict = judge(me, self.hearts.rank_0(), self.world, self.patience, self.longer)
+            verdict = judge(me, self.hearts.host(), self.world, self.patience, self.longer)
             if verdict is not None:
                 why = f" ({lost})" if lost else ""
                 self._end(f"no response for {silent:.0f} s from {self.hearts.keeper()}{why}; {verdict.text}")

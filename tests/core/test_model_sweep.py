@@ -53,9 +53,9 @@ def deviations(model: nn.Module) -> list[str]:
             found.append(f"{name} is an embedding")
         elif isinstance(getattr(block, "is_transposed", None), bool) and len(shape) == 3 and name not in named:
             found += _experts(name, shape, matrices, block)
-        elif matrices and place.attribute in model_sweep.split_by_code(type(block)) and name not in named:
-            if len(matrices) == (shape[0] if len(shape) == 3 else 1):
-                code = model_sweep.split_by_code(type(block))[place.attribute]
+        elif len(matrices) == (shape[0] if len(shape) == 3 else 1) and name not in named:
+            code = model_sweep.split_by_code(type(block)).get(place.attribute)
+            if code:
                 found.append(f"{type(block).__name__}.{place.attribute} is whole, but the code has {code}")
     return found
 

@@ -31,7 +31,7 @@ def test_unregister_gives_deepspeed_its_own_code_back():
     import muon_plugin
 
     def hooked():
-        names = ("_configure_basic_optimizer", "_configure_optimizer")
+        names = ("_configure_distributed_model", "_configure_basic_optimizer", "_configure_optimizer")
         return [deepspeed.set_optimizer_flags, *(getattr(DeepSpeedEngine, name) for name in names)]
 
     own = hooked()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 import muon_plugin
 from tests.support.combinations import FULL, covering
 from tests.support.deepspeed_runs import convert
-from tests.support.integers import build, config, differing, gradient
+from tests.support.integers import build, config, differing
 from tests.support.integers import trained as trained_on_integers
 from tests.support.monitored import written
 from tests.support.parallel_models import (
     Block,
     Experts,
+    Grid,
+    Marked,
     Stage,
     described,
     in_a_pipeline,
@@ -148,51 +150,6 @@ def test_sizes_that_a_user_watches_are_the_same_at_every_tp_degree(ranks, tmp_pa
     for name in alone:
         if not name.endswith("share"):
             assert cut[name] == pytest.approx(alone[name], rel=1e-5), name
-
-
-class Grid:
-    """A client's mpu: TP ranks side by side, DP across."""
-
-    def __init__(self, tp: int) -> None:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        rows = [list(range(i, i + tp)) for i in range(0, world, tp)]
-        columns = [list(range(i, world, tp)) for i in range(tp)]
-        self.tp = next(g for g, ranks in [(dist.new_group(r), r) for r in rows] if rank in ranks)
-        self.dp = next(g for g, ranks in [(dist.new_group(r), r) for r in columns] if rank in ranks)
-        for kind, group in (("tensor_model", self.tp), ("model", self.tp), ("data", self.dp)):
-            setattr(self, f"get_{kind}_parallel_group", lambda group=group: group)
-            setattr(self, f"get_{kind}_parallel_world_size", lambda group=group: dist.get_world_size(group))
-            setattr(self, f"get_{kind}_parallel_rank", lambda group=group: dist.get_rank(group))
-
-
-class Marked(nn.Module):
-    """Parameters cut by hand and marked as Megatron marks them; gate and up side by side on each rank."""
-
-    CUTS: ClassVar = {"up": (0, 1), "down": (1, 1), "gate_up_proj": (0, 2), "router": None}
-
-    def __init__(self, rank: int, size: int, marked: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(6)
-        self.rank, self.size = rank, size
-        for name, cut in self.CUTS.items():
-            self.add_module(name, nn.Linear(24, 32, bias=False))
-            weight = self.get_submodule(name).weight
-            if cut is not None:
-                weight.data = self.part(weight.data, cut).clone()
-                if marked:
-                    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, *cut
-
-    def part(self, whole: Tensor, cut: tuple[int, int] | None) -> Tensor:
-        if cut is None:
-            return whole
-        return torch.cat([half.chunk(self.size, cut[0])[self.rank] for half in whole.chunk(cut[1], cut[0])], cut[0])
-
-    def forward(self, step: int, rank: int, world: int) -> Tensor:
-        loss = torch.zeros(())
-        for number, (name, p) in enumerate(self.named_parameters()):
-            grad = gradient((32, 24), number, step, 0, rank, world, 1)
-            loss = loss + (p.float() * self.part(grad, self.CUTS[name.split(".")[0]])).sum()
-        return loss
 
 
 def with_mpu(

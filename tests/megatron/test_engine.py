@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +19,13 @@ from tests.support.combinations import in_turn
 from tests.support.counted import bytes_sent
 from tests.support.integers import build as deepspeed_build
 from tests.support.integers import config as deepspeed_config
-from tests.support.integers import gradient
+from tests.support.integers import differing, gradient
 from tests.support.megatron_model import (
     Layout,
     build,
     config_for,
     full_weights,
+    named,
     optimizer_for,
     set_gradients,
     step,
@@ -459,3 +462,39 @@ def overflowed(rank: int, layout: Layout) -> bool:
     after = [s for part in optimizer.chained_optimizers for s in part.optimizer.state_dict()["state"].values()]
     same = all(torch.equal(a[key], b[key]) for a, b in zip(before, after, strict=True) for key in a)
     return same and not done
+
+
+def test_a_model_on_some_of_the_ranks_asks_no_other(ranks, release):
+    """With process groups of its own (`pg_collection`): here each of a pipeline's stages, as if it were a model."""
+    whole = ranks(4, release).run(trained, Layout(pp=2), 3)[0]
+    *others, first, second = ranks(4, release).run(two_models, Layout(pp=2))
+    assert [TITLE in printed for _, printed in (*others, first, second)] == [False, False, True, False]
+    for found, _ in (first, second):
+        assert len(found) > 10
+        assert differing(found, {name: whole[name] for name in found}) == []
+
+
+TITLE = "muon_plugin ---"  # of the start-up table
+
+
+def two_models(rank: int, layout: Layout) -> tuple[dict[str, Tensor], str]:
+    """AdamW trains the first, Muon the second. (To build an optimizer, Megatron itself asks the world.)"""
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    import muon_plugin
+
+    muon_plugin.register("megatron")
+    chunks = build(layout)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.pp = [dist.new_group([single]) for single in range(dist.get_world_size())][rank]
+    groups.mp = groups.tp_ep_pp = groups.tp_ep_pp_with_egtp_remat = groups.pp
+    own = {"optimizer": "adam", "lr": 0.001} if parallel_state.is_pipeline_first_stage() else {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        config = config_for(layout, **own)
+        optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+    for number in range(3):
+        step(chunks, optimizer, layout, number)
+    return {name: p.detach().float() for name, p, _ in named(chunks)}, printed.getvalue()

@@ -24,15 +24,43 @@ MAPPINGS = (
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
 )
 #: Those that the default tests try: every layout of a fused projection, of experts and of heads in them.
-COMMON = (
-    "AriaForConditionalGeneration BambaForCausalLM BertForMaskedLM BloomForCausalLM CodeGenForCausalLM "
-    "DbrxForCausalLM DebertaForMaskedLM DeepseekV3ForCausalLM DeepseekV4ForCausalLM FalconForCausalLM Glm4MoeForCausalLM "
-    "GPT2LMHeadModel GPTBigCodeForCausalLM GPTNeoXForCausalLM GptOssForCausalLM GraniteMoeHybridForCausalLM "
-    "JambaForCausalLM JetMoeForCausalLM Lfm2ForCausalLM Llama4ForCausalLM LlamaForCausalLM MambaForCausalLM "
-    "MiniMaxForCausalLM ModernBertForMaskedLM MoshiForConditionalGeneration NemotronHForCausalLM OlmoeForCausalLM "
-    "Phi3ForCausalLM Qwen2_5_VLForConditionalGeneration Qwen3MoeForCausalLM Qwen3NextForCausalLM "
-    "RecurrentGemmaForCausalLM T5ForConditionalGeneration XLNetLMHeadModel ZambaForCausalLM"
-).split()
+COMMON = [
+    "AriaForConditionalGeneration",
+    "BambaForCausalLM",
+    "BertForMaskedLM",
+    "BloomForCausalLM",
+    "CodeGenForCausalLM",
+    "DbrxForCausalLM",
+    "DebertaForMaskedLM",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV4ForCausalLM",
+    "FalconForCausalLM",
+    "Glm4MoeForCausalLM",
+    "GPT2LMHeadModel",
+    "GPTBigCodeForCausalLM",
+    "GPTNeoXForCausalLM",
+    "GptOssForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "JambaForCausalLM",
+    "JetMoeForCausalLM",
+    "Lfm2ForCausalLM",
+    "Llama4ForCausalLM",
+    "LlamaForCausalLM",
+    "MambaForCausalLM",
+    "MiniMaxForCausalLM",
+    "ModernBertForMaskedLM",
+    "MoshiForConditionalGeneration",
+    "NemotronHForCausalLM",
+    "OlmoeForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM",
+    "RecurrentGemmaForCausalLM",
+    "T5ForConditionalGeneration",
+    "XLNetLMHeadModel",
+    "ZambaForCausalLM",
+]
 _SAME = {"view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "to", "float", "unflatten"}
 _SAME |= {"flatten", "type", "clone", "swapaxes"}
 _SPLITS = {"split", "chunk", "unbind", "tensor_split", "split_with_sizes", "glu"}

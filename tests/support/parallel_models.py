@@ -1,10 +1,11 @@
-"""Models for DeepSpeed's AutoTP, experts and pipelines, with the gradients of integers.py."""
+"""Models for DeepSpeed's AutoTP, experts, pipelines and a client's mpu, with the gradients of integers.py."""
 
 from __future__ import annotations
 
 import re
 import zlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -189,3 +190,58 @@ def routed_in_a_pipeline(rank: int, settings: dict[str, Any]) -> dict[str, str]:
     engine = build(rank, settings, model, model_parameters=list(model.parameters()))
     routing = engine.basic_optimizer.routing
     return {name: routing.adamw.get(name, "") for name, shape in routing.shapes.items() if len(shape) > 1}
+
+
+class Grid:
+    """A client's mpu: TP ranks side by side, DP across; one in each part of the world. Collective over the world.
+
+    Args:
+        tp: number of TP ranks.
+        parts: the ranks of each part; by default all ranks of the world are one. A rank that is in none has no groups.
+    """
+
+    def __init__(self, tp: int, parts: Sequence[Sequence[int]] = ()) -> None:
+        parts = parts or [range(dist.get_world_size())]
+        rows = [part[i : i + tp] for part in parts for i in range(0, len(part), tp)]
+        columns = [part[i::tp] for part in parts for i in range(tp)]
+        self.tp, self.dp = _own(rows), _own(columns)
+        for kind, group in (("tensor_model", self.tp), ("model", self.tp), ("data", self.dp)):
+            setattr(self, f"get_{kind}_parallel_group", lambda group=group: group)
+            setattr(self, f"get_{kind}_parallel_world_size", lambda group=group: dist.get_world_size(group))
+            setattr(self, f"get_{kind}_parallel_rank", lambda group=group: dist.get_rank(group))
+
+
+class Marked(nn.Module):
+    """Parameters cut by hand and marked as Megatron marks them; gate and up side by side on each rank."""
+
+    CUTS: ClassVar = {"up": (0, 1), "down": (1, 1), "gate_up_proj": (0, 2), "router": None}
+
+    def __init__(self, rank: int, size: int, marked: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.rank, self.size = rank, size
+        for name, cut in self.CUTS.items():
+            self.add_module(name, nn.Linear(24, 32, bias=False))
+            weight = self.get_submodule(name).weight
+            if cut is not None:
+                weight.data = self.part(weight.data, cut).clone()
+                if marked:
+                    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, *cut
+
+    def part(self, whole: Tensor, cut: tuple[int, int] | None) -> Tensor:
+        if cut is None:
+            return whole
+        return torch.cat([half.chunk(self.size, cut[0])[self.rank] for half in whole.chunk(cut[1], cut[0])], cut[0])
+
+    def forward(self, step: int, rank: int, world: int) -> Tensor:
+        loss = torch.zeros(())
+        for number, (name, p) in enumerate(self.named_parameters()):
+            grad = gradient((32, 24), number, step, 0, rank, world, 1)
+            loss = loss + (p.float() * self.part(grad, self.CUTS[name.split(".")[0]])).sum()
+        return loss
+
+
+def _own(parts: Sequence[Sequence[int]]) -> Any:
+    """Makes a process group of each; returns this rank's."""
+    made = [(dist.new_group(list(part)), part) for part in parts]
+    return next((group for group, part in made if dist.get_rank() in part), None)

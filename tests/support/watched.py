@@ -1,7 +1,7 @@
 """One rank of a run under the watchdog that goes wrong as its arguments say: `watched.py ENGINE WHAT RANK WHEN`.
 
-ENGINE: "alone", "deepspeed" or "megatron". WHAT happens to that rank WHEN: "outside" the optimizer, after two steps, or
-in a phase of the third step.
+ENGINE: "alone", "halves", "deepspeed" or "megatron". WHAT happens to that rank WHEN: "outside" the optimizer, after two
+steps, or in a phase of the third step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from muon_plugin.core import phases
 STEPS = 6
 
 
-def alone(rank: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def alone(rank: int, group: Any = None) -> tuple[Callable[[], Any], Callable[[], Any]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8))
-    optimizer = Muon(model.named_parameters(), lr=0.01)
+    optimizer = Muon(model.named_parameters(), lr=0.01, process_group=group)
 
     def backward() -> None:
         for number, p in enumerate(model.parameters()):
@@ -34,6 +34,20 @@ def alone(rank: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
         time.sleep(0.2)  # some heartbeats a step
 
     return backward, optimizer.step
+
+
+def halves(rank: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A model on each half of the world; the first half pauses after its first step, until the file GO exists."""
+    world = dist.get_world_size()
+    groups = [dist.new_group(list(half)) for half in (range(world // 2), range(world // 2, world))]
+    backward, step = alone(rank, groups[rank // (world // 2)])
+
+    def late() -> None:
+        while rank < world // 2 and phases.current.step == 1 and not os.path.exists(os.environ["GO"]):
+            time.sleep(0.1)
+        backward()
+
+    return late, step
 
 
 def deepspeed(rank: int) -> tuple[Callable[[], Any], Callable[[], Any]]:

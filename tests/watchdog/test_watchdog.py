@@ -57,6 +57,22 @@ def test_a_rank_that_sleeps_while_the_others_exchange_is_named_with_its_stack(tm
     assert (tmp_path / "trace2").stat().st_size > 0  # torch's flight recorder
 
 
+def test_only_the_ranks_that_train_a_model_together_are_compared_and_ended(tmp_path):
+    """The other half of the world trains another model, is steps behind and longer in one phase, and goes on."""
+    job = watched(tmp_path, 4, "halves", "sleeps", "3", "outside", GO=str(tmp_path / "go"))
+    for rank in (2, 3):
+        job.processes[rank].wait(timeout=120)
+    (tmp_path / "go").touch()
+    job.ends()
+    assert job.codes == [0, 0, ENDED_BY_WATCHDOG, ENDED_BY_WATCHDOG], job.all_logs()
+    assert said(job, 0) == said(job, 1) == []
+    for rank in (2, 3):
+        text = said(job, rank)[0]
+        assert text.startswith('rank 3 of 4 (node1) held up the others before step 3, phase "forward'), text
+        assert "rank 0" not in text
+        assert "rank 1 " not in text
+
+
 def test_a_rank_killed_within_a_step_is_named_by_those_whose_connection_breaks(tmp_path):
     job = watched(tmp_path, 3, "alone", "killed", "1", "exchange", **PATIENT)
     job.ends()
