@@ -18,7 +18,7 @@ from ..core.muon import Muon
 from ..core.settings import Settings
 from . import tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
-from .host import HOST, whole_shape
+from .host import host_of, whole_shape
 from .monitor import watch
 from .refusals import check_supported
 from .shards import calls, holdings
@@ -57,7 +57,7 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
     engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, trainable))
     shapes = {name: partition.shape for name, partition in engine._muon_partitions.items()}
     stage = engine.seq_data_parallel_group if engine.pipeline_parallelism else None
-    muon = Muon(params, model=engine.module, process_group=stage, host=HOST, shapes=shapes, **options)
+    muon = Muon(params, model=engine.module, process_group=stage, host=host_of(engine), shapes=shapes, **options)
     if engine.pipeline_parallelism and engine.zero_optimization():
         agree(
             "the parameter groups of the pipeline's stages",
@@ -74,7 +74,7 @@ def _configure_optimizer(
     def taken_over(optimizer: Any) -> Any:
         if isinstance(optimizer, Muon):
             together(lambda: check_supported(engine))
-            together(lambda: optimizer.hand_over(HOST, engine.param_names))
+            together(lambda: optimizer.hand_over(host_of(engine), engine.param_names))
         else:
             _refuse_remade(optimizer)  # not together: no collectives for engines without Muon; all ranks do the same
         return optimizer

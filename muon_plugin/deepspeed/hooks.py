@@ -10,6 +10,8 @@ DeepSpeed's functions are wrapped only here, and the wrappers act only when the 
   parameters, ours reads where the shards are (`shards`) and attaches the optimizer to them.
 - ``_load_universal_checkpoint`` of ZeRO's optimizers: the wrapper reads this Muon's shards and state (`checkpoints`).
 - ``DeepSpeedEngine._get_all_ckpt_names``: the wrapper finds a universal checkpoint's files whichever stage saved it.
+- ``DeepSpeedEngine.load_checkpoint``: the wrapper makes weights load without state at every stage (`weights_only`).
+- ``DeepSpeedEngine.get_mom``: the wrapper reports Muon's momentum, where DeepSpeed looks for Adam's betas (`monitor`).
 - ``DeepSpeedZeroOptimizer_Stage3.offload_states`` rejects any optimizer but FusedAdam; the wrapper allows this one.
 """
 
@@ -38,7 +40,7 @@ def register() -> None:
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     from ..core.muon import Muon
-    from . import checkpoints, engine
+    from . import checkpoints, engine, monitor, weights_only
 
     if hasattr(DeepSpeedEngine, "_configure_stock_optimizer"):
         return  # patches/deepspeed-*.patch: the source calls `engine` itself
@@ -62,6 +64,22 @@ def register() -> None:
             ["self", "checkpoints_path", "tag"],
             checkpoints.get_all_ckpt_names,
         ),
+        Hook(
+            DeepSpeedEngine,
+            "load_checkpoint",
+            [
+                "self",
+                "load_dir",
+                "tag",
+                "load_module_strict",
+                "load_optimizer_states",
+                "load_lr_scheduler_states",
+                "load_module_only",
+                "custom_load_fn",
+            ],
+            weights_only.load_checkpoint,
+        ),
+        Hook(DeepSpeedEngine, "get_mom", ["self"], monitor.get_mom),
         Hook(
             DeepSpeedZeroOptimizer_Stage3,
             "offload_states",

@@ -25,9 +25,10 @@ def check_supported(engine: Any) -> None:
             *_zero(zero),
             *_experts(engine),
             *_precision(engine),
-            *_universal_from_nvme(engine),
+            *_universal(engine),
             *_gradients_left_out(engine),
             *_one_rate_schedulers(engine),
+            _cycled_momentum(engine),
         ]
     )
 
@@ -88,10 +89,13 @@ def _precision(engine: Any) -> list[Refusal]:
     ]
 
 
-def _universal_from_nvme(engine: Any) -> list[Refusal]:
-    loads = engine.load_universal_checkpoint() and bool(_on_nvme(engine._config.zero_config))
+def _universal(engine: Any) -> list[Refusal]:
+    """Without ZeRO DeepSpeed reads no weights of a universal checkpoint; on NVMe our shards cannot be filled."""
+    loads, zero, setting = engine.load_universal_checkpoint(), engine._config.zero_config, "checkpoint.load_universal"
+    stages = "1, 2 or 3: DeepSpeed does not restore universal checkpoints without ZeRO"
     return [
-        Refusal("checkpoint.load_universal with offload to NVMe", True, loads, "offload to the CPU, or none"),
+        Refusal(f"{setting} with zero_optimization.stage", 0, loads and zero.stage == 0, stages),
+        Refusal(f"{setting} with offload to NVMe", True, loads and bool(_on_nvme(zero)), "offload to the CPU, or none"),
     ]
 
 
@@ -118,6 +122,17 @@ def _one_rate_schedulers(engine: Any) -> list[Refusal]:
     overrides = name in {*ends, "LRRangeTest"} and not own
     advice = f"it without the scheduler {name}, which sets one rate for all"
     return [Refusal(key, options.get(key), overrides and key in options, advice) for key in ("muon_lr", "adam_lr")]
+
+
+def _cycled_momentum(engine: Any) -> Refusal:
+    """OneCycle writes Adam's betas into every group, and leaves momentum as it is for an optimizer without them."""
+    params = engine.scheduler_params() or {}
+    value = params.get("cycle_momentum", True)
+    cycles = engine.scheduler_name() == "OneCycle" and bool(value)
+    default = "" if "cycle_momentum" in params else " (DeepSpeed's default)"
+    return Refusal(
+        f"scheduler.params.cycle_momentum{default}", value, cycles, "false: OneCycle cycles Adam's betas only"
+    )
 
 
 def _warms_up_to_each_rate() -> bool:

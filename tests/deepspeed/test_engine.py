@@ -151,6 +151,8 @@ UNSUPPORTED = [
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}, "params": {"adam_lr": 0.1}},
         "adam_lr=0.1 is not supported",
     ),
+    ({"zero_optimization": {"stage": 0}, "checkpoint": {"load_universal": True}}, "load_universal with zero_optimi"),
+    ({"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1}}}, "cycle_momentum"),
     ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast=True is not supported"),
 ]
 

@@ -1,0 +1,82 @@
+"""What the errors about checkpoints advise is tried here, at each stage for which they advise it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.support.integers import IntegerModel, build, config, differing, gathered
+from tests.support.parallel_models import Experts
+
+WAYS = [{"load_module_only": True}, {"load_optimizer_states": False}]
+CASES = [(None, 2, stage, dtype) for stage, dtype in ((0, "fp32"), (0, "bf16"), (0, "fp16"), (1, "bf16"), (2, "fp32"))]
+CASES += [(None, 2, 3, "bf16"), ("0.18.9", 2, 0, "bf16"), ("0.18.9", 1, 1, "bf16"), ("0.18.9", 2, 3, "bf16")]
+
+
+@pytest.mark.parametrize(("release", "world", "stage", "dtype"), CASES)
+def test_the_weights_of_another_optimizers_checkpoint_load_and_stay(ranks, tmp_path, release, world, stage, dtype):
+    """DeepSpeed loads nothing in ZeRO-3, or another tag's weights; in stage 0 the next step restores the old ones."""
+    for found in ranks(world, deepspeed=release).run(weights_alone, config(stage, dtype), tmp_path):
+        message, *loads = found
+        assert "load only the weights (load_checkpoint(..., load_module_only=True))" in message
+        assert ("muon_plugin.deepspeed.convert" in message) is (stage > 0)
+        for saved, loaded, stepped in loads:
+            assert differing(saved, loaded) == []
+            for name, value in saved.items():  # a step moves them by a percent or two, the old ones are 1 away
+                assert (stepped[name] - value).abs().max() < 0.2, name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_those_of_a_mixture_of_experts_too(ranks, tmp_path, stage):
+    """DeepSpeed's converter does not take `deepspeed.moe`, so the error does not advise it."""
+    for message, *loads in ranks(2, apart="experts").run(weights_alone, config(stage, "bf16"), tmp_path, True):
+        assert message.endswith("or load only the weights (load_checkpoint(..., load_module_only=True))")
+        for saved, loaded, stepped in loads:
+            assert differing(saved, loaded) == []
+            assert all((stepped[name] - value).abs().max() < 0.2 for name, value in saved.items())
+
+
+def weights_alone(rank: int, settings: dict[str, Any], folder: Path, experts: bool = False) -> list[Any]:
+    """The error of a load without arguments; for each of `WAYS` the weights: saved, loaded, after one more step."""
+
+    def model(shift: float) -> nn.Module:
+        made = Experts(2) if experts else IntegerModel()
+        with torch.no_grad():
+            for p in made.parameters():
+                p.add_(shift)
+        return made
+
+    def step(engine: Any, number: int) -> None:
+        engine.backward(engine(number) if experts else engine(number, 0, rank, dist.get_world_size(), 1))
+        engine.step()
+
+    adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}  # a new one: DeepSpeed removes torch_adam
+    engine = build(rank, {**settings, "optimizer": adamw}, model(0.0))
+    step(engine, 0)
+    engine.save_checkpoint(str(folder), tag="first")
+    saved = whole(engine)
+    step(engine, 1)
+    engine.save_checkpoint(str(folder), tag="latest one")
+    engine.destroy()
+    found: list[Any] = []
+    for way in [{}, *WAYS]:
+        engine = build(rank, settings, model(1.0))
+        try:
+            engine.load_checkpoint(str(folder), tag="first", **way)
+            loaded = whole(engine)
+            step(engine, 0)
+            found.append((saved, loaded, whole(engine)))
+        except ValueError as error:
+            found.append(str(error))
+        engine.destroy()
+    return found
+
+
+def whole(engine: Any) -> dict[str, Tensor]:
+    with gathered(engine.module):
+        return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
