@@ -63,6 +63,15 @@ class Routing:
             ways[matrix.parameter] = ways.get(matrix.parameter, "") + f"[{matrix.rows}x{matrix.cols}]"
         return [f"{name} {list(shape)}: {ways[name]}" for name, shape in self.shapes.items()]
 
+    def joined(self, more: Routing) -> Routing:
+        """The ways of both."""
+        return Routing(
+            self.matrices + more.matrices,
+            {**self.adamw, **more.adamw},
+            {**self.shapes, **more.shapes},
+            tuple(dict.fromkeys(self.notes + more.notes)),
+        )
+
     def renamed(self, names: Mapping[str, str]) -> Routing:
         """The same ways under other names; `names` has a name for every parameter."""
         return replace(
@@ -83,6 +92,7 @@ def route(
     exclude: Sequence[str] = (),
     split: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
+    complete: bool = True,
 ) -> Routing:
     """Decides for every parameter.
 
@@ -93,13 +103,15 @@ def route(
         split: pattern -> how a fused projection is cut (see `SPLIT_HELP`); the first match wins over the defaults.
         layers: number -> class of all layers, where names begin with their number and `model` holds only some of them;
             by default those of `model`. The last ones, of classes that occur once, are no blocks and may be heads.
+        complete: whether these are all parameters, so that a pattern which none of them matches is a mistake.
 
     Raises:
         ValueError: a pattern that matches nothing, or a split that does not fit a shape it matches.
     """
     split = dict(split or {})
     modules, heads, names = _modules_of(model, shapes), _tables(model), _all_names(model)
-    _check_patterns(shapes, exclude, split, names)
+    if complete:
+        _check_patterns(shapes, exclude, split, names)
     ends = _last_layers(layer_types(model) if layers is None else layers)
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
@@ -125,7 +137,8 @@ def route(
             adamw[name] = "a vector"
         else:
             raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
-    _check_splits_cut(split, matrices)
+    if complete:
+        _check_splits_cut(split, matrices)
     return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
 
 
