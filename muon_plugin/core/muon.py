@@ -271,7 +271,7 @@ class Muon(Optimizer):
         if self._in_engine or (self.names and not self.calls):
             raise RuntimeError(
                 "an engine shards the parameters that it is given at its start, and would not train a group that is "
-                "added to its Muon later. Build the engine with all parameters (deepspeed.initialize)"
+                "added to its Muon later. Build the engine with all parameters"
             )
         groups, routing, names = together(lambda: self._prepare_later(param_group), self._process_group)
         agree(

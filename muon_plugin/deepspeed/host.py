@@ -36,6 +36,7 @@ CONVERT = (
     '"checkpoint": {"load_universal": true} restores what both have in common'
 )
 WEIGHTS_ONLY = "load only the weights (load_checkpoint(..., load_module_only=True))"
+BEFORE = "load the weights into the model before deepspeed.initialize"
 
 #: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.
 HOST = Host(
@@ -49,9 +50,11 @@ HOST = Host(
 
 
 def host_of(engine: Any) -> Host:
-    """DeepSpeed, with advice that works for this engine: its converter takes neither stage 0 nor ``deepspeed.moe``."""
-    convertible = engine.zero_optimization() and not engine.has_moe_layers
-    return HOST if convertible else replace(HOST, advice=WEIGHTS_ONLY)
+    """DeepSpeed, with advice that works for this engine: its converter takes neither stage 0 nor experts."""
+    if engine.zero_optimization() and not engine.has_moe_layers:
+        return HOST
+    alone = not (engine.has_moe_layers and engine.zero_optimization_partition_weights())
+    return replace(HOST, advice=WEIGHTS_ONLY if alone else BEFORE)
 
 
 expect(HOST)  # a client's own Muon, which `deepspeed.initialize(optimizer=...)` takes over

@@ -20,6 +20,7 @@ from typing import Any
 from deepspeed.runtime import engine as deepspeed_engine
 
 from ..core.muon import Muon
+from .host import BEFORE
 
 
 def load_checkpoint(
@@ -36,16 +37,12 @@ def load_checkpoint(
     """In the place of the engine's, with its arguments and results.
 
     Raises:
-        ValueError: for weights alone where the masters are on NVMe, from which DeepSpeed does not refresh them.
+        ValueError: where DeepSpeed cannot load weights alone.
     """
     ours = isinstance(getattr(engine, "basic_optimizer", None), Muon)
     weights_only = ours and (load_module_only or not load_optimizer_states)
-    if weights_only and engine.zero_nvme_offload_optimizer():
-        asked = "load_module_only=True" if load_module_only else "load_optimizer_states=False"
-        raise ValueError(
-            f"{asked} with zero_optimization.offload_optimizer.device='nvme' would restore the old weights in the next "
-            "step; allowed: offload to the CPU, or none"
-        )
+    if weights_only:
+        _check(engine, "load_module_only=True" if load_module_only else "load_optimizer_states=False")
     if weights_only and engine.zero_optimization():
         load_optimizer_states = False  # in ZeRO-3 this makes it read the weights from the shards
     with _latest_is(tag) if weights_only and tag is not None else nullcontext():
@@ -64,6 +61,17 @@ def load_checkpoint(
         if refresh is not None:
             refresh()
     return found
+
+
+def _check(engine: Any, asked: str) -> None:
+    """Masters on NVMe are not refreshed; those of AutoEP in ZeRO-3 are restored by position, from any optimizer's."""
+    setting = allowed = ""
+    if engine.zero_nvme_offload_optimizer():
+        setting, allowed = "zero_optimization.offload_optimizer.device='nvme'", "offload to the CPU, or none"
+    elif engine.has_moe_layers and engine.zero_optimization_partition_weights():
+        setting, allowed = "expert_parallel (AutoEP) in ZeRO-3", "stage 0, 1 or 2"
+    if setting:
+        raise ValueError(f"{asked} with {setting} does not restore the weights alone; allowed: {allowed}, or {BEFORE}")
 
 
 @contextmanager

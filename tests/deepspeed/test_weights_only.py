@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.support.integers import IntegerModel, build, config, differing, gathered
-from tests.support.parallel_models import Experts
+from tests.support.parallel_models import Experts, ReplacedExperts, build_replaced
+from tests.support.ranks import RankError
 
 WAYS = [{"load_module_only": True}, {"load_optimizer_states": False}]
 CASES = [(None, 2, stage, dtype) for stage, dtype in ((0, "fp32"), (0, "bf16"), (0, "fp16"), (1, "bf16"), (2, "fp32"))]
@@ -31,32 +32,49 @@ def test_the_weights_of_another_optimizers_checkpoint_load_and_stay(ranks, tmp_p
                 assert (stepped[name] - value).abs().max() < 0.2, name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_those_of_a_mixture_of_experts_too(ranks, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("how", "stage"), [("experts", 0), ("experts", 1), ("experts", 2), ("AutoEP", 0), ("AutoEP", 1)]
+)
+def test_those_of_a_mixture_of_experts_too(ranks, tmp_path, how, stage):
     """DeepSpeed's converter does not take `deepspeed.moe`, so the error does not advise it."""
-    for message, *loads in ranks(2, apart="experts").run(weights_alone, config(stage, "bf16"), tmp_path, True):
+    for message, *loads in ranks(2, apart=how).run(weights_alone, config(stage, "bf16"), tmp_path, how):
         assert message.endswith("or load only the weights (load_checkpoint(..., load_module_only=True))")
         for saved, loaded, stepped in loads:
             assert differing(saved, loaded) == []
             assert all((stepped[name] - value).abs().max() < 0.2 for name, value in saved.items())
 
 
-def weights_alone(rank: int, settings: dict[str, Any], folder: Path, experts: bool = False) -> list[Any]:
+@pytest.mark.parametrize("way", WAYS)
+def test_those_of_autoep_in_zero_3_are_not_loaded_by_position(ranks, tmp_path, way):
+    """There DeepSpeed copies the masters of another optimizer's groups, if their sizes are the same."""
+    with pytest.raises(
+        RankError, match=r"(True|False) with expert_parallel .* or load the weights into the model before"
+    ):
+        ranks(2, apart="AutoEP").run(autoep_in_zero_3, config(3, "bf16"), tmp_path, way)
+
+
+def autoep_in_zero_3(rank: int, settings: dict[str, Any], folder: Path, way: dict[str, bool]) -> None:
+    engine = build_replaced(rank, settings, 2, ReplacedExperts())
+    engine.save_checkpoint(str(folder), tag="tag")
+    engine.load_checkpoint(str(folder), tag="tag", **way)
+
+
+def weights_alone(rank: int, settings: dict[str, Any], folder: Path, how: str = "dense") -> list[Any]:
     """The error of a load without arguments; for each of `WAYS` the weights: saved, loaded, after one more step."""
 
-    def model(shift: float) -> nn.Module:
-        made = Experts(2) if experts else IntegerModel()
+    def make(settings: dict[str, Any], shift: float) -> Any:
+        model = {"dense": IntegerModel, "experts": lambda: Experts(2), "AutoEP": ReplacedExperts}[how]()
         with torch.no_grad():
-            for p in made.parameters():
+            for p in model.parameters():
                 p.add_(shift)
-        return made
+        return build_replaced(rank, settings, 2, model) if how == "AutoEP" else build(rank, settings, model)
 
     def step(engine: Any, number: int) -> None:
-        engine.backward(engine(number) if experts else engine(number, 0, rank, dist.get_world_size(), 1))
+        engine.backward(engine(number, 0, rank, dist.get_world_size(), 1) if how == "dense" else engine(number))
         engine.step()
 
     adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}  # a new one: DeepSpeed removes torch_adam
-    engine = build(rank, {**settings, "optimizer": adamw}, model(0.0))
+    engine = make({**settings, "optimizer": adamw}, 0.0)
     step(engine, 0)
     engine.save_checkpoint(str(folder), tag="first")
     saved = whole(engine)
@@ -65,7 +83,7 @@ def weights_alone(rank: int, settings: dict[str, Any], folder: Path, experts: bo
     engine.destroy()
     found: list[Any] = []
     for way in [{}, *WAYS]:
-        engine = build(rank, settings, model(1.0))
+        engine = make(settings, 1.0)
         try:
             engine.load_checkpoint(str(folder), tag="first", **way)
             loaded = whole(engine)
