@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .routing import Routing, layer_types
-from .settings import Settings
+from .settings import Settings, keys_not_read
 
 
 def _no_name(group: Mapping[str, Any]) -> str | None:
@@ -100,14 +100,20 @@ def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     return groups
 
 
-def check_parameter(name: str, p: Tensor) -> None:
-    """Refuses what is no dense, contiguous tensor of real floating-point numbers."""
+def check_parameter(name: str, p: Tensor, any_strides: bool = False) -> None:
+    """Refuses what is no dense tensor of real floating-point numbers, and contiguous unless `any_strides`.
+
+    Matrices are read in the order in which their elements lie. torch's AdamW takes any strides.
+    """
     if p.is_complex() or not p.is_floating_point() or p.is_sparse:
         raise ValueError(f"parameter {name} is {p.dtype}, {p.layout}; allowed: dense real floating-point parameters")
     if type(p.data).__name__ == "DTensor":
         raise ValueError(f"parameter {name} is a DTensor; allowed: whole tensors (one process, plain DDP) or an engine")
-    if not p.is_contiguous():
-        raise ValueError(f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters")
+    if not (any_strides or p.is_contiguous()):
+        raise ValueError(
+            f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters, such as "
+            "model.to(memory_format=torch.contiguous_format) has instead of channels_last"
+        )
 
 
 def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -147,6 +153,12 @@ def parameter_groups(
             if members:
                 found.append({"params": members, "use_muon": muon, "name": name, "client_group": number, **options})
     return found
+
+
+def notes_on(groups: Iterable[Mapping[str, Any]], host: Host) -> tuple[str, ...]:
+    """What the table says of the keys of the client's groups."""
+    keys = dict.fromkeys(key for group in groups for key in keys_not_read(group, host.group_keys))
+    return (f"parameter groups keep {', '.join(keys)}, which Muon does not read",) if keys else ()
 
 
 #: What both halves of a client's group are given.

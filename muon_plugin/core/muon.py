@@ -18,7 +18,16 @@ from torch.optim import Optimizer
 from . import adamw, report
 from .adamw import AdamWHalf
 from .agreement import agree, together, world_of
-from .groups import Halved, Host, check_parameter, layout_digest, named_groups, no_engine, parameter_groups
+from .groups import (
+    Halved,
+    Host,
+    check_parameter,
+    layout_digest,
+    named_groups,
+    no_engine,
+    notes_on,
+    parameter_groups,
+)
 from .halves import Call, Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
@@ -99,17 +108,21 @@ class Muon(Optimizer):
             groups = named_groups(params)
             names = {p: name for group in groups for name, p in group["params"]}
             for p, name in names.items():
-                check_parameter(name, p)
+                check_parameter(name, p, any_strides=host is None)
             whole = {name: (shapes or {}).get(name, self.host.shape(p)) for p, name in names.items()}
             if not whole:  # patterns, which have nothing to match, are no mistake: they may come with another model
                 return checked, [], Routing((), {}, {}, (NOTHING,)), names
             routing = route(
                 whole, model=model, exclude=checked.exclude, split=checked.split, layers=self.host.layers(model)
             )
+            if host is None:
+                _check_matrices(names, routing)
+            split = parameter_groups(groups, routing, checked, self.host)
+            routing = replace(routing, notes=(*routing.notes, *notes_on(groups, self.host)))
             one_of_many = host is not None and process_group is not None  # a stage of a pipeline
             if not routing.matrices and not one_of_many:
                 routing = replace(routing, notes=(*routing.notes, NO_MATRIX))
-            return checked, parameter_groups(groups, routing, checked, self.host), routing, names
+            return checked, split, routing, names
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
         #: names: parameter -> its name in `routing`
@@ -205,6 +218,7 @@ class Muon(Optimizer):
                     f"the optimizer holds {name} {list(self.routing.shapes[name])}, which the model given to the "
                     "engine does not have; allowed: an optimizer of that model's parameters"
                 )
+            check_parameter(name, p)
         state = (value for of_tensor in self.state.values() for value in of_tensor.values())
         if any(bool(torch.as_tensor(value).any()) for value in state):
             raise RuntimeError(
@@ -300,7 +314,7 @@ class Muon(Optimizer):
                 "add_param_group was given no parameter that requires gradients; allowed: set requires_grad=True first"
             )
         for p, name in names.items():
-            check_parameter(name, p)
+            check_parameter(name, p, any_strides=True)
             if p in self.names:
                 raise ValueError(f"parameter {name} is in the optimizer already; allowed: each parameter once")
             if name in self.routing.shapes:
@@ -316,8 +330,10 @@ class Muon(Optimizer):
             layers=self.host.layers(self._model),
             complete=False,
         )
+        _check_matrices(names, routing)
         first = 1 + max(group["client_group"] for group in self.param_groups)
-        return parameter_groups(given, routing, self.settings, self.host, first), routing, names
+        groups = parameter_groups(given, routing, self.settings, self.host, first)
+        return groups, replace(routing, notes=(*routing.notes, *notes_on(given, self.host))), names
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict that was saved with the same split into Muon's and AdamW's parameters.
@@ -402,6 +418,12 @@ class Muon(Optimizer):
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(plan)
         routing = replace(self.routing, notes=(*self.routing.notes, *self.settings.notes, *notes))
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
+
+
+def _check_matrices(names: Mapping[Tensor, str], routing: Routing) -> None:
+    for p, name in names.items():
+        if name not in routing.adamw:
+            check_parameter(name, p)
 
 
 def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:

@@ -138,6 +138,43 @@ def added_apart(rank: int) -> None:
     Muon(named(layers, "up")).add_param_group({"params": named(layers, "down" if rank == 0 else "adapter")})
 
 
+def test_keys_of_the_clients_own_are_kept_in_both_halves_and_told():
+    """A schedule reads lr_scale (MAE, timm) or initial_lr; torch's optimizers keep what they do not know."""
+    layers = model()
+    muon = Muon([{"params": named(layers, *OLD), "lr_scale": 0.5, "initial_lr": 0.02}, {"params": named(layers, *NEW)}])
+    assert [group.get("lr_scale") for group in muon.param_groups] == [0.5, 0.5, None, None]
+    assert "note: parameter groups keep lr_scale, which Muon does not read" in muon.summary()
+    torch.optim.lr_scheduler.LambdaLR(muon, lambda _: 1.0)
+    muon.add_param_group({"params": [("late", nn.Parameter(torch.zeros(3, 3)))], "my_key": 1})
+    assert "note: parameter groups keep my_key" in muon.summary()
+    step(layers, 0, muon)
+
+
+@pytest.mark.parametrize(
+    "key", ["weigth_decay", "LR", "betta", "wd", "amsgrad", "fused", "use_muon", "exclude", "step", 1]
+)
+def test_keys_that_look_like_settings_are_refused(key):
+    with pytest.raises(ValueError, match=rf"sets {key}=0; allowed there: .*, and keys of your own"):
+        Muon([{"params": named(model(), *OLD), key: 0}])
+
+
+def test_strides_are_for_matrices_to_be_contiguous():
+    """torch's AdamW takes any; the error says how a model that is channels_last gets there."""
+    layers = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 2), "table": nn.Embedding(6, 5), "up": nn.Linear(4, 8)})
+    layers["table"].weight = nn.Parameter(torch.zeros(5, 6).T)
+    layers.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"stem.weight is not contiguous .*torch\.contiguous_format"):
+        Muon(layers.named_parameters(), model=layers)
+    muon = Muon(layers.named_parameters(), model=layers, exclude=["stem"])
+    step(layers, 0, muon)
+    muon.load_state_dict(copy.deepcopy(muon.state_dict()))
+    with pytest.raises(ValueError, match="not contiguous"):  # an engine reads its shards in order
+        Muon(layers.named_parameters(), model=layers, exclude=["stem"]).hand_over(muon.host, muon.names)
+    layers.to(memory_format=torch.contiguous_format)
+    layers["table"].requires_grad_(False)
+    step(layers, 0, Muon(layers.named_parameters(), model=layers))
+
+
 FIRST, SECOND = ("embed", "up"), ("down", "lm_head")
 
 
