@@ -141,11 +141,14 @@ class Muon(Optimizer):
         self._groups = self.param_groups
         self._set_digests()
         if host is None and all(self.routing.shapes[name] == tuple(p.shape) for p, name in self.names.items()):
-            held = [(i, group["params"]) for i, group in enumerate(self.param_groups) if group["params"]]
-            self.attach([_whole(i, parameters, self.names, process_group) for i, parameters in held])
-            self._check_replicas = True
-            if not self.routing.matrices:
-                warnings.warn(f"muon_plugin.Muon: {self.routing.notes[-1]}", stacklevel=2)
+            self._attach_alone()
+
+    def _attach_alone(self) -> None:
+        held = [(i, group["params"]) for i, group in enumerate(self.param_groups) if group["params"]]
+        self.attach([_whole(i, parameters, self.names, self._process_group) for i, parameters in held])
+        self._check_replicas = True
+        if not self.routing.matrices:
+            warnings.warn(f"muon_plugin.Muon: {self.routing.notes[-1]}", stacklevel=3)
 
     def _set_digests(self) -> None:
         #: the names of each group's parameters, which an engine replaces by others in `param_groups`

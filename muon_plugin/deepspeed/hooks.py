@@ -20,6 +20,8 @@ from __future__ import annotations
 from ..core.hooks import Hook, Hooks
 
 TESTED = ("0.18.9", "0.19.8")
+LOAD_CHECKPOINT = ["self", "load_dir", "tag", "load_module_strict", "load_optimizer_states"]
+LOAD_CHECKPOINT += ["load_lr_scheduler_states", "load_module_only", "custom_load_fn"]
 _hooks = Hooks("DeepSpeed", TESTED)
 
 
@@ -67,16 +69,7 @@ def register() -> None:
         Hook(
             DeepSpeedEngine,
             "load_checkpoint",
-            [
-                "self",
-                "load_dir",
-                "tag",
-                "load_module_strict",
-                "load_optimizer_states",
-                "load_lr_scheduler_states",
-                "load_module_only",
-                "custom_load_fn",
-            ],
+            LOAD_CHECKPOINT,
             weights_only.load_checkpoint,
         ),
         Hook(DeepSpeedEngine, "get_mom", ["self"], monitor.get_mom),
