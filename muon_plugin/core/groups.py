@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .routing import Routing, layer_types
-from .settings import Settings
+from .settings import Settings, keys_not_read
 
 
 def _no_name(group: Mapping[str, Any]) -> str | None:
@@ -100,14 +100,20 @@ def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     return groups
 
 
-def check_parameter(name: str, p: Tensor) -> None:
-    """Refuses what is no dense, contiguous tensor of real floating-point numbers."""
+def check_parameter(name: str, p: Tensor, any_strides: bool = False) -> None:
+    """Refuses what is no dense tensor of real floating-point numbers, and contiguous unless `any_strides`.
+
+    Matrices are read in the order in which their elements lie. torch's AdamW takes any strides.
+    """
     if p.is_complex() or not p.is_floating_point() or p.is_sparse:
         raise ValueError(f"parameter {name} is {p.dtype}, {p.layout}; allowed: dense real floating-point parameters")
     if type(p.data).__name__ == "DTensor":
         raise ValueError(f"parameter {name} is a DTensor; allowed: whole tensors (one process, plain DDP) or an engine")
-    if not p.is_contiguous():
-        raise ValueError(f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters")
+    if not (any_strides or p.is_contiguous()):
+        raise ValueError(
+            f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters, such as "
+            "model.to(memory_format=torch.contiguous_format) has instead of channels_last"
+        )
 
 
 def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -117,7 +123,11 @@ def layout_digest(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def parameter_groups(
-    groups: Iterable[Mapping[str, Any]], routing: Routing, settings: Settings, host: Host | None = None
+    groups: Iterable[Mapping[str, Any]],
+    routing: Routing,
+    settings: Settings,
+    host: Host | None = None,
+    first: int = 0,
 ) -> list[dict[str, Any]]:
     """The client's groups in their order; each that holds both matrices and other parameters becomes two.
 
@@ -129,10 +139,11 @@ def parameter_groups(
         routing: which parameters are matrices.
         settings: values for the options that a group does not set.
         host: the engine, for its group keys and experts.
+        first: the number of the first of these groups among the client's.
     """
     host = host or Host()
     found: list[dict[str, Any]] = []
-    for number, group in enumerate(groups):
+    for number, group in enumerate(groups, first):
         given = {key: value for key, value in group.items() if key != "params"}
         for muon in (True, False):
             members = [p for name, p in group["params"] if (name not in routing.adamw) is muon]
@@ -144,31 +155,36 @@ def parameter_groups(
     return found
 
 
+def notes_on(groups: Iterable[Mapping[str, Any]], host: Host) -> tuple[str, ...]:
+    """What the table says of the keys of the client's groups."""
+    keys = dict.fromkeys(key for group in groups for key in keys_not_read(group, host.group_keys))
+    return (f"parameter groups keep {', '.join(keys)}, which Muon does not read",) if keys else ()
+
+
 #: What both halves of a client's group are given.
 SHARED = ("lr", "weight_decay")
 
 
 @dataclass(frozen=True)
 class Halved:
-    """A client's group that was split in two.
+    """A client's group that was split in two, which have one rate and one decay.
 
     Attributes:
         matrices, rest: the positions of its halves among the optimizer's groups.
-        start: key of `SHARED` -> its values in both when the optimizer was built.
     """
 
     matrices: int
     rest: int
-    start: Mapping[str, tuple[float, float]]
 
     @classmethod
     def among(cls, groups: Sequence[Mapping[str, Any]]) -> list[Halved]:
         """Those among the groups that `parameter_groups` made."""
-        return [
-            cls(i, i + 1, {key: (float(one[key]), float(other[key])) for key in SHARED})
-            for i, (one, other) in enumerate(pairwise(groups))
-            if one["client_group"] == other["client_group"]
-        ]
+        pairs = enumerate(pairwise(groups))
+        return [cls(i, i + 1) for i, (one, other) in pairs if one["client_group"] == other["client_group"]]
+
+    @staticmethod
+    def alike(one: Any, other: Any) -> bool:
+        return math.isclose(float(one), float(other), rel_tol=1e-6)
 
     def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuses a rate or a decay that was changed in one half alone, as by a list meant for the client's groups.
@@ -176,13 +192,13 @@ class Halved:
         Raises:
             RuntimeError: with the positions, the values and what to do.
         """
-        for key, (matrices, rest) in self.start.items():
-            now = float(groups[self.matrices][key]), float(groups[self.rest][key])
-            if not math.isclose(now[0] * rest, now[1] * matrices, rel_tol=1e-6):
+        for key in SHARED:
+            matrices, rest = groups[self.matrices][key], groups[self.rest][key]
+            if not self.alike(matrices, rest):
+                apart = ", or set muon_lr and adam_lr" if key == "lr" else ""
                 raise RuntimeError(
-                    f"{key} is {now[0]:g} in param_groups[{self.matrices}] and {now[1]:g} in "
-                    f"param_groups[{self.rest}], the matrices and the rest of one group of yours, which began with "
-                    f"{matrices:g} and {rest:g}. Each group that was given has become one or two of {len(groups)}, "
-                    'with its number as "client_group": change both halves alike. To drive them apart, give the '
-                    "matrices and the rest groups of their own, or set muon_lr and adam_lr"
+                    f"{key} is {float(matrices):g} in param_groups[{self.matrices}] and {float(rest):g} in "
+                    f"param_groups[{self.rest}], the matrices and the rest of one group of yours. Each group that was "
+                    f'given has become one or two of {len(groups)}, with its number as "client_group": change both '
+                    f"halves alike. To drive them apart, give the matrices and the rest groups of their own{apart}"
                 )

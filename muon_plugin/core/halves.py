@@ -153,9 +153,9 @@ class Halves:
             ) from None
 
     def new_states(self, state: State) -> None:
-        """Creates the state of every tensor, on every rank before the first step."""
+        """Creates the state of every tensor that has none, on every rank before the first step."""
         for p, half in self._half_of.items():
-            if p.numel():  # an empty tensor is on NVMe; its state is created in the first step
+            if p.numel() and not state.get(p):  # an empty tensor is on NVMe; its state is created in the first step
                 state[p] = half.new_state(p)
 
     def step(self, groups: Groups, state: State) -> None:

@@ -18,11 +18,21 @@ from torch.optim import Optimizer
 from . import adamw, phases, report
 from .adamw import AdamWHalf
 from .agreement import agree, checksum, together, world_of
-from .groups import Halved, Host, check_parameter, layout_digest, named_groups, no_engine, parameter_groups
+from .groups import (
+    Halved,
+    Host,
+    check_parameter,
+    layout_digest,
+    named_groups,
+    no_engine,
+    notes_on,
+    parameter_groups,
+)
 from .halves import Call, Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
 from .routing import Routing, route
+from .saved import OWN_KEYS, as_ours, check_halves, difference, same_groups
 from .settings import Settings, scale_for
 from .update import Update
 
@@ -94,6 +104,8 @@ class Muon(Optimizer):
         self.process_group = process_group
         #: whether to check at the first step that the ranks of `process_group` hold replicas
         self._check_replicas = False
+        #: for groups that are added later
+        self._model = model if host is None else None
         alike = process_group if stage is None else stage
 
         def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
@@ -101,16 +113,20 @@ class Muon(Optimizer):
             groups = named_groups(params)
             names = {p: name for group in groups for name, p in group["params"]}
             for p, name in names.items():
-                check_parameter(name, p)
+                check_parameter(name, p, any_strides=host is None)
             whole = {name: (shapes or {}).get(name, self.host.shape(p)) for p, name in names.items()}
             if not whole:  # patterns, which have nothing to match, are no mistake: they may come with another model
                 return checked, [], Routing((), {}, {}, (NOTHING,)), names
             routing = route(
                 whole, model=model, exclude=checked.exclude, split=checked.split, layers=self.host.layers(model)
             )
+            if host is None:
+                _check_matrices(names, routing)
+            split = parameter_groups(groups, routing, checked, self.host)
+            routing = replace(routing, notes=(*routing.notes, *notes_on(groups, self.host)))
             if not routing.matrices and stage is None:
                 routing = replace(routing, notes=(*routing.notes, NO_MATRIX))
-            return checked, parameter_groups(groups, routing, checked, self.host), routing, names
+            return checked, split, routing, names
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
         #: names: parameter -> its name in `routing`
@@ -128,18 +144,23 @@ class Muon(Optimizer):
         #: all groups, also while an engine leaves one of them in `param_groups` for each call of `step`
         self._groups = self.param_groups
         self._set_digests()
-        apart = self.settings.muon_lr is not None or self.settings.adam_lr is not None
-        self._halved = [] if apart else Halved.among(self.param_groups)
         if host is None and all(self.routing.shapes[name] == tuple(p.shape) for p, name in self.names.items()):
-            held = [(i, group["params"]) for i, group in enumerate(self.param_groups) if group["params"]]
-            self.attach([_whole(i, parameters, self.names, process_group) for i, parameters in held])
-            self._check_replicas = True
-            if not self.routing.matrices:
-                warnings.warn(f"muon_plugin.Muon: {self.routing.notes[-1]}", stacklevel=2)
+            self._attach_alone()
+
+    def _attach_alone(self) -> None:
+        held = [(i, group["params"]) for i, group in enumerate(self.param_groups) if group["params"]]
+        self.attach([_whole(i, parameters, self.names, self.process_group) for i, parameters in held])
+        self._check_replicas = True
+        if not self.routing.matrices:
+            warnings.warn(f"muon_plugin.Muon: {self.routing.notes[-1]}", stacklevel=3)
 
     def _set_digests(self) -> None:
-        for group in self.param_groups:
-            group["layout"] = layout_digest([self.names[p] for p in group["params"]], self.routing.shapes)
+        #: the names of each group's parameters, which an engine replaces by others in `param_groups`
+        self._members = [[self.names[p] for p in group["params"]] for group in self.param_groups]
+        for group, names in zip(self.param_groups, self._members):
+            group["layout"] = layout_digest(names, self.routing.shapes)
+        apart = self.settings.muon_lr is not None or self.settings.adam_lr is not None
+        self._halved = [] if apart else Halved.among(self.param_groups)
 
     def attach(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
         """Binds the optimizer to the tensors that an engine will step, creates their state and the plans. Collective.
@@ -149,6 +170,10 @@ class Muon(Optimizer):
             device: where matrices are orthogonalized; by default the device of the call's tensors.
         """
         self.detach()
+        self._bind(calls, device)
+
+    def _bind(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
+        """Plans these calls, and creates the state of the tensors that have none."""
         self.calls = tuple(calls)
         phases.start(self.process_group, any(self.param_groups[call.group]["use_muon"] for call in calls))
         muon = MuonHalf(self.host.momentum, offload=self.settings.offload)
@@ -202,6 +227,7 @@ class Muon(Optimizer):
                     f"the optimizer holds {name} {list(self.routing.shapes[name])}, which the model given to the "
                     "engine does not have; allowed: an optimizer of that model's parameters"
                 )
+            check_parameter(name, p)
         state = (value for of_tensor in self.state.values() for value in of_tensor.values())
         if any(bool(torch.as_tensor(value).any()) for value in state):
             raise RuntimeError(
@@ -209,7 +235,7 @@ class Muon(Optimizer):
                 "engine around a new Muon, then load the checkpoint through the engine"
             )
         self.detach()
-        self.host, self._in_engine, self.process_group = host, True, process_group
+        self.host, self._in_engine, self.process_group, self._model = host, True, process_group, None
         self.routing = self.routing.renamed({name: names[p] for p, name in self.names.items()})
         self.names = {p: names[p] for p in self.names}
         self._set_digests()
@@ -250,29 +276,125 @@ class Muon(Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not supported after construction.
+        """Adds parameters that came later: adapters, a new head, layers that are unfrozen. Collective.
+
+        Those that were there keep their state, and the plan is made anew. Without an engine only.
+
+        Args:
+            param_group: as in the constructor, with (name, parameter) pairs; it becomes one or two groups, the last
+                ones of `param_groups`.
 
         Raises:
-            RuntimeError: after construction, because the plan covers all parameters and is made once.
+            RuntimeError: under an engine, which has sharded the parameters that it was given at its start.
+            ValueError: for an invalid group, or a parameter or a name that the optimizer has already.
         """
-        if self._complete:
-            raise RuntimeError("Muon cannot add parameter groups after construction: build a new Muon with all of them")
-        super().add_param_group(param_group)
+        if not self._complete:
+            super().add_param_group(param_group)
+            return
+        if self._in_engine or (self.names and not self.calls):
+            raise RuntimeError(
+                "an engine shards the parameters that it is given at its start, and would not train a group that is "
+                "added to its Muon later. Build the engine with all parameters"
+            )
+        groups, routing, names = together(lambda: self._prepare_later(param_group), self.process_group)
+        agree(
+            "the added parameters",
+            routing.describe(),
+            "Add the same parameters on every rank",
+            self.process_group,
+        )
+        begin = len(self.param_groups)
+        for group in groups:
+            super().add_param_group(group)
+        known = replace(self.routing, notes=tuple(n for n in self.routing.notes if n not in (NO_MATRIX, NOTHING)))
+        self.routing, self.names = known.joined(routing), {**self.names, **names}
+        self._set_digests()
+        later = [_whole(i, group["params"], self.names, self.process_group) for i, group in enumerate(groups, begin)]
+        self._bind([*self.calls, *later])
+        self._check_replicas = True
+
+    def _prepare_later(self, param_group: Any) -> tuple[list[dict[str, Any]], Routing, dict[Tensor, str]]:
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but is {type(param_group).__name__}")
+        given = named_groups([param_group])
+        names = {p: name for name, p in given[0]["params"]}
+        if not names:
+            raise ValueError(
+                "add_param_group was given no parameter that requires gradients; allowed: set requires_grad=True first"
+            )
+        for p, name in names.items():
+            check_parameter(name, p, any_strides=True)
+            if p in self.names:
+                raise ValueError(f"parameter {name} is in the optimizer already; allowed: each parameter once")
+            if name in self.routing.shapes:
+                raise ValueError(
+                    f"the optimizer holds another parameter of the name {name}; allowed: names of their own. After "
+                    "replacing a layer, build a new Muon"
+                )
+        routing = route(
+            {name: tuple(p.shape) for p, name in names.items()},
+            model=self._model,
+            exclude=self.settings.exclude,
+            split=self.settings.split,
+            layers=self.host.layers(self._model),
+            complete=False,
+        )
+        _check_matrices(names, routing)
+        first = 1 + max(group["client_group"] for group in self.param_groups)
+        groups = parameter_groups(given, routing, self.settings, self.host, first)
+        return groups, replace(routing, notes=(*routing.notes, *notes_on(given, self.host))), names
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict that was saved with the same split into Muon's and AdamW's parameters.
 
+        Without an engine, the groups may be in another order, or merged as 0.1.0 merged equal groups.
+
         Raises:
             RuntimeError: if the optimizer is not attached to its engine's tensors yet.
-            ValueError: if the saved groups were split differently (another `exclude`, another optimizer).
+            ValueError: if the saved groups were split differently (another `exclude`, another optimizer), or have two
+                rates where this run has one.
         """
-        self.check_saved(state_dict["param_groups"])
+        if not self._in_engine and (groups := self.saved_as_ours(state_dict["param_groups"])) is not None:
+            state_dict = {**state_dict, "param_groups": groups}
+            check_halves(groups, self._halved, self.host.advice)
+        else:
+            self.check_saved(state_dict["param_groups"])
         if self.names and not self.calls:
             raise RuntimeError(
                 "Muon is not attached to an engine's tensors yet: load the checkpoint through the engine"
             )
+        own = [{key: group[key] for key in OWN_KEYS} for group in self.param_groups]
         self.halves.load(self, state_dict, super().load_state_dict)
         self._groups = self.param_groups  # torch makes new ones
+        for group, keys in zip(self.param_groups, own, strict=True):
+            group.update(keys)
+
+    def saved_as_ours(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """Saved groups as `saved.as_ours` finds them for this run's, or None."""
+        return as_ours(saved, self.param_groups, self._members, self.routing.shapes)
+
+    def take_groups(self, saved: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Restores the options (learning rates, ...) of groups that a checkpoint has with the same parameters.
+
+        A client's group is restored with all of it or not at all, so that its halves keep one rate.
+
+        Returns:
+            The numbers of the groups that keep this run's options.
+
+        Raises:
+            ValueError: if a saved group has two rates where this run has one.
+        """
+        theirs = {(group.get("name"), group.get("layout")): group for group in saved}
+        keys = [(group["name"], group["layout"]) for group in self.param_groups]
+        matching = {number: theirs[key] for number, key in enumerate(keys) if key in theirs}
+        found = dict(enumerate(self.saved_as_ours(saved) or ())) or matching
+        lacking = {g["client_group"] for number, g in enumerate(self.param_groups) if number not in found}
+        taken = {n: of for n, of in found.items() if self.param_groups[n]["client_group"] not in lacking}
+        check_halves(taken, [halves for halves in self._halved if halves.matrices in taken], self.host.advice)
+        for number, of in taken.items():
+            kept = {key: value for key, value in of.items() if key not in ("params", *OWN_KEYS)}
+            self.param_groups[number].update(kept)
+        return [number for number in range(len(self.param_groups)) if number not in taken]
 
     def check_saved(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Checks that saved parameter groups come from this optimizer with the same routing.
@@ -280,17 +402,13 @@ class Muon(Optimizer):
         Raises:
             ValueError: if they do not, with what to do instead.
         """
-        theirs, ours = ([(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, self.param_groups))
-        if theirs == ours:
-            return
-        if any(layout for _, layout in theirs):
-            what = f"has parameter groups {theirs}, this run has {ours} (name, digest of the parameters in order)"
-        else:
-            what = "was saved by another optimizer than muon_plugin's Muon"
-        raise ValueError(
-            f"the checkpoint's optimizer {what}. Load it with the model and settings it was saved with (exclude, "
-            f"parameter groups), or {self.host.advice}"
-        )
+        if not same_groups(saved, self.param_groups):
+            what = difference(saved, self.param_groups, self._members)
+            raise ValueError(
+                f"the checkpoint's optimizer {what}. Load it with the model and settings it was saved with (exclude, "
+                f"parameter groups), or {self.host.advice}"
+            )
+        check_halves(saved, self._halved, self.host.advice)
 
     @property
     def plans(self) -> list[Plan]:
@@ -309,6 +427,12 @@ class Muon(Optimizer):
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(plan)
         routing = replace(self.routing, notes=(*self.routing.notes, *self.settings.notes, *notes))
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
+
+
+def _check_matrices(names: Mapping[Tensor, str], routing: Routing) -> None:
+    for p, name in names.items():
+        if name not in routing.adamw:
+            check_parameter(name, p)
 
 
 def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:

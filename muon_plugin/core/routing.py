@@ -72,6 +72,15 @@ class Routing:
             ways[matrix.parameter] = ways.get(matrix.parameter, "") + f"[{matrix.rows}x{matrix.cols}]"
         return [f"{name} {list(shape)}: {ways[name]}" for name, shape in self.shapes.items()]
 
+    def joined(self, more: Routing) -> Routing:
+        """The ways of both."""
+        return Routing(
+            self.matrices + more.matrices,
+            {**self.adamw, **more.adamw},
+            {**self.shapes, **more.shapes},
+            tuple(dict.fromkeys(self.notes + more.notes)),
+        )
+
     def renamed(self, names: Mapping[str, str]) -> Routing:
         """The same ways under other names; `names` has a name for every parameter."""
         return replace(
@@ -92,6 +101,7 @@ def route(
     exclude: Sequence[str] = (),
     split: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
+    complete: bool = True,
 ) -> Routing:
     """Decides for every parameter.
 
@@ -102,6 +112,7 @@ def route(
         split: pattern -> how a fused projection is cut (see `SPLIT_HELP`); the first match wins over the defaults.
         layers: number -> class of all layers, where names begin with their number and `model` holds only some of them;
             by default those of `model`. The last ones, of classes that occur once, are no blocks and may be heads.
+        complete: whether these are all parameters, so that a pattern which none of them matches is a mistake.
 
     Raises:
         ValueError: a pattern that matches nothing, or a split that does not fit a shape it matches.
@@ -110,7 +121,8 @@ def route(
     names = _all_names(model)
     known = places(model, [*{alias: None for name in shapes for alias in names.get(name, [name])}])
     heads = _tables(model)
-    _check_patterns(shapes, exclude, split, names)
+    if complete:
+        _check_patterns(shapes, exclude, split, names)
     ends = _last_layers(layer_types(model) if layers is None else layers)
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
@@ -138,7 +150,8 @@ def route(
             matrices += cut(name, stored, Rule((stored.outputs,)))
         else:
             raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
-    _check_splits_cut(split, matrices)
+    if complete:
+        _check_splits_cut(split, matrices)
     notes = [note for why, of_why in whole.items() for note in _notes(why, of_why)]
     return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
 

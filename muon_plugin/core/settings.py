@@ -16,6 +16,15 @@ from .orthogonalize import METHODS, NewtonSchulz
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
 #: What a client's parameter group may set for itself.
 GROUP_KEYS = ("lr", "weight_decay", "momentum", "nesterov", "betas", "eps")
+#: What schedules read in a group, and optimizers keep.
+KEPT_KEYS = ("initial_lr",)
+#: Keys that others give a group and that would mean something else here, or nothing: options of other optimizers, and
+#: what ours and AdamW's implementations keep there.
+FOREIGN_KEYS = (
+    *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"),
+    *("correct_bias", "bias_correction", "adam_w_mode", "step", "param_names", "layout", "client_group", "use_muon"),
+    *("learning_rate", "wd", "decay", "beta1", "beta2", "epsilon"),
+)
 #: What each setting may be. muon_lr and adam_lr may also be None; `coefficients_for` checks ns_coefficients, and adamw
 #: may be what `adamw.implementations` lists by then.
 CHECKS = {
@@ -117,22 +126,24 @@ class Settings:
             muon: the half of the matrices, or that of the rest.
             extra: further keys that an engine allows there; they are passed on.
 
+        Keys that no optimizer knows (a schedule's ``lr_scale``) are kept, as torch's optimizers keep them.
+
         Raises:
-            ValueError: for another key, or a value that is not allowed.
+            ValueError: for a key that looks like a setting but is none of a group, or a value that is not allowed.
         """
         for key, value in given.items():
             if key in GROUP_KEYS:
                 _check(key, value, "param group ")
-            elif key not in ("name", *extra):
+            elif key not in ("name", *extra) and _looks_like_a_setting(key):
                 raise ValueError(
                     f"a parameter group sets {key}={value!r}; allowed there: "
-                    f"{', '.join(('params', 'name', *GROUP_KEYS, *extra))}"
+                    f"{', '.join(('params', 'name', *GROUP_KEYS, *extra))}, and keys of your own"
                 )
         half_lr = self.muon_lr if muon else self.adam_lr
         options = {"lr": self.lr if half_lr is None else half_lr, "weight_decay": self.weight_decay}
         keys = ("momentum", "nesterov") if muon else ("betas", "eps")
         options |= {key: getattr(self, key) for key in keys}
-        kept = {key: given[key] for key in extra if key in given}
+        kept = {key: value for key, value in given.items() if key not in ("name", *GROUP_KEYS)}
         return kept | {key: given.get(key, value) for key, value in options.items()}
 
 
@@ -146,6 +157,20 @@ def scale_for(adjust_lr_fn: str, outputs: int, inputs: int) -> float:
     if adjust_lr_fn == "original":
         return math.sqrt(max(1, outputs / inputs))
     return 0.2 if adjust_lr_fn == "update_norm" else 1.0
+
+
+def _looks_like_a_setting(key: Any) -> bool:
+    """Whether a group's key is an option of an optimizer, or nearly one: a typo must not be kept in silence."""
+    known = (*(f.name for f in fields(Settings)), *FOREIGN_KEYS)
+    if not isinstance(key, str):
+        return True
+    of_its_own = any(key.startswith(f"{name}_") for name in known)  # lr_scale
+    return key in known or (not of_its_own and bool(difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)))
+
+
+def keys_not_read(given: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
+    """The keys of a client's group that neither Muon nor an engine reads."""
+    return [key for key in given if key not in ("params", "name", *GROUP_KEYS, *KEPT_KEYS, *extra)]
 
 
 def _check(key: str, value: Any, where: str = "") -> None:

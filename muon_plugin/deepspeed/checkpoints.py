@@ -87,8 +87,7 @@ def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bo
     stage_3 = hasattr(wrapper, "_load_global_state_stage3")
     (wrapper._load_global_state_stage3 if stage_3 else wrapper._load_global_state)(saved)
     fresh = set().union(*gather(together(lambda: _take(muon, zero, load_optimizer_states), ranks), ranks))
-    if load_optimizer_states:
-        together(lambda: _take_groups(muon, saved, zero), ranks)
+    kept = together(lambda: _take_groups(muon, saved, zero), ranks) if load_optimizer_states else []
     for number in range(len(wrapper.fp16_groups)) if stage_3 else ():  # elsewhere the engine does it
         wrapper.fp16_partitioned_groups_flat[number].data.copy_(wrapper.fp32_partitioned_groups_flat[number].data)
         wrapper._unflatten_partitioned_parameters(number)
@@ -96,6 +95,11 @@ def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bo
         logger.warning(  # DeepSpeed 0.19 shows nothing below
             f"muon_plugin: {folder} was saved by another optimizer, or with other parameters on Muon: weights "
             f"restored; the state starts from zero for {len(fresh)} parameters ({', '.join(sorted(fresh)[:3])}, ...)"
+        )
+    if kept and any("layout" in group for group in saved["param_groups"]):
+        logger.warning(
+            f"muon_plugin: {folder} has other parameter groups: the learning rate, decay and other options of "
+            f"param_groups {kept} are those that this run was given"
         )
     return True
 
@@ -144,12 +148,9 @@ def _take(muon: Muon, zero: Path, with_states: bool) -> set[str]:
     return fresh
 
 
-def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> None:
-    """Restores the options of groups that match saved ones (learning rates, ...), and AdamW's step."""
-    theirs = {(group.get("name"), group.get("layout")): group for group in saved["param_groups"]}
-    for group in muon.param_groups:
-        same = theirs.get((group["name"], group["layout"]), {})
-        group.update({key: value for key, value in same.items() if key != "params"})
+def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> list[int]:
+    """Restores the options of groups that match saved ones, and AdamW's step; the numbers of the other groups."""
+    kept = muon.take_groups(saved["param_groups"])
     states = saved.get(OPTIMIZER_STATE_DICT, {}).get("state", {})  # from ZeRO-3; from 1 and 2, a file for a parameter
     steps = [state["step"] for state in states.values() if "step" in state]
     for call in muon.calls:
@@ -159,6 +160,7 @@ def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> None:
             for p in call.tensors:
                 muon.state[p]["step"] = max(map(float, found), default=0.0)
             muon.halves.adamw.adopt(muon.param_groups[call.group], call.tensors, muon.state)
+    return kept
 
 
 def _read(path: Path) -> Any:

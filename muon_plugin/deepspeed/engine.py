@@ -16,7 +16,7 @@ from ..core.muon import Muon
 from ..core.settings import Settings
 from . import ranks, tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
-from .host import HOST, whole_shape
+from .host import host_of, whole_shape
 from .monitor import watch
 from .refusals import check_supported
 from .shards import calls, holdings
@@ -66,7 +66,7 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
     shapes = {name: partition.shape for name, partition in engine._muon_partitions.items()}
     options |= {"process_group": own, "stage": ranks.same_weights(engine) if engine.pipeline_parallelism else None}
     # The ranks of one stage may fail in it, while those of the others do not.
-    muon = together(lambda: Muon(params, model=engine.module, host=HOST, shapes=shapes, **options), own)
+    muon = together(lambda: Muon(params, model=engine.module, host=host_of(engine), shapes=shapes, **options), own)
     if engine.pipeline_parallelism and engine.zero_optimization():
         agree(
             "the parameter groups of the pipeline's stages",
@@ -85,7 +85,7 @@ def _configure_optimizer(
         if isinstance(optimizer, Muon):
             own = ranks.of(engine)
             together(lambda: check_supported(engine), own)
-            together(lambda: optimizer.hand_over(HOST, engine.param_names, own), own)
+            together(lambda: optimizer.hand_over(host_of(engine), engine.param_names, own), own)
         else:
             _refuse_remade(optimizer)  # not together: no collectives for engines without Muon; all ranks do the same
         return optimizer

@@ -11,6 +11,8 @@ DeepSpeed's functions are wrapped only here, and the wrappers act only when the 
   parameters, ours reads where the shards are (`shards`) and attaches the optimizer to them.
 - ``_load_universal_checkpoint`` of ZeRO's optimizers: the wrapper reads this Muon's shards and state (`checkpoints`).
 - ``DeepSpeedEngine._get_all_ckpt_names``: the wrapper finds a universal checkpoint's files whichever stage saved it.
+- ``DeepSpeedEngine.load_checkpoint``: the wrapper makes weights load without state at every stage (`weights_only`).
+- ``DeepSpeedEngine.get_mom``: the wrapper reports Muon's momentum, where DeepSpeed looks for Adam's betas (`monitor`).
 - ``DeepSpeedZeroOptimizer_Stage3.offload_states`` rejects any optimizer but FusedAdam; the wrapper allows this one.
 """
 
@@ -19,6 +21,8 @@ from __future__ import annotations
 from ..core.hooks import Hook, Hooks
 
 TESTED = ("0.18.9", "0.19.8")
+LOAD_CHECKPOINT = ["self", "load_dir", "tag", "load_module_strict", "load_optimizer_states"]
+LOAD_CHECKPOINT += ["load_lr_scheduler_states", "load_module_only", "custom_load_fn"]
 _hooks = Hooks("DeepSpeed", TESTED)
 
 
@@ -39,7 +43,7 @@ def register() -> None:
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     from ..core.muon import Muon
-    from . import checkpoints, engine
+    from . import checkpoints, engine, monitor, weights_only
 
     if hasattr(DeepSpeedEngine, "_configure_stock_optimizer"):
         return  # patches/deepspeed-*.patch: the source calls `engine` itself
@@ -69,6 +73,13 @@ def register() -> None:
             ["self", "checkpoints_path", "tag"],
             checkpoints.get_all_ckpt_names,
         ),
+        Hook(
+            DeepSpeedEngine,
+            "load_checkpoint",
+            LOAD_CHECKPOINT,
+            weights_only.load_checkpoint,
+        ),
+        Hook(DeepSpeedEngine, "get_mom", ["self"], monitor.get_mom),
         Hook(
             DeepSpeedZeroOptimizer_Stage3,
             "offload_states",

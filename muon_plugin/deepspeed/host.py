@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -30,14 +31,30 @@ def _layers(model: Any) -> dict[str, Any]:
     return {number: kind for number, kind in kinds.items() if issubclass(kind, nn.Module)}  # others are functions
 
 
+CONVERT = (
+    "make a universal checkpoint of it (python -m muon_plugin.deepspeed.convert), from which a run with "
+    '"checkpoint": {"load_universal": true} restores what both have in common'
+)
+WEIGHTS_ONLY = "load only the weights (load_checkpoint(..., load_module_only=True))"
+BEFORE = "load the weights into the model before deepspeed.initialize"
+
 #: DeepSpeed moves, reshards and converts optimizer state that has Adam's names.
 HOST = Host(
     momentum="exp_avg",
-    advice="python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run restores the "
-    "state that both optimizers share; or load only the weights (load_module_only=True)",
+    advice=f"{CONVERT}; or {WEIGHTS_ONLY}",
     group_keys=("moe",),
     experts=_experts,
     shape=whole_shape,
     layers=_layers,
 )
+
+
+def host_of(engine: Any) -> Host:
+    """DeepSpeed, with advice that works for this engine: its converter takes neither stage 0 nor experts."""
+    if engine.zero_optimization() and not engine.has_moe_layers:
+        return HOST
+    alone = not (engine.has_moe_layers and engine.zero_optimization_partition_weights())
+    return replace(HOST, advice=WEIGHTS_ONLY if alone else BEFORE)
+
+
 expect(HOST)  # a client's own Muon, which `deepspeed.initialize(optimizer=...)` takes over

@@ -20,6 +20,7 @@ import torch
 
 from ..core import phases, report
 from ..core.measure import Measure, Monitor, Part
+from ..core.muon import Muon
 
 EVERY = 10
 TIMERS = {name: f"muon_{name}" for name in phases.PHASES}
@@ -73,6 +74,17 @@ class StepMonitor:
         engine.monitor.write_events(
             [(f"Train/Muon/{name}", value, engine.global_samples) for name, value in found.items()]
         )
+
+
+def get_mom(original: Callable[..., Any], engine: Any) -> Any:
+    """Momentum of each group of matrices, betas of each other group, as in ``engine.get_mom()`` and DeepSpeed's log.
+
+    DeepSpeed looks for betas in every group, and reports 0.0 for a group without them.
+    """
+    if not isinstance(engine.basic_optimizer, Muon):
+        return original(engine)
+    groups = engine.optimizer.param_groups
+    return [group["momentum"] if group["use_muon"] else group["betas"] for group in groups]
 
 
 def _listener(timers: Any) -> phases.Listener:

@@ -25,15 +25,19 @@ def check_supported(engine: Any) -> None:
             *_zero(zero),
             *_experts(engine),
             *_precision(engine),
-            *_universal_from_nvme(engine),
+            *_universal(engine),
             *_gradients_left_out(engine),
             *_one_rate_schedulers(engine),
+            _cycled_momentum(engine),
         ]
     )
 
 
 def _offload(zero: Any) -> list[Refusal]:
-    """What only DeepSpeedCPUAdam has, and what NVMe needs."""
+    """What only DeepSpeedCPUAdam has (`ratio`, SuperOffload: DeepSpeed asserts it), and what NVMe needs.
+
+    Stages 1 and 2 take "nvme" for "cpu", in silence.
+    """
     optimizer, section = zero.offload_optimizer, "zero_optimization.offload_optimizer"
     ratio, super_offload = getattr(optimizer, "ratio", 1.0), getattr(optimizer, "super_offload", False)
     on_nvme = _on_nvme(zero)
@@ -58,6 +62,11 @@ def _offload(zero: Any) -> list[Refusal]:
 
 
 def _zero(zero: Any) -> list[Refusal]:
+    """Elastic checkpoints restore, for every group, only the state whose keys the first group has; stage 3 has none.
+
+    ZenFlow steps the gradients that it selects with an AdamW of its own. MiCS is refused for the sake of the promise
+    that nothing is computed twice.
+    """
     mics = getattr(zero, "mics_shard_size", -1)  # until 0.18
     replicas = "not set: its replicas would compute every matrix again"
     zenflow = getattr(zero, "zenflow", None) is not None
@@ -69,30 +78,48 @@ def _zero(zero: Any) -> list[Refusal]:
 
 
 def _experts(engine: Any) -> list[Refusal]:
-    stage = engine._config.zero_config.stage
+    """DeepSpeed asserts that stage 3 has no ``deepspeed.moe`` layers. AutoEP over TP was not tried.
+
+    Its universal checkpoints hold the experts of all ranks in one parameter, of which a rank of ours would read all.
+    """
     auto_ep = bool(getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False))
-    layers = "deepspeed.moe layers"
+    native = engine.has_moe_layers and not auto_ep and engine._config.zero_config.stage > 2
+    tp = engine.autotp_size() if auto_ep else 1
     return [
-        Refusal(f"{layers} with zero_optimization.stage", 3, engine.has_moe_layers and stage > 2, "0, 1 or 2"),
-        Refusal("expert_parallel (AutoEP)", "enabled", auto_ep, layers),
+        Refusal("deepspeed.moe layers with zero_optimization.stage", 3, native, "0, 1 or 2; or AutoEP"),
+        Refusal("checkpoint.load_universal with expert_parallel (AutoEP)", True, auto_ep and _loads(engine), "false"),
+        Refusal("tensor_parallel.autotp_size with expert_parallel (AutoEP)", tp, tp > 1, "1"),
     ]
 
 
 def _precision(engine: Any) -> list[Refusal]:
-    sections = "bf16 or fp16 by their own sections"
+    """Masters of 16 bits need DeepSpeedCPUAdam, or state of 16 bits; Muon's momentum is fp32.
+
+    Under ZeRO, torch's loss scaler for fp16 autocast is asked group by group and on each rank alone, so a group or a
+    rank may leave out a step that the others make. (In stage 0 it sees the reduced gradients of all groups.)
+    """
+    scaled = engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16
+    ways = "bfloat16, stage 0, or the section fp16 in its place"
     return [
         Refusal("bf16.bf16_master_weights_and_grads", True, engine.bf16_master_weights_and_gradients(), "false"),
         Refusal("fp16.fp16_master_weights_and_grads", True, engine.fp16_master_weights_and_gradients(), "false"),
         Refusal("bf16.bf16_optimizer_states", True, engine.bf16_optimizer_states(), "false: momentum is fp32"),
-        Refusal("torch_autocast", True, engine.torch_autocast_enabled(), sections),
+        Refusal("torch_autocast.dtype with ZeRO", "float16", scaled and engine._config.zero_config.stage > 0, ways),
     ]
 
 
-def _universal_from_nvme(engine: Any) -> list[Refusal]:
-    loads = engine.load_universal_checkpoint() and bool(_on_nvme(engine._config.zero_config))
+def _universal(engine: Any) -> list[Refusal]:
+    """Without ZeRO DeepSpeed reads no weights of a universal checkpoint; on NVMe our shards cannot be filled."""
+    loads, zero, setting = _loads(engine), engine._config.zero_config, "checkpoint.load_universal"
+    stages = "1, 2 or 3: DeepSpeed does not restore universal checkpoints without ZeRO"
     return [
-        Refusal("checkpoint.load_universal with offload to NVMe", True, loads, "offload to the CPU, or none"),
+        Refusal(f"{setting} with zero_optimization.stage", 0, loads and zero.stage == 0, stages),
+        Refusal(f"{setting} with offload to NVMe", True, loads and bool(_on_nvme(zero)), "offload to the CPU, or none"),
     ]
+
+
+def _loads(engine: Any) -> bool:
+    return bool(engine.load_universal_checkpoint())
 
 
 def _gradients_left_out(engine: Any) -> list[Refusal]:
@@ -118,6 +145,17 @@ def _one_rate_schedulers(engine: Any) -> list[Refusal]:
     overrides = name in {*ends, "LRRangeTest"} and not own
     advice = f"it without the scheduler {name}, which sets one rate for all"
     return [Refusal(key, options.get(key), overrides and key in options, advice) for key in ("muon_lr", "adam_lr")]
+
+
+def _cycled_momentum(engine: Any) -> Refusal:
+    """OneCycle writes Adam's betas into every group, and leaves momentum as it is for an optimizer without them."""
+    params = engine.scheduler_params() or {}
+    value = params.get("cycle_momentum", True)
+    cycles = engine.scheduler_name() == "OneCycle" and bool(value)
+    default = "" if "cycle_momentum" in params else " (DeepSpeed's default)"
+    return Refusal(
+        f"scheduler.params.cycle_momentum{default}", value, cycles, "false: OneCycle cycles Adam's betas only"
+    )
 
 
 def _warms_up_to_each_rate() -> bool:

@@ -196,9 +196,12 @@ def _rule(parameter: Parameter, outputs: int, config: Any, split_qkv: bool) -> R
 
 def _checked(parameter: Parameter, outputs: int, rule: Rule) -> Rule:
     if sum(rule.sizes) * rule.groups != outputs or not all(rule.sizes):
+        fused = "Please report it with the arguments"  # gate and up are separate whatever the flags say
+        if _owner(parameter.name) not in GATED:
+            fused = "Its projections can stay fused with --muon-no-split-qkv"
         raise ValueError(
             f"{parameter.name} has {outputs} outputs, but the model's config says {rule.groups} x {list(rule.sizes)}: "
-            "muon_plugin does not know this layer. Its projections can stay fused with --muon-no-split-qkv"
+            f"muon_plugin does not know this layer. {fused}"
         )
     return rule
 

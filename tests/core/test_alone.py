@@ -238,12 +238,6 @@ def test_halves_with_rates_of_their_own_are_scheduled_apart():
         torch.optim.lr_scheduler.LambdaLR(muon, [lambda step: 1.0])
 
 
-def test_groups_can_not_be_added_later():
-    muon = Muon(layers().named_parameters())
-    with pytest.raises(RuntimeError, match="build a new Muon"):
-        muon.add_param_group({"params": [nn.Parameter(torch.randn(3, 3))]})
-
-
 BAD = [
     ({"lr": -1}, "lr=-1 is not valid; allowed: a number >= 0"),
     ({"lr": "1e-3"}, "lr='1e-3' is not valid .a string where a number is wanted."),

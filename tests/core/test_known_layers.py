@@ -1,4 +1,4 @@
-"""Fused projections, experts, heads and adapters of real models: known by the class and the attribute that hold them."""
+"""Fused projections, experts, heads and adapters: known by the class and the attribute that hold them."""
 
 from __future__ import annotations
 

@@ -28,11 +28,11 @@ def test_resumed_at_every_other_stage_and_world(ranks, tmp_path, stage, world, o
     assert differing(found, whole) == []
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_of_adamw_is_taken_over(ranks, tmp_path, stage):
     """Weights and AdamW's own half go on, the momentum of matrices starts from zero, and the log says so."""
     adamw = {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}}
-    ranks(2).run(save, {**config(1, "bf16"), "optimizer": adamw}, tmp_path, 3)
+    ranks(2).run(save, {**config(stage, "bf16"), "optimizer": adamw}, tmp_path, 3)
     before, moments, logged = ranks(2).run(taken_over, config(stage, "bf16"), tmp_path, 0)[0]
     assert differing(before, ranks.alone(trained_by_adamw, {**config(1, "bf16"), "optimizer": adamw}, 3)) == []
     assert moments["embed.weight"] > 0
@@ -52,6 +52,8 @@ def test_another_optimizers_checkpoint_is_refused_with_the_way_to_take_it_over(r
             assert kind == "ValueError"
             assert words in message
             assert "python -m muon_plugin.deepspeed.convert" in message
+            assert '"checkpoint": {"load_universal": true}' in message
+        ranks(2).run(resume, config(stage, "bf16"), tmp_path / who, 1, 1)  # as it says; test_weights_only.py: the rest
 
 
 def load_as_it_is(rank: int, settings: dict[str, Any], folder: Path) -> None:

@@ -168,7 +168,9 @@ UNSUPPORTED = [
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}, "params": {"adam_lr": 0.1}},
         "adam_lr=0.1 is not supported",
     ),
-    ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast=True is not supported"),
+    ({"zero_optimization": {"stage": 0}, "checkpoint": {"load_universal": True}}, "load_universal with zero_optimi"),
+    ({"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1}}}, "cycle_momentum"),
+    ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.dtype with ZeRO='float16' is not"),
 ]
 
 
@@ -185,7 +187,10 @@ def test_what_is_not_supported_is_refused_before_the_first_step(ranks, sections,
 ZERO = SimpleNamespace(stage=3, offload_optimizer=None, offload_param=None, elastic_checkpoint=False, zenflow=None)
 REFUSED = {
     "deepspeed.moe": {"has_moe_layers": True},
-    "AutoEP": {"_config": SimpleNamespace(zero_config=ZERO, expert_parallel_config=SimpleNamespace(enabled=True))},
+    "AutoEP": {
+        "_config": SimpleNamespace(zero_config=ZERO, expert_parallel_config=SimpleNamespace(enabled=True)),
+        "autotp_size": lambda: 2,
+    },
     "bf16_optimizer_states": {"bf16_optimizer_states": lambda: True},
 }
 

@@ -90,6 +90,16 @@ def test_momentum_in_cpu_memory_changes_no_bit(ranks, dtype, stage, world, neste
     assert differing(ranks(world).run(trained, config(stage, dtype, params=offloaded))[0], alone) == []
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16"), (0, "float16")]
+)
+def test_torch_autocast_changes_no_bit(ranks, reference, stage, dtype):
+    """Parameters stay fp32; ZeRO reduces gradients in the dtype of the forward."""
+    settings = config(stage, torch_autocast={"enabled": True, "dtype": dtype})
+    for found in ranks(2, apart="autocast").run(trained, settings):  # DeepSpeed keeps it on for good
+        assert differing(found, reference["fp32"]) == []
+
+
 @pytest.mark.fast
 def test_a_model_built_under_zero_init(ranks):
     """DeepSpeed #8438: every parameter looks one-dimensional there, so the built-in is silently off."""

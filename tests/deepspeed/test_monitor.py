@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,33 @@ def overflowing(rank: int, settings: dict[str, Any], folder: Path) -> None:
         engine.step()
     assert engine.skipped_steps == 1
     engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_deepspeeds_log_has_the_momentum_of_matrices_and_the_betas_of_the_rest(ranks, stage):
+    """DeepSpeed looks for betas in every group, and reports 0.0 for groups that have none."""
+    params = {"momentum": 0.9, "betas": [0.8, 0.99], "muon_lr": 0.02, "adam_lr": 0.003}
+    momenta, rates, logged = ranks(1).run(own_log, config(stage, params=params))[0]
+    assert momenta == [0.9, [0.8, 0.99]]
+    assert rates == [0.02, 0.003]
+    assert "lr=[0.02, 0.003], mom=[0.9, [0.8, 0.99]]" in logged
+
+
+def own_log(rank: int, settings: dict[str, Any]) -> Any:
+    from deepspeed.utils import logger
+
+    engine = build(rank, {**settings, "steps_per_print": 1})
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    train(engine, rank, 1)
+    logger.removeHandler(handler)
+    logger.setLevel("ERROR")
+    found = engine.get_mom(), engine.get_lr(), "\n".join(lines)
+    engine.destroy()
+    return found
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

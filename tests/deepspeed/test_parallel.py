@@ -26,6 +26,7 @@ from tests.support.parallel_models import (
     in_a_pipeline,
     routed_in_a_pipeline,
     with_experts,
+    with_replaced_experts,
 )
 from tests.support.ranks import RankError
 
@@ -310,6 +311,18 @@ def test_sizes_that_a_user_watches_count_what_a_pipeline_ties_once(ranks, tmp_pa
     alone, cut = written(tmp_path / "1"), written(tmp_path / "2")
     for name in ("weight_rms_adamw", "momentum_norm_adamw", "update_rms_muon", "gradient_norm"):
         assert cut[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "world", "ep"), [(0, "fp32", 2, 1), (1, "bf16", 2, 2), (2, "fp32", 4, 2), (3, "bf16", 4, 2)]
+)
+def test_experts_that_autoep_has_replaced_end_in_the_same_bits_and_resume(ranks, tmp_path, stage, dtype, world, ep):
+    alone = ranks.alone(with_replaced_experts, config(0, dtype), 1, None, apart="autoep")
+    seen = set()
+    for found in ranks(world, apart="autoep").run(with_replaced_experts, config(stage, dtype), ep, tmp_path):
+        seen |= set(found)
+        assert differing(found, {name: alone[name] for name in found}) == []
+    assert seen == set(alone)
 
 
 def test_experts_are_not_converted(ranks, tmp_path):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.support.combinations import covering
-from tests.support.deepspeed_runs import interrupted, overflow
+from tests.support.deepspeed_runs import OLD, interrupted, mended, overflow
 from tests.support.integers import build, config, differing, trained
 from tests.support.monitored import check_sizes, watched, written
 from tests.support.ranks import RankError
-
-OLD = "0.18.9"
-
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -23,31 +19,6 @@ DTYPES = ("fp32", "bf16", "fp16")
 def reference(ranks):
     """The newest release, one process, stage 0: by dtype."""
     return {dtype: ranks.alone(trained, config(0, dtype)) for dtype in DTYPES}
-
-
-def mended(rank: int, function: Callable[..., Any], *args: Any) -> Any:
-    """`function` in a 0.18.9 that can do over gloo what it can do over NCCL, as later releases, with any optimizer.
-
-    - Where it flattens ZeRO 1's and 2's parameters on the device, the flat buffer carries autograd's history, and gloo
-      refuses to write into it (DeepSpeed #7948).
-    - GatheredParameters waits for the last of its all-gathers only, which over gloo may end in any order: now and then
-      a parameter is read before it has arrived.
-    """
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import Init
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as zero
-
-    assert deepspeed.__version__ == OLD
-    flatten, gather = zero.flatten_dense_tensors_aligned, Init._allgather_params_coalesced
-
-    def one_by_one(self: Any, params: list[Any], *args: Any, **kwargs: Any) -> None:
-        for p in params:
-            gather(self, [p], *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "flatten_dense_tensors_aligned", lambda *a, **k: flatten(*a, **k).detach())
-        patch.setattr(Init, "_allgather_params_coalesced", one_by_one)
-        return function(rank, *args)
 
 
 @pytest.mark.parametrize(("dtype", "stage", "world"), covering(DTYPES, (0, 1, 2, 3), (1, 2, 3)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.support.integers import build, differing, train, trained, weights
+
+OLD = "0.18.9"
 
 
 def convert(folder: Path) -> None:
@@ -74,3 +77,28 @@ def _bytes(engine: Any) -> dict[str, Tensor]:
     for number, state in enumerate(engine.basic_optimizer.state.values()):
         found |= {f"{number} {key}": torch.as_tensor(value).clone() for key, value in state.items()}
     return found
+
+
+def mended(rank: int, function: Callable[..., Any], *args: Any) -> Any:
+    """`function` in a 0.18.9 that can do over gloo what it can do over NCCL, as later releases, with any optimizer.
+
+    - Where it flattens ZeRO 1's and 2's parameters on the device, the flat buffer carries autograd's history, and gloo
+      refuses to write into it (DeepSpeed #7948).
+    - GatheredParameters waits for the last of its all-gathers only, which over gloo may end in any order: now and then
+      a parameter is read before it has arrived.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as zero
+
+    assert deepspeed.__version__ == OLD
+    flatten, gather = zero.flatten_dense_tensors_aligned, Init._allgather_params_coalesced
+
+    def one_by_one(self: Any, params: list[Any], *args: Any, **kwargs: Any) -> None:
+        for p in params:
+            gather(self, [p], *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "flatten_dense_tensors_aligned", lambda *a, **k: flatten(*a, **k).detach())
+        patch.setattr(Init, "_allgather_params_coalesced", one_by_one)
+        return function(rank, *args)

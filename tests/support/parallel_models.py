@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.support.integers import build, gradient
+from tests.support.integers import build, gathered, gradient
 
 
 class Block(nn.Module):
@@ -245,3 +247,95 @@ def _own(parts: Sequence[Sequence[int]]) -> Any:
     """Makes a process group of each; returns this rank's."""
     made = [(dist.new_group(list(part)), part) for part in parts]
     return next((group for group, part in made if dist.get_rank() in part), None)
+
+
+class RoutedMLP(nn.Module):
+    """What DeepSpeed's AutoEP replaces: a router and a list of gated experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        parts = {"w1": (16, 20), "w2": (20, 16), "w3": (16, 20)}
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in parts.items()}) for _ in range(4)
+        )
+
+
+class ReplacedExperts(nn.Module):
+    """A layer for AutoEP, and a dense one. AutoEP keeps this rank's experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.config = SimpleNamespace(num_local_experts=4, num_experts_per_tok=2, hidden_act="silu")
+        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": RoutedMLP(), "dense": nn.Linear(16, 24)})])
+
+    def forward(self, step: int) -> Tensor:
+        from deepspeed.utils import groups
+
+        loss = torch.zeros(())
+        for name, p in self.named_parameters():
+            number = zlib.crc32(name.encode())
+            if getattr(p, "allreduce", True):
+                group = groups._get_data_parallel_group()
+                grad = gradient(p.shape, number, step, 0, dist.get_rank(group), dist.get_world_size(group), 1)
+            else:
+                group = groups._get_expert_data_parallel_group(p.group_name)
+                rank, size = dist.get_rank(group), dist.get_world_size(group)
+                first = first_expert(p)
+                grads = [gradient(p.shape[1:], number + first + i, step, 0, rank, size, 1) for i in range(p.shape[0])]
+                grad = torch.stack(grads) * (dist.get_world_size() / size)
+            loss = loss + (p.float() * grad).sum()
+        return loss
+
+    @staticmethod
+    def patterns(ep: int) -> dict[str, Any]:
+        """AutoEP's section in the JSON."""
+        names = {"expert_pattern": "experts", "router_pattern": "gate", "num_experts_attr": "num_local_experts"}
+        names |= {"expert_w1": "w1", "expert_w2": "w2", "expert_w3": "w3", "top_k_attr": "num_experts_per_tok"}
+        return {
+            "enabled": True,
+            "autoep_size": ep,
+            "moe_layer_pattern": r"layers\.\d+\.mlp",
+            "use_grouped_mm": False,
+            **names,
+        }
+
+
+def first_expert(p: Any) -> int:
+    """The number of this rank's first expert among all."""
+    from deepspeed.utils import groups
+
+    return int(groups._get_expert_parallel_rank(p.group_name) * p.shape[0])
+
+
+def build_replaced(rank: int, settings: dict[str, Any], ep: int, model: ReplacedExperts) -> Any:
+    """An engine whose experts AutoEP has replaced."""
+    import deepspeed
+
+    engine = build(rank, {**settings, "expert_parallel": ReplacedExperts.patterns(ep)}, model)
+    if engine.zero_optimization_stage() == 3:  # `build` registered those that AutoEP has replaced
+        engine.module._external_params = {}
+        for p in engine.module.parameters():
+            deepspeed.zero.register_external_parameter(engine.module, p)
+    return engine
+
+
+def with_replaced_experts(rank: int, settings: dict[str, Any], ep: int, folder: Path | None) -> dict[str, Tensor]:
+    """Four steps, in a `folder` with a save and a resume between: weights on this rank, experts by their number."""
+    engine = build_replaced(rank, settings, ep, ReplacedExperts())
+    for step in range(4):
+        if step == 2 and folder is not None:
+            engine.save_checkpoint(str(folder), tag="tag")
+            engine = build_replaced(rank, settings, ep, ReplacedExperts())
+            engine.load_checkpoint(str(folder), tag="tag")
+        engine.backward(engine(step))
+        engine.step()
+    found = {}
+    with gathered(engine.module):
+        for name, p in engine.module.named_parameters():
+            if getattr(p, "allreduce", True):
+                found[name] = p.detach().clone()
+            else:
+                found |= {f"{name} {first_expert(p) + i}": expert.detach().clone() for i, expert in enumerate(p)}
+    return found

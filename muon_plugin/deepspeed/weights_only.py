@@ -1,0 +1,86 @@
+"""Loading the weights of a checkpoint without the optimizer's state: ``load_checkpoint(..., load_module_only=True)``.
+
+DeepSpeed's two arguments for it do not work at every stage, with any optimizer and without a word:
+
+- In ZeRO-3, ``load_module_only=True`` loads nothing: the file of the module holds empty tensors.
+- In ZeRO-3, ``load_optimizer_states=False`` reads the tag that the file ``latest`` names, whatever tag was asked for.
+- In stage 0 under bf16 and fp16, ``load_optimizer_states=False`` leaves the fp32 masters as they were, so that the next
+  step restores the old weights.
+
+Both are what the errors about another optimizer's checkpoint advise, so around this Muon they are made to work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from deepspeed.runtime import engine as deepspeed_engine
+
+from ..core.muon import Muon
+from .host import BEFORE
+
+
+def load_checkpoint(
+    original: Callable[..., Any],
+    engine: Any,
+    load_dir: str,
+    tag: str | None = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Any = None,
+) -> Any:
+    """In the place of the engine's, with its arguments and results.
+
+    Raises:
+        ValueError: where DeepSpeed cannot load weights alone.
+    """
+    ours = isinstance(getattr(engine, "basic_optimizer", None), Muon)
+    weights_only = ours and (load_module_only or not load_optimizer_states)
+    if weights_only:
+        _check(engine, "load_module_only=True" if load_module_only else "load_optimizer_states=False")
+    if weights_only and engine.zero_optimization():
+        load_optimizer_states = False  # in ZeRO-3 this makes it read the weights from the shards
+    with _latest_is(tag) if weights_only and tag is not None else nullcontext():
+        found = original(
+            engine,
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+        )
+    if weights_only and found[0] is not None and not engine.zero_optimization():
+        refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
+        if refresh is not None:
+            refresh()
+    return found
+
+
+def _check(engine: Any, asked: str) -> None:
+    """Masters on NVMe are not refreshed; those of AutoEP in ZeRO-3 are restored by position, from any optimizer's."""
+    setting = allowed = ""
+    if engine.zero_nvme_offload_optimizer():
+        setting, allowed = "zero_optimization.offload_optimizer.device='nvme'", "offload to the CPU, or none"
+    elif engine.has_moe_layers and engine.zero_optimization_partition_weights():
+        setting, allowed = "expert_parallel (AutoEP) in ZeRO-3", "stage 0, 1 or 2"
+    if setting:
+        raise ValueError(f"{asked} with {setting} does not restore the weights alone; allowed: {allowed}, or {BEFORE}")
+
+
+@contextmanager
+def _latest_is(tag: str) -> Iterator[None]:
+    """DeepSpeed's engine reads the weights of ZeRO-3 without passing on the tag."""
+    name = "get_fp32_state_dict_from_zero_checkpoint"
+    original = getattr(deepspeed_engine, name)
+    setattr(deepspeed_engine, name, partial(original, tag=tag))
+    try:
+        yield
+    finally:
+        setattr(deepspeed_engine, name, original)
