@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .cutting import Rule, Stored
@@ -16,7 +16,7 @@ from .places import Place
 
 #: Layers that hold a fused projection in most models; of an unknown layout where nothing below applies.
 FUSED_NAMES = re.compile(
-    r"qkv|qkv_proj|wqkv|c_attn|in_proj_weight|query_key_value|w_pack|gate_up_proj|w12|gate_up|in_proj_qkvz?|in_proj_ba|wi",
+    r"qkv|qkv_proj|wqkv|c_attn|in_proj_weight|query_key_value|w_pack|gate_up_proj|w12|gate_up|in_proj_qkvz?|in_proj_ba",
     re.IGNORECASE,
 )
 GATE_UP_NAMES = {"gate_up_proj", "w12", "gate_up"}
@@ -139,6 +139,7 @@ KNOWN = (
     Fused("proj", r"\w*GatedLinearUnit", lambda b, s: s.equal(2)),
     Fused("linear_start", r"Gemma\w*LightConv1d", lambda b, s: s.equal(2)),
     Fused("pointwise_conv1|pointwise_lin1|up_conv", r"\w*Conv(olution)?Module", lambda b, s: s.equal(2)),
+    Fused("linear_1", r"(AyaVision|Cohere2Vision)MultiModalProjector", lambda b, s: s.equal(2)),
     Fused("ext_pw_conv_1d", r"\w*GluPointWiseConv", lambda b, s: s.equal(2)),
     Fused("conv", r"(Data2VecAudio|Wav2Vec2|Wav2Vec2Conformer|WavLM)AdapterLayer", lambda b, s: s.equal(2)),
     # Query, key and value.
@@ -190,6 +191,7 @@ def known_rule(place: Place, stored: Stored) -> Rule | None:
                 rule = fused.rule(place.block, stored)
             except (AttributeError, TypeError, ZeroDivisionError):
                 continue  # another kind of block with a layer of that name
+            rule = replace(rule, sizes=tuple(size for size in rule.sizes if size))  # such as no rotary part
             return rule if rule.fits(stored) else None
     if attribute in GATE_UP_NAMES and stored.outputs % 2 == 0:
         # In transformers, experts say whether gate and up take turns.

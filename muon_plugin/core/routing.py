@@ -160,7 +160,7 @@ def _notes(why: str, names: Iterable[str]) -> list[str]:
     """One note for the same parameter of all layers."""
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        alike[".".join("*" if part.isdigit() else part for part in name.split("."))].append(name)
+        alike[re.sub(r"(?<![a-zA-Z])\d+(?![a-zA-Z])", "*", name)].append(name)
     return [
         f"{pattern if len(found) > 1 else found[0]} is kept whole, because {why}; see split"
         + (f" ({len(found)} parameters)" if len(found) > 1 else "")
