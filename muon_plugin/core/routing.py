@@ -132,6 +132,8 @@ def route(
         reasons = (_not_a_matrix(alias, shape, known[alias], exclude, ends) for alias in aliases)
         why = heads.get(name) or next(filter(None, reasons), None)
         stored = _stored(known[name], shape) if why is None else why
+        if not isinstance(stored, str) and min(stored.rows, stored.cols) == 1:
+            stored = "a vector"
         if isinstance(stored, str):
             adamw[name] = stored
             continue
@@ -143,8 +145,6 @@ def route(
         parts = cut(name, stored, rule)
         if all(min(part.rows, part.cols) > 1 for part in parts):
             matrices += parts
-        elif min(stored.rows, stored.cols) == 1:
-            adamw[name] = "a vector"
         elif asked is None:  # such as a single time step beside the states
             whole["it holds a vector beside matrices"].append(name)
             matrices += cut(name, stored, Rule((stored.outputs,)))

@@ -7,10 +7,10 @@ package's own reading does: through several variables, linear functions of bare 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import textwrap
-from functools import cache
 from typing import Any
 
 import torch
@@ -83,20 +83,23 @@ def build(name: str) -> nn.Module:
     model_class = getattr(transformers, name)
     config = model_class.config_class()
     for key, value in _NEEDED.get(name, {}).items():
-        setattr(config, key, value)
+        *parts, last = key.split(".")
+        setattr(functools.reduce(getattr, parts, config), last, value)
     with torch.device("meta"):
         return model_class(config)
 
 
 #: What the default config lacks.
 _NEEDED: dict[str, dict[str, Any]] = {
+    "DbrxForCausalLM": {"attn_config.rope_theta": 10000.0},
+    "MoshiForConditionalGeneration": {"audio_vocab_size": 2048},
     "ReformerModelWithLMHead": {"is_decoder": True},
     "EsmForMaskedLM": {"vocab_size": 33},
     "NemotronForCausalLM": {"num_key_value_heads": 8},
 }
 
 
-@cache
+@functools.cache
 def split_by_code(block: type) -> dict[str, str]:
     """Attribute of `block` -> the expression by which a method splits its output (or the product with it)."""
     try:
