@@ -32,12 +32,22 @@ OF_EMBEDDINGS = re.compile(r"\w*embed\w*_(hidden_)?(mapping|proj|dense|transform
 PATCHES = re.compile(r"patch_(emb|conv|proj)\w*")
 PATCH_CLASSES = re.compile(r"Patch\w*Embed|Vision\w*Embeddings$")
 #: Names of an output head wherever it sits, and names that mean one only outside numbered blocks.
-HEADS = {"lm_head", "lm_heads", "embed_out", "output_layer", "qa_outputs", "shadow_head", "seq_relationship"}
+HEADS = {
+    "lm_head",
+    "lm_heads",
+    "embed_out",
+    "output_layer",
+    "qa_outputs",
+    "shadow_head",
+    "seq_relationship",
+    "decoder_dict",
+}
 OUTER_HEADS = {"head", "output", "classifier", "score", "fc", "proj_out"}
 #: Layers that are heads by themselves, and (layer, the class that it is in) of heads with ordinary names.
-HEAD_LAYERS = re.compile(r"(\w+_)?heads?|head_linear|action_out_proj|output_projection")
+HEAD_LAYERS = re.compile(r"(\w+_)?(heads?|classifier)|head_linear|action_out_proj|output_projection")
 HEADS_IN = (
     ("out_proj|output_projection|summary", r"Classif\w*Head$|SequenceSummary"),
+    ("decoder", r"(Prediction|LM)\w*Head$"),
     ("dense", "MobileBertLMPredictionHead"),  # the rest of the vocabulary's matrix, beside the embedding
     ("out", r"CTCEncoder$"),
     ("linear", r"ISTFTHead$"),

@@ -55,7 +55,7 @@ def deviations(model: nn.Module) -> list[str]:
             found += _experts(name, shape, matrices, block)
         elif len(matrices) == (shape[0] if len(shape) == 3 else 1) and name not in named:
             code = model_sweep.split_by_code(type(block)).get(place.attribute)
-            if code:
+            if code and getattr(block, "qk_rope_head_dim", 1):  # without a rotary part, nothing is split off
                 found.append(f"{type(block).__name__}.{place.attribute} is whole, but the code has {code}")
     return found
 
