@@ -107,8 +107,10 @@ def check_parameter(name: str, p: Tensor, any_strides: bool = False) -> None:
     """
     if p.is_complex() or not p.is_floating_point() or p.is_sparse:
         raise ValueError(f"parameter {name} is {p.dtype}, {p.layout}; allowed: dense real floating-point parameters")
-    if type(p.data).__name__ == "DTensor":
-        raise ValueError(f"parameter {name} is a DTensor; allowed: whole tensors (one process, plain DDP) or an engine")
+    is_dtensor = type(p.data).__name__ == "DTensor"
+    if is_dtensor or getattr(p, "_fsdp_flattened", False):  # FSDP1's parts of a flat tensor look like vectors
+        cut = "a DTensor" if is_dtensor else "cut by FSDP"
+        raise ValueError(f"parameter {name} is {cut}; allowed: whole tensors (one process, plain DDP) or an engine")
     if not (any_strides or p.is_contiguous()):
         raise ValueError(
             f"parameter {name} is not contiguous (strides {p.stride()}); allowed: contiguous parameters, such as "

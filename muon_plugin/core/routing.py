@@ -232,17 +232,25 @@ def _all_names(model: nn.Module | None) -> dict[str, list[str]]:
 
 
 def _tables(model: nn.Module | None) -> dict[str, str]:
-    """What a Hugging Face model itself calls its embeddings and its output head."""
+    """What Hugging Face models call their embeddings and output head: the model itself, or those that it wraps."""
     found: dict[int, str] = {}
     for get, why in (("get_output_embeddings", "output head"), ("get_input_embeddings", "embedding")):
-        try:
-            module = getattr(model, get)()
-        except (AttributeError, NotImplementedError, TypeError):
-            # AttributeError: no model, or not of transformers. NotImplementedError: of transformers, without such a
-            # module. TypeError: the model uses the name for something else. Names and module types then decide alone.
-            continue
-        found |= {id(p): why for p in (module.parameters() if isinstance(module, nn.Module) else ())}
+        for asked in _outermost_with(model, get):
+            try:
+                module = getattr(asked, get)()
+            except (AttributeError, NotImplementedError, TypeError):
+                # AttributeError, NotImplementedError: of transformers, without such a module. TypeError: the model
+                # uses the name for something else. Names and module types then decide alone.
+                continue
+            found |= {id(p): why for p in (module.parameters() if isinstance(module, nn.Module) else ())}
     return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found} if model is not None else {}
+
+
+def _outermost_with(model: nn.Module | None, attribute: str) -> list[nn.Module]:
+    """The modules that have the attribute, without those inside another such module."""
+    if model is None or hasattr(model, attribute):
+        return [] if model is None else [model]
+    return [found for child in model.children() for found in _outermost_with(child, attribute)]
 
 
 def _not_a_matrix(

@@ -96,6 +96,8 @@ def _configure_optimizer(
         original(engine, lambda parameters: taken_over(client_optimizer(parameters)), model_parameters)
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
+        if world_of(None)[0] == 0:
+            print(_another(muon), flush=True)
         return
     names, tp, own = muon.names, tensor_parallel.group_of(engine), ranks.of(engine)
     partitions = getattr(
@@ -136,6 +138,14 @@ def _left_out(engine: Any, muon: Muon) -> list[str]:
         return []
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return [f"{len(names)} parameters require gradients but are not in the optimizer, and are not trained: {shown}"]
+
+
+def _another(optimizer: Any) -> str:
+    """What rank 0 says of an engine without Muon: clients drop an optimizer without a word, as the Trainer does."""
+    return (
+        f"muon_plugin: this engine trains with {type(optimizer).__name__} and not with Muon, which neither its "
+        "DeepSpeed JSON names nor deepspeed.initialize was given"
+    )
 
 
 def _refuse_remade(optimizer: Any) -> None:

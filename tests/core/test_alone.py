@@ -284,6 +284,18 @@ def test_bad_parameters_are_refused(params, match):
         Muon(params())
 
 
+def test_what_fsdp_has_cut_is_no_vector(ranks):
+    with pytest.raises(RankError, match=r"parameter .*embed.weight is cut by FSDP; allowed: whole tensors"):
+        ranks(2).run(cut_by_fsdp)
+
+
+def cut_by_fsdp(rank: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(layers(), use_orig_params=True, device_id=torch.device("cpu"))
+    Muon(model.named_parameters(), model=model)
+
+
 def test_ranks_that_disagree_are_told(ranks):
     """Every rank raises, and the message names the rank and the first difference."""
     for job, match in ((another_shape, "rank 0 has a.weight [8, 8]"), (another_setting, "momentum=0.5")):

@@ -264,6 +264,10 @@ def test_a_hugging_face_model_says_what_its_head_is():
     )  # fmt: skip
     model = transformers.BertForMaskedLM(config)
     assert route(shapes(model), model=model).adamw["cls.predictions.decoder.weight"] == "output head"
+    wrapped = nn.ModuleDict({"of": nn.ModuleDict({"model": model})})  # as Lightning does, or a module with the loss
+    ways = route(shapes(wrapped), model=wrapped).adamw
+    assert ways["of.model.cls.predictions.decoder.weight"] == "output head"
+    assert ways == {f"of.model.{name}": why for name, why in route(shapes(model), model=model).adamw.items()}
 
 
 def test_three_dimensions_that_are_no_experts_go_to_adamw():

@@ -8,6 +8,8 @@ import random
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,13 +130,19 @@ def not_registered(rank: int) -> None:
 
 
 def test_another_optimizer_is_left_alone(ranks):
-    assert ranks(1).run(adam) == ["AdamW"]
+    """And named: a client may drop its Muon without a word, as Hugging Face's Trainer does with `optimizers=(...)`."""
+    (_, told), (_, silent) = found = ranks(2).run(adam)
+    assert [name for name, _ in found] == ["AdamW", "AdamW"]
+    assert "muon_plugin: this engine trains with AdamW and not with Muon" in told
+    assert "muon_plugin" not in silent
 
 
-def adam(rank: int) -> str:
+def adam(rank: int) -> tuple[str, str]:
     settings = config(1)
     settings["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
-    return type(build(rank, settings).basic_optimizer).__name__
+    with redirect_stdout(StringIO()) as printed:
+        engine = build(rank, settings)
+    return type(engine.basic_optimizer).__name__, printed.getvalue()
 
 
 def test_the_table_says_what_will_happen(ranks):
