@@ -7,19 +7,31 @@ tensor is updated, and `update` implements the step of the matrices.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import adamw, report
+from . import adamw, proof, report
 from .adamw import AdamWHalf
 from .agreement import agree, together, world_of
-from .groups import Halved, Host, check_parameter, layout_digest, named_groups, no_engine, parameter_groups
-from .halves import Call, Halves, MuonHalf
+from .call import Call
+from .groups import (
+    Halved,
+    Host,
+    check_parameter,
+    layout_digest,
+    named_groups,
+    no_engine,
+    parameter_groups,
+    to_leave_out,
+    without,
+)
+from .halves import FROZEN, Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
 from .routing import Routing, route
@@ -48,13 +60,15 @@ class Muon(Optimizer):
     Args:
         params: ``model.named_parameters()``, or parameter groups whose ``"params"`` are (name, parameter) pairs. Names
             are required, because they decide which parameters are embeddings or heads. Parameters are dense,
-            contiguous and of a real floating-point dtype; frozen ones are ignored.
+            contiguous and of a real floating-point dtype. Frozen ones are not touched, and have no state until they are
+            unfrozen; from then on they are trained as well.
         model: the module itself, if available: module types and ``model.config`` then help to recognize embeddings
             and fused projections.
         process_group: the ranks that hold replicas of the parameters (plain DDP), or, under an engine, the ranks of
             one pipeline stage; by default the default group. Each matrix is orthogonalized on one of these ranks.
         host: passed by an engine's hooks: the optimizer then waits for `attach`, and `step` does nothing until then.
         shapes: passed by an engine's hooks: the whole shape of each parameter that the engine has sharded, by name.
+        unfreezes: passed by an engine's hooks: False where it leaves out for good what is frozen now.
         **settings: see `muon_plugin.core.settings.Settings`: lr, weight_decay, momentum, ...
 
     State, created on every rank before the first step: for tensors that hold matrices ``momentum_buffer``, fp32 and of
@@ -78,45 +92,54 @@ class Muon(Optimizer):
         process_group: Any = None,
         host: Host | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        unfreezes: bool = True,
         **settings: Any,
     ) -> None:
         self.host = host or no_engine()
         #: whether an engine decides which tensors are stepped
         self._in_engine = host is not None
         self._complete = False
-        #: empty until the optimizer is attached to its tensors
-        self.halves = Halves(MuonHalf(), AdamWHalf())
         #: what `attach` was given
         self.calls: tuple[Call, ...] = ()
+        #: number of a call -> its tensors that have a plan, and that plan
+        self._planned: dict[int, tuple[tuple[Tensor, ...], Update]] = {}
         #: whether to check at the first step that the ranks of `_process_group` hold replicas
         self._check_replicas, self._process_group = False, process_group
 
-        def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
+        def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str], dict[Tensor, str]]:
             checked = Settings.from_dict(settings)
-            groups = named_groups(params)
+            given = named_groups(params)
+            left_out = to_leave_out(given, unfreezes)
+            groups = without(given, left_out)
             names = {p: name for group in groups for name, p in group["params"]}
             for p, name in names.items():
                 check_parameter(name, p)
             whole = {name: (shapes or {}).get(name, self.host.shape(p)) for p, name in names.items()}
             if not whole:  # patterns, which have nothing to match, are no mistake: they may come with another model
-                return checked, [], Routing((), {}, {}, (NOTHING,)), names
+                return checked, [], Routing((), {}, {}, (NOTHING,)), names, left_out
             routing = route(
                 whole, model=model, exclude=checked.exclude, split=checked.split, layers=self.host.layers(model)
             )
             one_of_many = host is not None and process_group is not None  # a stage of a pipeline
             if not routing.matrices and not one_of_many:
                 routing = replace(routing, notes=(*routing.notes, NO_MATRIX))
-            return checked, parameter_groups(groups, routing, checked, self.host), routing, names
+            return checked, parameter_groups(groups, routing, checked, self.host), routing, names, left_out
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
         #: names: parameter -> its name in `routing`
-        self.settings, groups, self.routing, self.names = together(prepare, process_group)
+        #: left_out: the same of parameters that are frozen now, and that are not trained if they are unfrozen
+        self.settings, groups, self.routing, self.names, self.left_out = together(prepare, process_group)
+        #: parameters that have been frozen since the optimizer was built; they are in no plan, and have no state
+        self._waiting = {p for p in self.names if not p.requires_grad}
+        frozen = sorted(self.names[p] for p in self._waiting)
         agree(
             "the model or the settings of Muon",
-            [*self.routing.describe(), repr(self.settings)],
+            [*self.routing.describe(), *(f"{name} is frozen" for name in frozen), repr(self.settings)],
             "Build the same model from the same configuration on every rank",
             process_group,
         )
+        self._frozen_at_start = frozenset(self._waiting)
+        self.halves = self._no_halves()
         # torch wants a group even if there is nothing to train, as in a reference model.
         defaults = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
         super().__init__(groups or [{"params": [], "use_muon": False, "name": "adamw", "client_group": 0}], defaults)
@@ -135,7 +158,14 @@ class Muon(Optimizer):
 
     def _set_digests(self) -> None:
         for group in self.param_groups:
-            group["layout"] = layout_digest([self.names[p] for p in group["params"]], self.routing.shapes)
+            group["layout"] = self._digest(group["params"])
+
+    def _digest(self, parameters: Iterable[Tensor]) -> str:
+        return layout_digest([self.names[p] for p in parameters], self.routing.shapes)
+
+    def _no_halves(self) -> Halves:
+        """Those of an optimizer that is not attached to its tensors."""
+        return Halves(left_out={name: p for p, name in self.left_out.items()}, advice=self.host.unfreeze)
 
     def attach(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
         """Binds the optimizer to the tensors that an engine will step, creates their state and the plans. Collective.
@@ -145,22 +175,77 @@ class Muon(Optimizer):
             device: where matrices are orthogonalized; by default the device of the call's tensors.
         """
         self.detach()
-        self.calls = tuple(calls)
+        self.calls, self._device = tuple(calls), device
+        self._waiting = {p for p in self._waiting if not p.requires_grad}
         muon = MuonHalf(self.host.momentum, offload=self.settings.offload)
-        for call in self.calls:
-            if self.param_groups[call.group]["use_muon"]:
-                update = Update(
-                    self.routing.matrices,
-                    call.shards,
-                    call.process_group,
-                    device or call.tensors[0].device,
-                    self.settings.newton_schulz,
-                    lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
-                    normalize=self.settings.adjust_lr_fn == "update_norm",
-                )
-                muon.add(update, call.tensors)
-        self.halves = Halves(muon, self._new_adamw([c for c in calls if not self.param_groups[c.group]["use_muon"]]))
+        self._plan(muon)
+        rest = self._new_adamw([call for call in self.calls if not self.param_groups[call.group]["use_muon"]])
+        parameters, left_out = ({name: p for p, name in of.items()} for of in (self.names, self.left_out))
+        self.halves = Halves(muon, rest, self.calls, parameters, left_out, self.host.unfreeze)
+        self._begin()
+
+    def _plan(self, half: MuonHalf) -> None:
+        """Plans the matrices that are trained, or those of calls in which that has changed. Collective."""
+        half.clear()
+        for number, call in enumerate(self.calls):
+            if not self.param_groups[call.group]["use_muon"]:
+                continue
+            tensors = tuple(p for p in call.tensors if p not in self._waiting)
+            before = self._planned.get(number)
+            if tensors and (before is None or before[0] != tensors):
+                update = self._new_update(call, [shard for shard in call.shards if shard.tensor not in self._waiting])
+                update.steps = before[1].steps if before else 0
+                self._planned[number] = tensors, update
+            if tensors:
+                half.add(self._planned[number][1], tensors)
+            half.wait(p for p in call.tensors if p in self._waiting)
+
+    def _new_update(self, call: Call, shards: Sequence[Shard]) -> Update:
+        return Update(
+            self.routing.matrices,
+            shards,
+            call.process_group,
+            self._device or call.tensors[0].device,
+            self.settings.newton_schulz,
+            lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
+            normalize=self.settings.adjust_lr_fn == "update_norm",
+        )
+
+    def _begin(self) -> None:
+        """Proves that the plans hold what is trained, and creates the state that is lacking. Collective."""
+        shapes, waiting = self.routing.shapes, {self.names[p] for p in self._waiting}
+        proof.check_routing(self.routing.matrices, self.routing.adamw, shapes)
+        matrices = {matrix.parameter for matrix in self.routing.matrices} - waiting
+        proof.check_calls("Muon", matrices, [update.parameters for update in self.halves.muon.updates], shapes)
+        rest = [call for call in self.calls if not self.param_groups[call.group]["use_muon"]]
+        proof.check_calls("AdamW", self.routing.adamw, [proof.held(call, shapes) for call in rest], shapes)
+        self._mark_frozen()
+        self.halves.waiting = self._waiting
+        self.halves.first_step = proof.FirstStep(self.calls)
         self.halves.new_states(self.state)
+
+    def _mark_frozen(self) -> None:
+        """What has no state is told in the checkpoint."""
+        for group in self.param_groups:
+            group.pop(FROZEN, None)
+            if frozen := [i for i, p in enumerate(group["params"]) if p in self._waiting and not self.state.get(p)]:
+                group[FROZEN] = frozen
+
+    def _join(self, unfrozen: Collection[Tensor]) -> None:
+        """Trains parameters that were frozen when the optimizer was built: a new plan, and new state. Collective."""
+        for call in self.calls:
+            if joined := [self.names[p] for p in call.tensors if p in unfrozen]:
+                agree(
+                    "which parameters are unfrozen",
+                    joined,
+                    "Unfreeze the same parameters at the same step on every rank",
+                    call.process_group,
+                )
+        self._waiting -= set(unfrozen)
+        self._plan(self.halves.muon)
+        self._begin()
+        if not self._in_engine:
+            self._compare_replicas(unfrozen)
 
     def _new_adamw(self, calls: Sequence[Call]) -> AdamWHalf:
         if not calls:
@@ -176,25 +261,27 @@ class Muon(Optimizer):
     def detach(self) -> None:
         """Discards the tensors, their state and the plans; `step` does nothing until the next `attach`."""
         self.state.clear()
-        self.calls, self.halves, self._check_replicas = (), Halves(MuonHalf(), AdamWHalf()), False
+        self._planned.clear()
+        self.calls, self.halves, self._check_replicas = (), self._no_halves(), False
 
-    def hand_over(self, host: Host, names: Mapping[Tensor, str]) -> None:
+    def hand_over(self, host: Host, names: Mapping[Tensor, str], unfreezes: bool = True) -> None:
         """Transfers an optimizer that was built without an engine to `host`, whose hooks then call `attach`.
 
         Args:
             host: the engine.
             names: parameter -> its name in the engine's module, which its checkpoints use. The client may have called
                 the same parameter by another name: that of a submodule, or without a wrapper's prefix.
+            unfreezes: False where the engine leaves out for good what is frozen now.
 
         Raises:
             RuntimeError: if it has stepped or restored a checkpoint: the engine's shards start from new state.
             ValueError: for a parameter that the engine's module does not have.
         """
-        for p, name in self.names.items():
+        for p, name in {**self.names, **self.left_out}.items():
             if p not in names:
                 raise ValueError(
-                    f"the optimizer holds {name} {list(self.routing.shapes[name])}, which the model given to the "
-                    "engine does not have; allowed: an optimizer of that model's parameters"
+                    f"the optimizer holds {name} {list(self.routing.shapes.get(name, p.shape))}, which the model given "
+                    "to the engine does not have; allowed: an optimizer of that model's parameters"
                 )
         state = (value for of_tensor in self.state.values() for value in of_tensor.values())
         if any(bool(torch.as_tensor(value).any()) for value in state):
@@ -202,11 +289,36 @@ class Muon(Optimizer):
                 "this Muon has stepped or loaded a checkpoint, and the engine would discard its momentum. Build the "
                 "engine around a new Muon, then load the checkpoint through the engine"
             )
-        self.detach()
         self.host, self._in_engine = host, True
         self.routing = self.routing.renamed({name: names[p] for p, name in self.names.items()})
-        self.names = {p: names[p] for p in self.names}
+        self.names, self.left_out = ({p: names[p] for p in of} for of in (self.names, self.left_out))
+        if not unfreezes:
+            self._leave_out({p for p in self.names if not p.requires_grad})
+        self.detach()
         self._set_digests()
+
+    def _leave_out(self, frozen: Collection[Tensor]) -> None:
+        """Drops parameters that the engine will not train."""
+        self.left_out |= {p: name for p, name in self.names.items() if p in frozen}
+        self.names = {p: name for p, name in self.names.items() if p not in frozen}
+        self.routing = _of(self.routing, set(self.names.values()))
+        self._waiting, self._frozen_at_start = set(), frozenset()
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if p not in frozen]
+        kept = [number for number, group in enumerate(self.param_groups) if group["params"]] or [0]
+        if kept[-1] + 1 != len(kept) and any("initial_lr" in group for group in self.param_groups):
+            emptied = next(number for number in range(kept[-1]) if number not in kept)
+            raise ValueError(
+                f"a scheduler was built on a Muon whose param_groups[{emptied}] holds frozen parameters alone, which "
+                "the engine leaves out: its rates would reach other groups. Build the scheduler after the engine, or "
+                "give the engine a function that builds it"
+            )
+        self._halved = [
+            replace(halved, matrices=kept.index(halved.matrices), rest=kept.index(halved.rest))
+            for halved in self._halved
+            if {halved.matrices, halved.rest} <= set(kept)
+        ]
+        self.param_groups[:] = [self.param_groups[number] for number in kept]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -215,6 +327,7 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.halves.check_left_out()
         if not self.calls:
             if self.names and not self._in_engine:
                 raise RuntimeError(
@@ -224,22 +337,27 @@ class Muon(Optimizer):
             return loss  # an engine may step once on zeros while it builds its wrapper: that must change nothing
         for halved in self._halved:
             halved.check(self._groups)
+        if unfrozen := [p for p in self._waiting if p.requires_grad]:
+            self._join(unfrozen)
         if self._check_replicas:
-            self._compare_replicas()
+            self._check_replicas = False
+            self._compare_replicas(p for p in self.names if p not in self._waiting)
         self.halves.step([group for group in self.param_groups if group["params"]], self.state)
         return loss
 
-    def _compare_replicas(self) -> None:
+    def _compare_replicas(self, parameters: Iterable[Tensor]) -> None:
         """At the first step only, as DDP may make the replicas late. Ranks with different models would mix updates."""
-        self._check_replicas = False
         if world_of(self._process_group)[1] > 1:
-            tensors = [p for g in self.param_groups for p in g["params"]]
-            sums = [[t.double().sum().item() for t in (p, p.grad) if t is not None] for p in tensors]
+            tensors = {self.names[p]: p for p in parameters}
+            sums = {
+                name: [t.double().sum().item() for t in (p, p.grad) if t is not None] for name, p in tensors.items()
+            }
             agree(
                 "the weights or the gradients",
-                [f"sums of weights and gradients {values}" for values in sums],
-                "Without an engine, all ranks must hold replicas (DistributedDataParallel). For a model of its own on "
-                "each rank, pass process_group=torch.distributed.new_group([rank]) made for each rank",
+                [f"{name}: sums of weights and gradients {sums[name]}" for name in sorted(sums)],
+                "Without an engine, all ranks must hold replicas (DistributedDataParallel, which does not reduce what "
+                "was frozen when it was built). For a model of its own on each rank, pass "
+                "process_group=torch.distributed.new_group([rank]) made for each rank",
                 self._process_group,
             )
 
@@ -261,12 +379,36 @@ class Muon(Optimizer):
             ValueError: if the saved groups were split differently (another `exclude`, another optimizer).
         """
         self.check_saved(state_dict["param_groups"])
+        own = [{key: group[key] for key in _OWN if key in group} for group in self.param_groups]
         if self.names and not self.calls:
             raise RuntimeError(
                 "Muon is not attached to an engine's tensors yet: load the checkpoint through the engine"
             )
-        self.halves.load(self, state_dict, super().load_state_dict)
+        self.halves.load(self, self._with_frozen(state_dict), super().load_state_dict)
+        for group, kept in zip(self.param_groups, own, strict=True):
+            group.update(kept)
         self._groups = self.param_groups  # torch makes new ones
+        self._mark_frozen()
+
+    def _saved_before(self) -> list[tuple[Any, Any]]:
+        """Names and digests of groups without what was frozen at start, as 0.1.0 saved them."""
+        trained = [(g["name"], [p for p in g["params"] if p not in self._frozen_at_start]) for g in self.param_groups]
+        return [(name, self._digest(parameters)) for name, parameters in trained if parameters]
+
+    def _with_frozen(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of 0.1.0, which had no frozen parameters in its groups, as one that has them."""
+        saved = list(state_dict["param_groups"])
+        if _identities(saved) == _identities(self.param_groups):
+            return state_dict
+        new = iter(range(-1, -1 - len(self.names), -1))
+        groups = []
+        for group in self.param_groups:
+            held = group["params"]
+            theirs = saved.pop(0) if any(p not in self._frozen_at_start for p in held) else dict(group)
+            numbers = iter(theirs["params"])
+            params = [next(new) if p in self._frozen_at_start else next(numbers) for p in held]
+            groups.append({**theirs, "params": params, FROZEN: [i for i, number in enumerate(params) if number < 0]})
+        return {**state_dict, "param_groups": groups}
 
     def check_saved(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Checks that saved parameter groups come from this optimizer with the same routing.
@@ -274,8 +416,8 @@ class Muon(Optimizer):
         Raises:
             ValueError: if they do not, with what to do instead.
         """
-        theirs, ours = ([(g.get("name"), g.get("layout")) for g in groups] for groups in (saved, self.param_groups))
-        if theirs == ours:
+        theirs, ours = _identities(saved), _identities(self.param_groups)
+        if theirs in (ours, self._saved_before()):
             return
         if any(layout for _, layout in theirs):
             what = f"has parameter groups {theirs}, this run has {ours} (name, digest of the parameters in order)"
@@ -298,11 +440,49 @@ class Muon(Optimizer):
         if not self.calls:
             return "muon_plugin: not attached to an engine's tensors yet"
         plans: dict[str, list[Plan]] = {}  # experts are sharded over other ranks than the dense layers
-        groups = [self.param_groups[call.group] for call in self.calls]
-        for group, plan in zip((group for group in groups if group["use_muon"]), self.plans, strict=True):
-            plans.setdefault(self.host.experts(group) or "dense layers", []).append(plan)
-        routing = replace(self.routing, notes=(*self.routing.notes, *self.settings.notes, *notes))
+        for number in sorted(self._planned):
+            group = self.param_groups[self.calls[number].group]
+            plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
+        notes = (*self.routing.notes, *self._about_frozen(), *self.settings.notes, *notes)
+        trained = {name for p, name in self.names.items() if p not in self._waiting}
+        routing = replace(_of(self.routing, trained), notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
+
+    def _about_frozen(self) -> list[str]:
+        """Notes on frozen parameters: what becomes of them once they are unfrozen."""
+        found = []
+        if self._waiting:
+            names = [self.names[p] for p in self._waiting]
+            rest = sum(name in self.routing.adamw for name in names)
+            found.append(
+                f"{len(names)} parameters ({sum(prod(self.routing.shapes[name]) for name in names):,} elements) are "
+                f"frozen; once they are unfrozen, Muon trains {len(names) - rest} of them and AdamW {rest}"
+            )
+        if self.left_out:
+            found.append(
+                f"{len(self.left_out)} parameters are frozen, and unfreezing them later is an error: "
+                f"{self.host.unfreeze}"
+            )
+        return found
+
+
+#: Keys of a parameter group that say what it is, and which no checkpoint changes.
+_OWN = ("name", "layout", "use_muon", "client_group")
+
+
+def _identities(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+    """What tells parameter groups in a checkpoint: the name, and the digest of the parameters."""
+    return [(group.get("name"), group.get("layout")) for group in groups]
+
+
+def _of(routing: Routing, names: Collection[str]) -> Routing:
+    """The ways of these parameters alone."""
+    return replace(
+        routing,
+        matrices=tuple(matrix for matrix in routing.matrices if matrix.parameter in names),
+        adamw={name: why for name, why in routing.adamw.items() if name in names},
+        shapes={name: shape for name, shape in routing.shapes.items() if name in names},
+    )
 
 
 def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:

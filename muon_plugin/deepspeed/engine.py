@@ -53,11 +53,14 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
         return _named(model_parameters, engine.param_names), dict(engine.optimizer_params() or {})
 
     params, options = together(prepare)
-    trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
-    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, trainable))
+    unfreezes = _unfreezes(engine)
+    trained = {p: name for p, name in engine.param_names.items() if p.requires_grad or unfreezes}
+    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, trained))
     shapes = {name: partition.shape for name, partition in engine._muon_partitions.items()}
     stage = engine.seq_data_parallel_group if engine.pipeline_parallelism else None
-    muon = Muon(params, model=engine.module, process_group=stage, host=HOST, shapes=shapes, **options)
+    muon = Muon(
+        params, model=engine.module, process_group=stage, host=HOST, shapes=shapes, unfreezes=unfreezes, **options
+    )
     if engine.pipeline_parallelism and engine.zero_optimization():
         agree(
             "the parameter groups of the pipeline's stages",
@@ -74,7 +77,7 @@ def _configure_optimizer(
     def taken_over(optimizer: Any) -> Any:
         if isinstance(optimizer, Muon):
             together(lambda: check_supported(engine))
-            together(lambda: optimizer.hand_over(HOST, engine.param_names))
+            together(lambda: optimizer.hand_over(HOST, engine.param_names, _unfreezes(engine)))
         else:
             _refuse_remade(optimizer)  # not together: no collectives for engines without Muon; all ranks do the same
         return optimizer
@@ -104,6 +107,11 @@ def _configure_optimizer(
         print(muon.summary(_left_out(engine, muon)), flush=True)
 
 
+def _unfreezes(engine: Any) -> bool:
+    """Whether DeepSpeed trains what is frozen now and unfrozen later: its wrappers (ZeRO, bf16, fp16) leave it out."""
+    return not engine.zero_optimization() and engine.get_data_types()[0] == torch.float32
+
+
 def _check_whole(muon: Muon, partitions: Mapping[str, Partition]) -> None:
     """Refuses a client's Muon that was built for the parts of matrices that tensor parallelism left on this rank."""
     for name, partition in partitions.items():
@@ -118,7 +126,8 @@ def _check_whole(muon: Muon, partitions: Mapping[str, Partition]) -> None:
 
 def _left_out(engine: Any, muon: Muon) -> list[str]:
     """A note on parameters that are trainable, but in no optimizer: DeepSpeed trains only those that it was given."""
-    names = [name for p, name in engine.param_names.items() if p.requires_grad and p not in muon.names]
+    known = {*muon.names, *muon.left_out}
+    names = [name for p, name in engine.param_names.items() if p.requires_grad and p not in known]
     if not names:
         return []
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

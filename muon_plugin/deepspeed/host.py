@@ -35,6 +35,8 @@ HOST = Host(
     momentum="exp_avg",
     advice="python -m muon_plugin.deepspeed.convert makes a universal checkpoint, from which a run restores the "
     "state that both optimizers share; or load only the weights (load_module_only=True)",
+    unfreeze="DeepSpeed trains only what requires gradients at deepspeed.initialize (except at stage 0 in fp32). "
+    "Unfreeze it before deepspeed.initialize, and freeze it again afterwards",
     group_keys=("moe",),
     experts=_experts,
     shape=whole_shape,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from .. import watchdog
-from ..core import phases
+from ..core import phases, proof
 from ..core.agreement import agree, together, world_of
+from ..core.call import Call
 from ..core.halves import Halves
 from ..core.layout import Shard
 from ..core.measure import Part
@@ -28,7 +30,7 @@ from .arguments import asks_for_muon
 from .monitor import MonitoredOptimizer, StepMonitor, arguments
 from .optimizer import MuonDistributedOptimizer
 from .refusals import check_supported
-from .routing import Parameter, is_expert, parameters, route
+from .routing import Parameter, frozen_parameters, is_expert, parameters, route
 from .settings import Settings
 from .shards import names, shards
 
@@ -83,10 +85,12 @@ def build(
     )
     device = next(model_chunks[0].parameters()).device
     ranks = dist.get_rank(tp), dist.get_rank(expert_tp)
+    frozen = frozen_parameters(model_chunks)
     converted = [
-        _convert(optimizer, found, routing, settings, group, ranks, device, of_experts)
+        _convert(optimizer, found, routing, settings, group, ranks, device, of_experts, frozen)
         for optimizer, of_experts, group in zip(live, experts, process_groups, strict=True)
     ]
+    together(lambda: _prove(converted, routing))
     together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)))
     _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device)
     return chained
@@ -101,12 +105,14 @@ class Converted:
         held: this rank's shards of its parameters.
         process_group: the ranks over which these parameters are sharded.
         experts: whether it holds the routed experts alone. (Without expert parallelism they are with everything else.)
+        trained: the parameters of which its ranks hold parts.
     """
 
     halves: Halves
     held: tuple[Shard, ...]
     process_group: Any
     experts: bool
+    trained: set[str]
 
     def parts(self, copies: int) -> list[Part]:
         """This rank's shards by the label of their metrics; `copies` optimizer instances hold replicas of them."""
@@ -163,6 +169,7 @@ def _convert(
     tp_ranks: tuple[int, int],
     device: torch.device,
     experts: bool,
+    frozen: Mapping[str, Tensor],
 ) -> Converted:
     """Puts Muon into one stock DistributedOptimizer."""
     muon = {matrix.parameter for matrix in routing.matrices}
@@ -175,8 +182,21 @@ def _convert(
         settings.newton_schulz,
         settings.scale,
     )
-    MuonDistributedOptimizer.convert(optimizer, update, settings)
-    return Converted(optimizer.optimizer.halves, tuple(held), process_group, experts)
+    tensors = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+    call = together(lambda: Call(0, tuple(tensors), tuple(held), process_group), process_group)
+    parameters = {p.name: p.tensor for p in found}
+    trained = proof.held(call, routing.shapes)
+    MuonDistributedOptimizer.convert(optimizer, update, settings, call, parameters, frozen)
+    return Converted(optimizer.optimizer.halves, call.shards, process_group, experts, trained)
+
+
+def _prove(converted: Sequence[Converted], routing: Routing) -> None:
+    """That each parameter is in one of Megatron's optimizers, and in one half of it."""
+    muon = {matrix.parameter for matrix in routing.matrices}
+    proof.check_routing(routing.matrices, routing.adamw, routing.shapes)
+    plans = [update.parameters for each in converted for update in each.halves.muon.updates]
+    proof.check_calls("Muon", muon, plans, routing.shapes)
+    proof.check_calls("AdamW", routing.adamw, [each.trained - muon for each in converted], routing.shapes)
 
 
 def _check_built(chained: Any) -> None:

@@ -13,13 +13,20 @@ from torch.optim import Optimizer
 
 from ..core import adamw
 from ..core.adamw import AdamWHalf
+from ..core.call import Call
 from ..core.halves import Halves, MuonHalf
+from ..core.proof import FirstStep
 from ..core.update import Update
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
 #: Key that marks the parameter groups of a checkpoint in which `exp_avg` of matrices is Muon's momentum.
 MARK = "muon_plugin"
+#: What to do about a parameter that is unfrozen too late.
+UNFREEZE = (
+    "Megatron has no gradient buffer for what is frozen when DistributedDataParallel is built. Unfreeze it before "
+    "that, and freeze it again afterwards"
+)
 
 
 class InnerOptimizer(Optimizer):
@@ -35,9 +42,20 @@ class InnerOptimizer(Optimizer):
         adam: the optimizer that Megatron built; its `param_groups` hold this rank's shards.
         update: the step of the matrices.
         settings: momentum, Nesterov, offload.
+        call: all of its tensors, and this rank's shards in them.
+        parameters: the model's parameters of these shards, by name.
+        left_out: the model's parameters that were frozen when Megatron built it, by name.
     """
 
-    def __init__(self, adam: Optimizer, update: Update, settings: Settings) -> None:
+    def __init__(
+        self,
+        adam: Optimizer,
+        update: Update,
+        settings: Settings,
+        call: Call,
+        parameters: Mapping[str, Tensor],
+        left_out: Mapping[str, Tensor],
+    ) -> None:
         # No parameters here: Megatron's shards are views, which the constructor rejects.
         super().__init__([{"params": []}], adam.defaults)
         self.param_groups = adam.param_groups
@@ -50,8 +68,10 @@ class InnerOptimizer(Optimizer):
         matrices = MuonHalf(options=options, offload=settings.offload, beside=count)
         matrices.add(update, update.tensors)
         held = set(update.tensors)
-        rest = (p for group in self.param_groups for p in group["params"] if p not in held)
-        self.halves = Halves(matrices, AdamWHalf(adam, "Megatron's AdamW", rest))
+        rest = (p for p in call.tensors if p not in held)
+        half = AdamWHalf(adam, "Megatron's AdamW", rest)
+        self.halves = Halves(matrices, half, [call], parameters, left_out, UNFREEZE)
+        self.halves.first_step = FirstStep([call])
         self.halves.new_states(self.state)
         self._mark()
 
@@ -63,7 +83,9 @@ class InnerOptimizer(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every shard. Collective over DP and TP."""
         before = max((group.get("step", 0) for group in self.param_groups), default=0)
-        self.halves.step(self.param_groups, self.state)
+        frozen = self.halves.step(self.param_groups, self.state)
+        for p in frozen.rest if self._in_tensors else ():
+            self.state[p]["step"] += 1  # Megatron's checkpoints want one count for all
         if not self._in_tensors:  # FusedAdam counts in its groups, but skips groups without a tensor of its own
             for group in self.param_groups:
                 group["step"] = before + 1
@@ -83,9 +105,14 @@ class MuonDistributedOptimizer(DistributedOptimizer):
     """
 
     @classmethod
-    def convert(cls, optimizer: DistributedOptimizer, update: Update, settings: Settings) -> None:
-        """Turns a DistributedOptimizer that Megatron has just built around Adam into one of this class, in place."""
-        optimizer.optimizer = InnerOptimizer(optimizer.optimizer, update, settings)
+    def convert(cls, optimizer: DistributedOptimizer, *inner: Any) -> None:
+        """Turns a DistributedOptimizer that Megatron has just built around Adam into one of this class, in place.
+
+        Args:
+            optimizer: Megatron's.
+            inner: the further arguments of its `InnerOptimizer`.
+        """
+        optimizer.optimizer = InnerOptimizer(optimizer.optimizer, *inner)
         optimizer.__class__ = cls
         optimizer._fresh_momentum = False
 
