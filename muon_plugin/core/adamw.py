@@ -160,12 +160,21 @@ class AdamWHalf:
         optimizer: an AdamW, which is given the tensors and their state in each step; None if there are no tensors.
         label: its name in the start-up table.
         tensors: those that it updates.
+        counts_frozen: whether the number of steps, by which AdamW corrects its bias, is that of the optimizer: then it
+            is the same on all layouts, as ZeRO has one number for a flat tensor of several parameters. Otherwise, as in
+            torch, steps in which a tensor is frozen are not counted.
     """
 
     name = "AdamW"
 
-    def __init__(self, optimizer: Any = None, label: str = "none", tensors: Iterable[Tensor] = ()) -> None:
-        self.optimizer, self.label = optimizer, label
+    def __init__(
+        self,
+        optimizer: Any = None,
+        label: str = "none",
+        tensors: Iterable[Tensor] = (),
+        counts_frozen: bool = False,
+    ) -> None:
+        self.optimizer, self.label, self._counts_frozen = optimizer, label, counts_frozen
         self._tensors = dict.fromkeys(tensors)
 
     @property
@@ -189,7 +198,11 @@ class AdamWHalf:
         for group in groups:
             params = []
             for p in group["params"]:
-                if p not in self._tensors or frozen.rest.get(p) == ():
+                if p not in self._tensors:
+                    continue
+                if frozen.rest.get(p) == ():
+                    if self._counts_frozen and "step" in state.get(p, {}):
+                        state[p]["step"] += 1
                     continue
                 if not state[p] and p.numel():  # it was frozen until now, or on NVMe when the optimizer was attached
                     state[p] = self.new_state(p)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -102,8 +102,9 @@ def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     return groups
 
 
-def without(groups: Iterable[Mapping[str, Any]], left_out: Collection[Tensor]) -> list[dict[str, Any]]:
-    """These groups of (name, parameter) pairs without some of the parameters."""
+def without(groups: Iterable[Mapping[str, Any]], left_out: Container[Tensor]) -> list[dict[str, Any]]:
+    """These groups of (name, parameter) pairs without some of the parameters (a set: tensors in a list are compared by
+    value)."""
     return [{**group, "params": [pair for pair in group["params"] if pair[1] not in left_out]} for group in groups]
 
 

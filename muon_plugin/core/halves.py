@@ -131,7 +131,7 @@ class MuonHalf:
                 applied,
             )
         for p in group_of:
-            if "step" in state[p] and frozen.trained(p):
+            if "step" in state[p]:
                 state[p]["step"] += 1
 
 
@@ -190,8 +190,8 @@ class Halves:
             if p.numel() and p not in self.waiting and not state.get(p):
                 state[p] = half.new_state(p)
 
-    def step(self, groups: Groups, state: State) -> Frozen:
-        """Updates the tensors of these groups; returns what was frozen and stayed as it was. Collective.
+    def step(self, groups: Groups, state: State) -> None:
+        """Updates the tensors of these groups, except for parameters that are frozen now. Collective.
 
         Raises:
             RuntimeError: for a parameter that requires gradients, and that the engine does not train.
@@ -212,7 +212,6 @@ class Halves:
             proof.stepped(stepped)
             if proof.end():
                 self.first_step = None
-        return frozen
 
     def check_left_out(self) -> None:
         """Refuses to go on without a parameter that requires gradients, and that the engine does not train.

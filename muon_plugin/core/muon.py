@@ -192,7 +192,7 @@ class Muon(Optimizer):
                 continue
             tensors = tuple(p for p in call.tensors if p not in self._waiting)
             before = self._planned.get(number)
-            if tensors and (before is None or before[0] != tensors):
+            if tensors and (before is None or len(before[0]) != len(tensors)):  # there are never fewer
                 update = self._new_update(call, [shard for shard in call.shards if shard.tensor not in self._waiting])
                 update.steps = before[1].steps if before else 0
                 self._planned[number] = tensors, update
@@ -231,7 +231,7 @@ class Muon(Optimizer):
             if frozen := [i for i, p in enumerate(group["params"]) if p in self._waiting and not self.state.get(p)]:
                 group[FROZEN] = frozen
 
-    def _join(self, unfrozen: Collection[Tensor]) -> None:
+    def _join(self, unfrozen: set[Tensor]) -> None:
         """Trains parameters that were frozen when the optimizer was built: a new plan, and new state. Collective."""
         for call in self.calls:
             if joined := [self.names[p] for p in call.tensors if p in unfrozen]:
@@ -241,7 +241,7 @@ class Muon(Optimizer):
                     "Unfreeze the same parameters at the same step on every rank",
                     call.process_group,
                 )
-        self._waiting -= set(unfrozen)
+        self._waiting -= unfrozen
         self._plan(self.halves.muon)
         self._begin()
         if not self._in_engine:
@@ -256,7 +256,7 @@ class Muon(Optimizer):
         agree("the AdamW to use", [label], "Install the same packages on every rank, or set adamw", process_group)
         for call in calls:
             self.param_groups[call.group].update(adamw.own_options(optimizer))
-        return AdamWHalf(optimizer, label, (p for call in calls for p in call.tensors))
+        return AdamWHalf(optimizer, label, (p for call in calls for p in call.tensors), counts_frozen=self._in_engine)
 
     def detach(self) -> None:
         """Discards the tensors, their state and the plans; `step` does nothing until the next `attach`."""
@@ -297,7 +297,7 @@ class Muon(Optimizer):
         self.detach()
         self._set_digests()
 
-    def _leave_out(self, frozen: Collection[Tensor]) -> None:
+    def _leave_out(self, frozen: set[Tensor]) -> None:
         """Drops parameters that the engine will not train."""
         self.left_out |= {p: name for p, name in self.names.items() if p in frozen}
         self.names = {p: name for p, name in self.names.items() if p not in frozen}
@@ -337,7 +337,7 @@ class Muon(Optimizer):
             return loss  # an engine may step once on zeros while it builds its wrapper: that must change nothing
         for halved in self._halved:
             halved.check(self._groups)
-        if unfrozen := [p for p in self._waiting if p.requires_grad]:
+        if unfrozen := {p for p in self._waiting if p.requires_grad}:
             self._join(unfrozen)
         if self._check_replicas:
             self._check_replicas = False

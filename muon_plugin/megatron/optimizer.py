@@ -69,7 +69,7 @@ class InnerOptimizer(Optimizer):
         matrices.add(update, update.tensors)
         held = set(update.tensors)
         rest = (p for p in call.tensors if p not in held)
-        half = AdamWHalf(adam, "Megatron's AdamW", rest)
+        half = AdamWHalf(adam, "Megatron's AdamW", rest, counts_frozen=True)  # its checkpoints want one count for all
         self.halves = Halves(matrices, half, [call], parameters, left_out, UNFREEZE)
         self.halves.first_step = FirstStep([call])
         self.halves.new_states(self.state)
@@ -83,9 +83,7 @@ class InnerOptimizer(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every shard. Collective over DP and TP."""
         before = max((group.get("step", 0) for group in self.param_groups), default=0)
-        frozen = self.halves.step(self.param_groups, self.state)
-        for p in frozen.rest if self._in_tensors else ():
-            self.state[p]["step"] += 1  # Megatron's checkpoints want one count for all
+        self.halves.step(self.param_groups, self.state)
         if not self._in_tensors:  # FusedAdam counts in its groups, but skips groups without a tensor of its own
             for group in self.param_groups:
                 group["step"] = before + 1

@@ -271,7 +271,7 @@ def half_frozen(rank: int, layout: Layout) -> str:
     import contextlib
     import io
 
-    chunks = build(layout, freeze=rank == 0)
+    chunks = build(layout, freeze="" if rank == 0 else None)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         optimizer = optimizer_for(chunks, layout)
     step(chunks, optimizer, layout, 0)
