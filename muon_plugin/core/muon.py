@@ -120,9 +120,6 @@ class Muon(Optimizer):
             routing = route(
                 whole, model=model, exclude=checked.exclude, split=checked.split, layers=self.host.layers(model)
             )
-            one_of_many = host is not None and process_group is not None  # a stage of a pipeline
-            if not routing.matrices and not one_of_many:
-                routing = replace(routing, notes=(*routing.notes, NO_MATRIX))
             return checked, parameter_groups(groups, routing, checked, self.host), routing, names, left_out
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
@@ -153,12 +150,15 @@ class Muon(Optimizer):
             held = [(i, group["params"]) for i, group in enumerate(self.param_groups) if group["params"]]
             self.attach([_whole(i, parameters, self.names, process_group) for i, parameters in held])
             self._check_replicas = True
-            if not self.routing.matrices:
-                warnings.warn(f"muon_plugin.Muon: {self.routing.notes[-1]}", stacklevel=2)
+            if not self._trained().matrices:
+                warnings.warn(f"muon_plugin.Muon: {NO_MATRIX if self.names else NOTHING}", stacklevel=2)
 
     def _set_digests(self) -> None:
         for group in self.param_groups:
             group["layout"] = self._digest(group["params"])
+        trained = [(g["name"], [p for p in g["params"] if p not in self._frozen_at_start]) for g in self.param_groups]
+        #: the groups as 0.1.0 saved them
+        self._without_frozen = [(name, self._digest(parameters)) for name, parameters in trained if parameters]
 
     def _digest(self, parameters: Iterable[Tensor]) -> str:
         return layout_digest([self.names[p] for p in parameters], self.routing.shapes)
@@ -390,11 +390,6 @@ class Muon(Optimizer):
         self._groups = self.param_groups  # torch makes new ones
         self._mark_frozen()
 
-    def _saved_before(self) -> list[tuple[Any, Any]]:
-        """Names and digests of groups without what was frozen at start, as 0.1.0 saved them."""
-        trained = [(g["name"], [p for p in g["params"] if p not in self._frozen_at_start]) for g in self.param_groups]
-        return [(name, self._digest(parameters)) for name, parameters in trained if parameters]
-
     def _with_frozen(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict of 0.1.0, which had no frozen parameters in its groups, as one that has them."""
         saved = list(state_dict["param_groups"])
@@ -417,7 +412,7 @@ class Muon(Optimizer):
             ValueError: if they do not, with what to do instead.
         """
         theirs, ours = _identities(saved), _identities(self.param_groups)
-        if theirs in (ours, self._saved_before()):
+        if theirs in (ours, self._without_frozen):
             return
         if any(layout for _, layout in theirs):
             what = f"has parameter groups {theirs}, this run has {ours} (name, digest of the parameters in order)"
@@ -443,10 +438,16 @@ class Muon(Optimizer):
         for number in sorted(self._planned):
             group = self.param_groups[self.calls[number].group]
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
+        routing, one_of_many = self._trained(), self._in_engine and self._process_group is not None
+        if not routing.matrices and not one_of_many:  # which stages of a pipeline may be
+            notes = (NO_MATRIX, *notes)
         notes = (*self.routing.notes, *self._about_frozen(), *self.settings.notes, *notes)
-        trained = {name for p, name in self.names.items() if p not in self._waiting}
-        routing = replace(_of(self.routing, trained), notes=notes)
+        routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
+
+    def _trained(self) -> Routing:
+        """The ways of the parameters that are not waiting to be unfrozen."""
+        return _of(self.routing, {name for p, name in self.names.items() if p not in self._waiting})
 
     def _about_frozen(self) -> list[str]:
         """Notes on frozen parameters: what becomes of them once they are unfrozen."""

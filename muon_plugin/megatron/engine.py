@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import watchdog
 from ..core import phases, proof
-from ..core.agreement import agree, together, world_of
+from ..core.agreement import agree, gather, together, world_of
 from ..core.call import Call
 from ..core.halves import Halves
 from ..core.layout import Shard
@@ -76,7 +76,8 @@ def build(
     stock.optimizer = "adam"
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
     together(lambda: _check_built(chained))
-    routing = together(lambda: route(found, model_chunks, settings.split_qkv, _overridden(chained)))
+    overridden = _overridden(chained, found, [groups.dp_cp, getattr(groups, "expt_dp", None) or groups.dp_cp])
+    routing = together(lambda: route(found, model_chunks, settings.split_qkv, overridden))
     live = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
     tp, expert_tp = _tp_groups(groups)
     experts = [any(group["is_expert_parallel"] for group in optimizer.param_groups) for optimizer in live]
@@ -144,15 +145,21 @@ def _lines(settings: Any) -> list[str]:
     return [f"{name}={value!r}" for name, value in values if isinstance(value, (int, float, str, type(None)))]
 
 
-def _overridden(chained: Any) -> set[int]:
-    """Ids of the model parameters that ``config_overrides`` send to another optimizer than Muon (0.19.2)."""
-    found: set[int] = set()
+def _overridden(chained: Any, found: Sequence[Parameter], process_groups: Sequence[Any]) -> set[int]:
+    """Ids of the model parameters that ``config_overrides`` send to another optimizer than Muon (0.19.2). Collective.
+
+    A rank knows of those that it holds a part of: what the ranks of these groups know of each other is put together.
+    """
+    mine: set[int] = set()
     for optimizer in chained.chained_optimizers:
         if not optimizer.is_stub_optimizer:
             for model, (group, _) in optimizer.model_param_group_index_map.items():
                 if optimizer.optimizer.param_groups[group].get("optimizer", "muon") != "muon":
-                    found.add(id(model))
-    return found
+                    mine.add(id(model))
+    names = {p.name for p in found if id(p.tensor) in mine}
+    for process_group in process_groups:
+        names = names.union(*gather(sorted(names), process_group))
+    return {id(p.tensor) for p in found if p.name in names}
 
 
 def _tp_groups(groups: Any) -> tuple[Any, Any]:
