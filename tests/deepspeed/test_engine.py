@@ -75,7 +75,7 @@ def wrong_tables(rank: int) -> None:
 
     engine = build(rank, config(1))
     engine.optimizer.round_robin_bit16_groups[0].reverse()
-    names = engine.param_names
+    names = engine.basic_optimizer.names
     holdings(calls(engine, names), names, cuts(engine, names), None)
 
 
