@@ -45,20 +45,23 @@ class Watch:
 
     def __init__(self, shards: Iterable[Shard] = (), parameters: Mapping[str, Tensor] | None = None) -> None:
         self._parameters = dict(parameters or {})
-        #: tensor -> the parameters of which it holds parts
+        #: tensor -> the parameters of which it holds parts, and where
         self._held: dict[Tensor, dict[str, list[Strided]]] = {}
         for shard in shards:
             self._held.setdefault(shard.tensor, {}).setdefault(shard.parameter, []).append(shard.local)
+        self._objects = {p: [self._parameters[name] for name in held] for p, held in self._held.items()}
 
     def look(self, tensors: Iterable[Tensor]) -> Frozen:
         """What is frozen now among the parameters that these tensors hold."""
+        objects = self._objects
+        found = {p: None for p in tensors for parameter in objects.get(p, ()) if not parameter.requires_grad}
+        if not found:
+            return NONE
         names: set[str] = set()
         rest: dict[Tensor, tuple[Strided, ...]] = {}
-        for tensor in tensors:
-            held = self._held.get(tensor, {})
-            found = [name for name in held if not self._parameters[name].requires_grad]
-            if found:
-                names.update(found)
-                trained = (part for name, parts in held.items() if name not in found for part in parts)
-                rest[tensor] = merged(trained)
-        return Frozen(frozenset(names), rest) if names else NONE
+        for p in found:
+            frozen = {name for name in self._held[p] if not self._parameters[name].requires_grad}
+            names |= frozen
+            trained = (part for name, parts in self._held[p].items() if name not in frozen for part in parts)
+            rest[p] = merged(trained)
+        return Frozen(frozenset(names), rest)

@@ -7,6 +7,7 @@ one `Halves`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -146,6 +147,7 @@ class Halves:
         advice: what to do about these: the end of an error.
 
     Attributes:
+        outside: frozen parameters that were given to no optimizer; a warning follows if they are unfrozen.
         waiting: tensors that have been frozen since the optimizer was built. They have no state, and no plan.
         measure: set during a step that is measured, otherwise None.
         first_step: set until the first step has been proven.
@@ -165,6 +167,7 @@ class Halves:
         self._half_of: dict[Tensor, MuonHalf | AdamWHalf] = {p: half for half in halves for p in half.tensors}
         self._watch = Watch((shard for call in calls for shard in call.shards), parameters)
         self._left_out, self._advice = dict(left_out or {}), advice
+        self.outside: Mapping[str, Tensor] = {}
         self.waiting: set[Tensor] = set()
         self.measure: Measure | None = None
         self.first_step: FirstStep | None = None
@@ -225,6 +228,14 @@ class Halves:
                     f"parameter {name} requires gradients now, was frozen when the optimizer was built, and would not "
                     f"be trained: {self._advice}"
                 )
+        if any(p.requires_grad for p in self.outside.values()):
+            names = [name for name, p in self.outside.items() if p.requires_grad]
+            self.outside = {}  # once
+            warnings.warn(
+                f"{len(names)} parameters require gradients now, were given to no optimizer and are not trained: "
+                f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}",
+                stacklevel=2,
+            )
 
     def load(
         self,

@@ -99,6 +99,8 @@ def _configure_optimizer(
     tensor_parallel.compare_replicas(names, tp)
     found = together(lambda: calls(engine, names))
     muon.attach(holdings(found, names, partitions, tp), torch.device(engine.device))
+    given = {*muon.names, *muon.left_out}
+    muon.halves.outside = {n: p for p, n in engine.param_names.items() if not p.requires_grad and p not in given}
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, found)
     check_before_loading(engine.optimizer, muon)

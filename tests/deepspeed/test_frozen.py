@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -97,6 +98,63 @@ def unfrozen_for_initialize(rank: int, settings: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_advice_of_that_error_is_true(ranks, stage):
     assert ranks(2).run(unfrozen_for_initialize, config(stage)) == [True, True]
+
+
+def own_optimizer(rank: int, settings: dict[str, Any], schedule: bool = False) -> list[str]:
+    """A client's own Muon, whose first group is frozen but for a bias: what has moved when it is unfrozen later."""
+    import muon_plugin
+
+    muon_plugin.register()
+    torch.manual_seed(0)
+    model = IntegerModel()
+    freeze_model = {"qkv.weight", "norm.weight", "norm.bias"}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in freeze_model)
+    named = list(model.named_parameters())
+    first = [pair for pair in named if pair[0].startswith(("qkv", "norm"))]
+    rest = [pair for pair in named if not pair[0].startswith(("qkv", "norm"))]
+    muon = muon_plugin.Muon([{"params": first}, {"params": rest}], model=model, lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(muon, lambda step: 1.0) if schedule else None
+    settings = {key: value for key, value in settings.items() if key != "optimizer"}
+    engine = build(rank, settings, model, optimizer=muon, lr_scheduler=scheduler)
+    train(engine, rank, 1)
+    before = weights(engine)
+    freeze(engine, tuple(freeze_model), False)
+    train(engine, rank, 2, first=1)
+    after = weights(engine)
+    return [name for name in (*freeze_model, "qkv.bias") if not torch.equal(before[name], after[name])]
+
+
+def test_a_clients_own_optimizer_trains_what_is_unfrozen_where_the_engine_does(ranks):
+    assert [len(moved) for moved in ranks(2).run(own_optimizer, config(0))] == [4, 4]
+    with pytest.raises(RankError, match=r"parameter qkv\.weight requires gradients now"):
+        ranks(2).run(own_optimizer, config(1))
+
+
+def test_a_scheduler_whose_groups_the_engine_leaves_out_is_an_error(ranks):
+    """Its rates are lists by position: ZeRO would drop the group of the frozen matrix, and all others would move up."""
+    with pytest.raises(
+        RankError, match=r"param_groups\[0\] holds frozen parameters alone, which the engine leaves out"
+    ):
+        ranks(2).run(own_optimizer, config(1), True)
+
+
+def given_to_no_optimizer(rank: int) -> list[str]:
+    model = IntegerModel()
+    engine = build(rank, config(1), model, model_parameters=[p for p in model.parameters() if p.requires_grad])
+    freeze(engine, LATE, False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(engine, rank, 2)
+    return [str(warning.message) for warning in caught if "given to no optimizer" in str(warning.message)]
+
+
+def test_what_is_unfrozen_but_was_given_to_no_optimizer_is_told(ranks):
+    for told in ranks(2).run(given_to_no_optimizer):
+        assert told == [
+            "2 parameters require gradients now, were given to no optimizer and are not trained: frozen.weight, "
+            "frozen.bias"
+        ]
 
 
 def left_out_of_the_plan(rank: int, settings: dict[str, Any], what: str) -> None:
