@@ -68,6 +68,7 @@ def test_what_is_frozen_in_training_keeps_every_bit(set_to_none):
         assert differing(bits(muon, p), was) == []
 
 
+@pytest.mark.filterwarnings("ignore:muon_plugin.Muon. no parameter is a matrix")
 @pytest.mark.parametrize("late", [("body",), ("body", "neck"), ("lm_head",)])
 def test_what_is_unfrozen_late_is_trained_as_torch_trains_it(late):
     """("body", "neck"): the head alone at first, so that Muon has nothing to do; "lm_head": AdamW has only biases."""
