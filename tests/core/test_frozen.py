@@ -189,6 +189,75 @@ def test_a_checkpoint_without_frozen_parameters_is_restored():
     assert not torch.equal(after["body"].weight, before["body"].weight)
 
 
+def test_a_checkpoint_that_0_1_0_merged_and_saved_without_frozen_parameters_is_restored():
+    """Two equal groups of the client in one, without the frozen `lm_head.weight`, and without the group that `neck.bias`
+    has to itself: it takes over the rate of the matrices, with which it shares one."""
+    before, after = layers(), layers()
+    for model in (before, after):
+        for frozen in (model["lm_head"].weight, model["neck"].bias):
+            frozen.requires_grad_(False)
+    trained = [(name, p) for name, p in before.named_parameters() if p.requires_grad]
+    order = ("body.weight", "body.bias", "lm_head.bias", "neck.weight")
+    saved = Muon(sorted(trained, key=lambda pair: order.index(pair[0])), lr=0.003)
+    backward(before, 0)
+    saved.step()
+    named = dict(after.named_parameters())
+    groups = [("body.weight", "body.bias", "lm_head.weight", "lm_head.bias"), ("neck.weight", "neck.bias")]
+    muon = Muon([{"params": [(name, named[name]) for name in names]} for names in groups], lr=0.01)
+    muon.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert [group["lr"] for group in muon.param_groups] == [0.003] * 4
+    for name, p in trained:
+        assert differing(dict(muon.state[named[name]]), dict(saved.state[p])) == []
+    after.load_state_dict(before.state_dict())
+    for model, optimizer in ((before, saved), (after, muon)):
+        optimizer.zero_grad()
+        backward(model, 1)
+        optimizer.step()
+    assert differing(after.state_dict(), before.state_dict()) == []
+    freeze(after, "neck")
+    freeze(after, "neck", frozen=False)
+    backward(after, 2)
+    muon.step()
+    assert not torch.equal(after["neck"].bias, before["neck"].bias)
+
+
+def test_frozen_parameters_of_a_group_that_is_added_later_are_trained_once_they_are_unfrozen():
+    ours, theirs = layers(), layers()
+    for model in (ours, theirs):
+        freeze(model, "neck")
+    late = [(name, p) for name, p in ours.named_parameters() if not name.startswith("body")]
+    muon = Muon([(name, p) for name, p in ours.named_parameters() if name.startswith("body")], lr=0.01)
+    muon.add_param_group({"params": late})
+    reference = Muon(theirs.named_parameters(), lr=0.01)
+    assert "2 parameters (1,056 elements) are frozen; once they are unfrozen, Muon trains 1 of them" in muon.summary()
+    with pytest.raises(ValueError, match=r"neck.weight is in the optimizer already.*as soon as it is unfrozen"):
+        muon.add_param_group({"params": [("neck.weight", ours["neck"].weight), ("new", nn.Parameter(torch.ones(2)))]})
+    for step in range(4):
+        for model, optimizer in ((ours, muon), (theirs, reference)):
+            freeze(model, "neck", frozen=step < 2)
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+    assert differing(ours.state_dict(), theirs.state_dict()) == []
+
+
+def test_a_frozen_matrix_of_other_strides_is_no_concern_until_it_is_unfrozen():
+    """AdamW takes any strides; Muon would refuse this one if it were to be trained."""
+    model = layers()
+    model["body"].weight = nn.Parameter(torch.zeros(16, 32).T, requires_grad=False)
+    model["lm_head"].weight = nn.Parameter(torch.zeros(32, 8).T, requires_grad=False)
+    muon = Muon(model.named_parameters())
+    backward(model, 0)
+    muon.step()
+    freeze(model, "lm_head", frozen=False)
+    backward(model, 1)
+    muon.step()
+    assert muon.state[model["lm_head"].weight]
+    freeze(model, "body", frozen=False)
+    with pytest.raises(RuntimeError, match=r"parameter body.weight requires gradients now"):
+        muon.step()
+
+
 def test_plain_ddp_unfreezes_on_every_rank(ranks):
     alone = ranks.alone(under_ddp, True)
     for found in ranks(2).run(under_ddp, True):
