@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .frozen import NONE, Frozen
+from .layout import Strided
 from .phases import phase
 
 Groups = list[dict[str, Any]]
@@ -139,11 +141,13 @@ def adopt(optimizer: Optimizer, group: dict[str, Any], tensors: Sequence[Tensor]
     """Converts a restored group and its tensors' state, which another AdamW may have saved, to `optimizer`'s format."""
     group.update(own_options(optimizer))
     steps = [state[p]["step"] for p in tensors if "step" in state[p]] or [group.pop("step", 0)]
-    step = max(float(s) for s in steps)  # some implementations count on only one tensor of a group
+    most = max(float(s) for s in steps)
     for p in tensors:
-        fresh = new_state(optimizer, p.reshape(-1)[:0])
+        fresh, saved = new_state(optimizer, p.reshape(-1)[:0]), state[p].get("step")
+        # torch counts for each tensor, some implementations on only one tensor of a group or in the group
+        step = float(saved) if isinstance(saved, Tensor) else most
         if "step" not in fresh:
-            group["step"] = int(step)
+            group["step"] = int(most)
             state[p].pop("step", None)
         else:
             state[p]["step"] = fresh["step"].fill_(step) if isinstance(fresh["step"], Tensor) else int(step)
@@ -156,12 +160,21 @@ class AdamWHalf:
         optimizer: an AdamW, which is given the tensors and their state in each step; None if there are no tensors.
         label: its name in the start-up table.
         tensors: those that it updates.
+        counts_frozen: whether the number of steps, by which AdamW corrects its bias, is that of the optimizer: then it
+            is the same on all layouts, as ZeRO has one number for a flat tensor of several parameters. Otherwise, as in
+            torch, steps in which a tensor is frozen are not counted.
     """
 
     name = "AdamW"
 
-    def __init__(self, optimizer: Any = None, label: str = "none", tensors: Iterable[Tensor] = ()) -> None:
-        self.optimizer, self.label = optimizer, label
+    def __init__(
+        self,
+        optimizer: Any = None,
+        label: str = "none",
+        tensors: Iterable[Tensor] = (),
+        counts_frozen: bool = False,
+    ) -> None:
+        self.optimizer, self.label, self._counts_frozen = optimizer, label, counts_frozen
         self._tensors = dict.fromkeys(tensors)
 
     @property
@@ -175,14 +188,58 @@ class AdamWHalf:
         """Converts restored state to the format of this AdamW; another implementation may have saved it."""
         adopt(self.optimizer, group, tensors, state)
 
-    def step(self, groups: Sequence[MutableMapping[str, Any]], state: Any) -> None:
-        """Steps these groups' tensors."""
-        parts = [({**g, "params": [p for p in g["params"] if p in self._tensors]}, g) for g in groups]
-        parts = [(part, group) for part, group in parts if part["params"]]
+    def step(
+        self, groups: Sequence[MutableMapping[str, Any]], state: MutableMapping[Tensor, Any], frozen: Frozen = NONE
+    ) -> set[Tensor]:
+        """Steps these groups' tensors, except for what is frozen; returns those that were given to the optimizer."""
+        stepped: set[Tensor] = set()
+        cut: list[tuple[Tensor, Tensor]] = []
+        parts: list[tuple[dict[str, Any], MutableMapping[str, Any]]] = []
+        for group in groups:
+            params = []
+            for p in group["params"]:
+                if p not in self._tensors:
+                    continue
+                if frozen.rest.get(p) == ():
+                    if self._counts_frozen and "step" in state.get(p, {}):
+                        state[p]["step"] += 1
+                    continue
+                if not state[p] and p.numel():  # it was frozen until now, or on NVMe when the optimizer was attached
+                    state[p] = self.new_state(p)
+                pieces = _pieces(p, state, frozen.rest[p]) if p in frozen.rest and p.grad is not None else []
+                cut += [(p, piece) for piece in pieces]
+                params += pieces or [p]
+                stepped.add(p)
+            if params:
+                parts.append(({**group, "params": params}, group))
         if not parts:
-            return
+            return stepped
         self.optimizer.state, self.optimizer.param_groups = state, [part for part, _ in parts]
         with phase("adamw"):
             self.optimizer.step()
+        for p, piece in cut:
+            if "step" in state[piece]:
+                state[p]["step"] = state[piece]["step"]
+            del state[piece]
         for part, group in parts:  # some count their steps in the group
             group.update({key: value for key, value in part.items() if key != "params"})
+        return stepped
+
+
+def _pieces(p: Tensor, state: MutableMapping[Tensor, Any], parts: Sequence[Strided]) -> list[Tensor]:
+    """Parts of a tensor as tensors of their own: they share its memory and that of its gradient and its state, where
+    they are put as well. AdamW works element by element, so their bits are those of the whole tensor's step."""
+    found = []
+    for part in parts:
+        piece = part.view(p.detach().view(-1))
+        piece.grad = part.view(p.grad.reshape(-1)) if p.grad is not None else None
+        state[piece] = {
+            key: part.view(value.view(-1)) if key in ("exp_avg", "exp_avg_sq") else _own(value)
+            for key, value in state[p].items()
+        }
+        found.append(piece)
+    return found
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -116,11 +116,11 @@ class Exchange:
         self._global = [dist.get_global_rank(group, r) if group is not None else r for r in range(size)]
         # gloo moves CPU memory only; every other backend moves the device's own.
         gloo = size > 1 and device.type != "cpu" and dist.get_backend(group) == "gloo"
-        self._wire = torch.device("cpu") if gloo else device
+        self.wire = torch.device("cpu") if gloo else device
         # By matrix: (the number of a tensor, a block of it), in the order of this rank's parts in the routes.
-        self._held: dict[int, list[tuple[int, Block]]] = defaultdict(list)
+        self.held: dict[int, list[tuple[int, Block]]] = defaultdict(list)
         for piece in pieces:
-            self._held[piece.matrix] += [(piece.tensor, block) for block in piece.blocks]
+            self.held[piece.matrix] += [(piece.tensor, block) for block in piece.blocks]
         self._rounds = [_Round() for _ in range(plan.rounds + 1)]  # in the last one nothing is sent
         local = []
         for number, route in enumerate(plan.routes):
@@ -198,7 +198,7 @@ class Exchange:
         first = self.matrices[batch[0]]
         x = torch.empty(len(batch), first.rows, first.cols, dtype=torch.bfloat16, device=self.device)
         for number, flat in zip(batch, x.view(len(batch), -1)):
-            self._read(number, [block.inside.view(flat) for _, block in self._held[number]], read)
+            self._read(number, [block.inside.view(flat) for _, block in self.held[number]], read)
             for part, view in arrived.get(number, ()):
                 part.view(flat).copy_(view)
         with phase("orthogonalize"):
@@ -209,13 +209,13 @@ class Exchange:
 
     def _read(self, number: int, views: Iterable[Tensor], read: Read) -> None:
         """Fills in what this rank holds of a matrix."""
-        for (tensor, block), view in zip(self._held[number], views):
+        for (tensor, block), view in zip(self.held[number], views):
             read(tensor, block.local, view)
 
     def _own(self, updates: Mapping[int, Tensor]) -> Iterator[_Views]:
         """What this rank holds of the matrices that it orthogonalized."""
         for number, update in updates.items():
-            inside = self._with_scale(number, [block.inside for _, block in self._held[number]])
+            inside = self._with_scale(number, [block.inside for _, block in self.held[number]])
             yield number, inside, [part.view(update) for part in inside]
 
     def _write(self, updates: Iterable[_Views], write: Write) -> None:
@@ -223,7 +223,7 @@ class Exchange:
         for number, _, views in updates:
             # A copy: the scale's two bf16 numbers may not be aligned for an fp32 view.
             scale = views[-1].clone().view(torch.float32)[0, 0] if self.normalize else None
-            for (tensor, block), view in zip(self._held[number], views):
+            for (tensor, block), view in zip(self.held[number], views):
                 write(tensor, block.local, number, view, scale)
 
     def _post(self, messages: _Messages, fill: _Fill, tag: int) -> list[_Transfer]:
@@ -236,11 +236,11 @@ class Exchange:
         for (sender, receiver), parts in sorted(messages.items()):
             mine = sender == self.rank
             size = sum(part.numel for inside in parts.values() for part in inside)
-            buffer = torch.empty(size, dtype=torch.bfloat16, device=self.device if mine else self._wire)
+            buffer = torch.empty(size, dtype=torch.bfloat16, device=self.device if mine else self.wire)
             if mine:
                 for of_matrix in _views(buffer, parts):
                     fill(*of_matrix)
-                buffer = buffer.to(self._wire)
+                buffer = buffer.to(self.wire)
             arriving = [] if mine else [(buffer, parts)]
             if receiver == EVERYONE:
                 work = dist.broadcast(buffer, self._global[sender], group=self.group, async_op=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -30,6 +30,7 @@ class Host:
     Attributes:
         momentum: name of the momentum in the optimizer's state.
         advice: ends the error about a checkpoint with other parameter groups: what to do instead.
+        unfreeze: ends the error about a parameter that is unfrozen where it cannot be trained: what to do instead.
         group_keys: further keys that a parameter group may have.
         experts: returns the engine's name of a group of experts that it shards over other ranks than the rest, which
             the group keeps; None for other groups.
@@ -40,6 +41,7 @@ class Host:
 
     momentum: str = "momentum_buffer"
     advice: str = "load the weights alone"
+    unfreeze: str = "build a new Muon with it"
     group_keys: tuple[str, ...] = ()
     experts: Callable[[Mapping[str, Any]], str | None] = _no_name
     shape: Callable[[Tensor], tuple[int, ...]] = _own_shape
@@ -74,7 +76,7 @@ def no_engine() -> Host:
 
 
 def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """The client's parameter groups, with "params" as (name, parameter) pairs and without frozen parameters.
+    """The client's parameter groups, with "params" as (name, parameter) pairs.
 
     Raises:
         ValueError: for no parameters at all, one without a name, or one that is there twice.
@@ -92,12 +94,40 @@ def named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
                     f"params holds a {type(pair).__name__} without a name; allowed: (name, parameter) pairs such as "
                     "model.named_parameters(), whose names tell embeddings and heads from matrices"
                 )
-        group["params"] = [(name, p) for name, p in pairs if p.requires_grad]
-        for name, p in group["params"]:
+        group["params"] = pairs
+        for name, p in pairs:
             if p in seen:
                 raise ValueError(f"parameter {name} is in params twice; allowed: each parameter once")
             seen.add(p)
     return groups
+
+
+def without(groups: Iterable[Mapping[str, Any]], left_out: Container[Tensor]) -> list[dict[str, Any]]:
+    """These groups of (name, parameter) pairs without some of the parameters (a set: tensors in a list are compared by
+    value)."""
+    return [{**group, "params": [pair for pair in group["params"] if pair[1] not in left_out]} for group in groups]
+
+
+def to_leave_out(groups: Iterable[Mapping[str, Any]], unfreezes: bool, any_strides: bool = False) -> dict[Tensor, str]:
+    """The frozen parameters that are not trained once they are unfrozen, with their names.
+
+    Args:
+        groups: the client's, with "params" as (name, parameter) pairs.
+        unfreezes: whether those are trained that can be. Where nothing is trainable, nothing is planned.
+        any_strides: as for `check_parameter`.
+    """
+    pairs = [pair for group in groups for pair in group["params"]]
+    unfreezes = unfreezes and any(p.requires_grad for _, p in pairs)
+    return {p: name for name, p in pairs if not p.requires_grad and not (unfreezes and is_usable(name, p, any_strides))}
+
+
+def is_usable(name: str, p: Tensor, any_strides: bool = False) -> bool:
+    """Whether `check_parameter` lets it pass."""
+    try:
+        check_parameter(name, p, any_strides)
+    except ValueError:  # quantized, for example
+        return False
+    return True
 
 
 def check_parameter(name: str, p: Tensor, any_strides: bool = False) -> None:

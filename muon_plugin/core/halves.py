@@ -7,9 +7,9 @@ one `Halves`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +17,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .adamw import AdamWHalf
-from .layout import Shard
+from .call import Call
+from .frozen import FROZEN, NONE, Frozen, Watch
 from .measure import Measure
 from .plan import Plan
+from .proof import FirstStep
 from .update import Update
 
 Groups = Sequence[MutableMapping[str, Any]]
 State = MutableMapping[Tensor, Any]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the optimizer's step, as the engine will make it.
-
-    Attributes:
-        group: the number of the parameter group.
-        tensors: the group's "params" in that call. ZeRO-3 makes one call for each of a group's sub-groups, with one
-            flat tensor each; elsewhere a group has one call with all its tensors.
-        shards: this rank's part of each parameter.
-        process_group: the ranks that together hold every element of every matrix; None is the default group.
-    """
-
-    group: int
-    tensors: tuple[Tensor, ...]
-    shards: tuple[Shard, ...]
-    process_group: Any = None
 
 
 class MuonHalf:
@@ -65,12 +49,20 @@ class MuonHalf:
     ) -> None:
         self.momentum, self.options, self.offload, self.beside = momentum, dict(options or {}), offload, beside
         self.updates: list[Update] = []
-        self._update_of: dict[Tensor, Update] = {}
+        self._update_of: dict[Tensor, Update | None] = {}
 
     def add(self, update: Update, tensors: Iterable[Tensor]) -> None:
         """Adds an update with all tensors of its call, including those that hold no part of a matrix on this rank."""
         self.updates.append(update)
         self._update_of |= dict.fromkeys(tensors, update)
+
+    def wait(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors of frozen parameters, which are in no plan, and get one once they are unfrozen."""
+        self._update_of |= dict.fromkeys(tensors)
+
+    def clear(self) -> None:
+        """Drops all tensors and updates; their state is kept."""
+        self.updates, self._update_of = [], {}
 
     @property
     def tensors(self) -> Iterable[Tensor]:
@@ -104,9 +96,23 @@ class MuonHalf:
         kept = {key: state[p][key].clone() for key in self.beside(p)}
         state[p] = {**kept, self.momentum: self._placed(saved[self.momentum].to(p.device, torch.float32, copy=True))}
 
-    def step(self, groups: Groups, state: State, measure: Measure | None = None) -> None:
-        """Steps the updates of these groups' tensors, and those in which this rank has no tensors. Collective."""
-        group_of = {p: group for group in groups for p in group["params"] if p in self._update_of}
+    def step(
+        self,
+        groups: Groups,
+        state: State,
+        frozen: Frozen = NONE,
+        measure: Measure | None = None,
+        applied: Callable[[Tensor, str, int], None] | None = None,
+    ) -> None:
+        """Steps the updates of these groups' tensors, and those in which this rank has no tensors. Collective.
+
+        Args:
+            groups: parameter groups; tensors of the other half are passed over.
+            state: of the optimizer.
+            frozen: what stays as it is.
+            measure, applied: see `Update.step`.
+        """
+        group_of = {p: group for group in groups for p in group["params"] if self._update_of.get(p) is not None}
         called = {id(self._update_of[p]) for p in group_of}
         idle = {id(update) for update in self.updates} - {id(update) for update in self._update_of.values()}
         for update in self.updates:
@@ -119,7 +125,9 @@ class MuonHalf:
                 [{**group_of[p], **self.options} for p in update.tensors],
                 [state[p][self.momentum] for p in update.tensors],
                 self.offload,
-                None if measure is None else measure.update,
+                frozen,
+                measure,
+                applied,
             )
         for p in group_of:
             if "step" in state[p]:
@@ -129,14 +137,38 @@ class MuonHalf:
 class Halves:
     """Both halves of one optimizer. Every tensor belongs to exactly one of them.
 
+    Args:
+        muon, rest: the halves.
+        calls: those that the engine will make.
+        parameters: name -> the client's parameter, for all that these calls hold.
+        left_out: the same for parameters that the engine will never train, because they were frozen when it was built.
+        advice: what to do about these: the end of an error.
+
     Attributes:
+        outside: frozen parameters that were given to no optimizer; a warning follows if they are unfrozen.
+        waiting: tensors that have been frozen since the optimizer was built. They have no state, and no plan.
         measure: set during a step that is measured, otherwise None.
+        first_step: set until the first step has been proven.
     """
 
-    def __init__(self, muon: MuonHalf, rest: AdamWHalf) -> None:
-        self.muon, self.adamw = muon, rest
-        self._half_of: dict[Tensor, MuonHalf | AdamWHalf] = {p: half for half in (muon, rest) for p in half.tensors}
+    def __init__(
+        self,
+        muon: MuonHalf | None = None,
+        rest: AdamWHalf | None = None,
+        calls: Sequence[Call] = (),
+        parameters: Mapping[str, Tensor] | None = None,
+        left_out: Mapping[str, Tensor] | None = None,
+        advice: str = "",
+    ) -> None:
+        self.muon, self.adamw = muon or MuonHalf(), rest or AdamWHalf()
+        halves = (self.muon, self.adamw)
+        self._half_of: dict[Tensor, MuonHalf | AdamWHalf] = {p: half for half in halves for p in half.tensors}
+        self._watch = Watch((shard for call in calls for shard in call.shards), parameters)
+        self._left_out, self._advice = dict(left_out or {}), advice
+        self.outside: Mapping[str, Tensor] = {}
+        self.waiting: set[Tensor] = set()
         self.measure: Measure | None = None
+        self.first_step: FirstStep | None = None
 
     def of(self, p: Tensor) -> MuonHalf | AdamWHalf:
         """The half that a tensor belongs to.
@@ -153,39 +185,88 @@ class Halves:
             ) from None
 
     def new_states(self, state: State) -> None:
-        """Creates the state of every tensor that has none, on every rank before the first step."""
+        """Creates the state of every tensor that lacks it, on every rank before the first step."""
         for p, half in self._half_of.items():
-            if p.numel() and not state.get(p):  # an empty tensor is on NVMe; its state is created in the first step
+            # An empty tensor is on NVMe; its state is created in the first step.
+            if p.numel() and p not in self.waiting and not state.get(p):
                 state[p] = half.new_state(p)
 
     def step(self, groups: Groups, state: State) -> None:
-        """Updates the tensors of these groups. Collective."""
-        for group in groups:
-            for p in group["params"]:
-                self.of(p)
-        with nullcontext() if self.measure is None else self.measure.step(groups, state, self.muon.momentum):
-            self.muon.step(groups, state, self.measure)
-            self.adamw.step(groups, state)
+        """Updates the tensors of these groups, except for parameters that are frozen now. Collective.
 
-    def load(self, optimizer: Optimizer, state_dict: Mapping[str, Any], load: Callable[[Any], None]) -> None:
-        """Loads a state dict into the optimizer with `load`, torch's own; then each half restores its own state."""
-        pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+        Raises:
+            RuntimeError: for a parameter that requires gradients, and that the engine does not train.
+        """
+        self.check_left_out()
+        tensors = [p for group in groups for p in group["params"]]
+        for p in tensors:
+            self.of(p)
+        frozen = self._watch.look(tensors)
+        proof = self.first_step
+        if proof is not None:
+            proof.begin(tensors, frozen)
+        measure = self.measure
+        with nullcontext() if measure is None else measure.step(groups, state, self.muon.momentum, frozen):
+            self.muon.step(groups, state, frozen, measure, proof.applied if proof else None)
+            stepped = self.adamw.step(groups, state, frozen)
+        if proof is not None:
+            proof.stepped(stepped)
+            if proof.end():
+                self.first_step = None
+
+    def check_left_out(self) -> None:
+        """Refuses to go on without a parameter that requires gradients, and that the engine does not train.
+
+        Raises:
+            RuntimeError: with its name and what to do.
+        """
+        for name, p in self._left_out.items():
+            if p.requires_grad:
+                raise RuntimeError(
+                    f"parameter {name} requires gradients now, was frozen when the optimizer was built, and would not "
+                    f"be trained: {self._advice}"
+                )
+        if any(p.requires_grad for p in self.outside.values()):
+            names = [name for name, p in self.outside.items() if p.requires_grad]
+            self.outside = {}  # once
+            warnings.warn(
+                f"{len(names)} parameters require gradients now, were given to no optimizer and are not trained: "
+                f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}",
+                stacklevel=2,
+            )
+
+    def load(
+        self,
+        optimizer: Optimizer,
+        state_dict: Mapping[str, Any],
+        load: Callable[[Any], None],
+    ) -> None:
+        """Loads a state dict into the optimizer with `load`, torch's own; then each half restores its own state.
+
+        Args:
+            optimizer: the optimizer that has these halves.
+            state_dict: as torch's optimizers save it.
+            load: loads it. What was frozen in the saved run, from its start on, has no state there, and gets a new one.
+        """
+        pairs = list(zip(optimizer.param_groups, state_dict["param_groups"], strict=True))
         saved = {
             p: state_dict["state"].get(i, {})
             for mine, theirs in pairs
             for p, i in zip(mine["params"], theirs["params"])
         }
-        matrices = [p for p in saved if self.of(p) is self.muon and p.numel()]
+        fresh = {mine["params"][at] for mine, theirs in pairs for at in theirs.get(FROZEN, ())}
+        matrices = [p for p in saved if self.of(p) is self.muon and p.numel() and p not in fresh]
         for p in matrices:
             self.muon.check(p, saved[p])  # before anything is changed
         load(state_dict)
         for p in matrices:
             self.muon.adopt(p, optimizer.state, saved[p])
         for group in optimizer.param_groups:
-            if rest := [p for p in group["params"] if self.of(p) is self.adamw]:
+            if rest := [p for p in group["params"] if self.of(p) is self.adamw and p not in fresh]:
                 self.adamw.adopt(group, rest, optimizer.state)
+        self.new_states(optimizer.state)
 
     def held(self) -> tuple[int, int]:
-        """Number of elements on this rank: of matrices, of the rest."""
-        muon, rest = (sum(p.numel() for p in half.tensors) for half in (self.muon, self.adamw))
+        """Number of elements on this rank that have state: of matrices, of the rest."""
+        muon, rest = (sum(p.numel() for p in half.tensors if p not in self.waiting) for half in (self.muon, self.adamw))
         return muon, rest

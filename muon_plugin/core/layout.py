@@ -286,6 +286,44 @@ def in_matrices(held: Block, numbers: Sequence[int], matrices: Sequence[Matrix])
             yield number, blocks
 
 
+def check_once(what: str, numel: int, parts: Sequence[Strided], holders: str = "the ranks") -> None:
+    """Checks that these parts make up something of `numel` elements: each of them once, none beside.
+
+    Raises:
+        ValueError: with `what` it is and who has the parts, if they do not.
+    """
+    covered = sum(part.numel for part in parts)
+    overlap = next(overlaps(parts), None)
+    outside = any(part.start < 0 or part.end > numel for part in parts)
+    if covered != numel or overlap or outside:
+        twice = f", {overlap[0]} and {overlap[1]} overlap" if overlap else ""
+        raise ValueError(
+            f"{holders} hold {covered} of the {numel} elements of {what}{twice}: the layout that was read from the "
+            "engine is not the one it uses. Please report the engine's release and settings"
+        )
+
+
+def overlaps(parts: Iterable[Strided]) -> Iterator[tuple[Strided, Strided]]:
+    """Pairs of these that share a position."""
+    reaching: list[Strided] = []  # those that have begun and may not have ended
+    for part in sorted(parts, key=lambda part: part.start):
+        reaching = [other for other in reaching if other.end > part.start]
+        yield from ((other, part) for other in reaching if common(other, part))
+        reaching.append(part)
+
+
+def merged(parts: Iterable[Strided]) -> tuple[Strided, ...]:
+    """The same positions in as few runs as can be, where the parts are runs one after the other."""
+    found: list[Strided] = []
+    for part in sorted(parts, key=lambda part: part.start):
+        run = Strided(part.start, part.numel) if part.count == 1 or part.stride == part.run else part
+        if found and run.count == found[-1].count == 1 and found[-1].end == run.start:
+            before = found.pop()
+            run = Strided(before.start, before.run + run.run)
+        found.append(run)
+    return tuple(found)
+
+
 def compose(first: Block, second: Block) -> list[Block]:
     """From `first.local` to `second.inside`, by way of the positions that `first.inside` and `second.local` share."""
     return [

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .agreement import add_up, gather, wire_of
+from .frozen import Frozen
 from .layout import Shard
 from .phases import PHASES, heard
 
 T = TypeVar("T")
-WHAT = ("update", "weight", "momentum", "gradient")
+WHAT = ("update", "weight", "momentum", "gradient", "elements")
 #: Elements at a time: bounds the working memory.
 CHUNK = 2**24
 
@@ -43,7 +44,7 @@ class Part:
 
 
 class Measure:
-    """Sums of squares of one step, each element of the model counted once.
+    """Sums of squares of one step, each element of the model that is trained in it counted once.
 
     Building one is collective over `ranks`, and so is `result`. Between them the optimizer makes its step with the
     ``measure`` of its `Halves` set to it.
@@ -67,35 +68,40 @@ class Measure:
         #: by parameter: its label, and the weight of one of its elements on this rank (1 / number of replicas)
         self._label: dict[str, str] = {}
         self._once: dict[str, float] = {}
-        counts: dict[str, float] = {}
+        self._copies = max((part.copies for part in parts), default=1)
         for part in parts:
             shares = {name: share / part.copies for name, share in _shares(part, shapes).items()}
             self._once |= shares | {name: 0.0 for name in elsewhere if name in shares}
             for shard in part.shards:
                 self._shards.setdefault(shard.tensor, []).append(shard)
                 self._label[shard.parameter] = part.label
-                counts[part.label] = counts.get(part.label, 0.0) + shard.where.numel * self._once[shard.parameter]
-        self.groups = sorted(set().union(*gather(sorted(counts), ranks)))
-        self._counts = [sum(each) for each in zip(*gather([counts.get(name, 0.0) for name in self.groups], ranks))]
+        self.groups = sorted(set().union(*gather(sorted(set(self._label.values())), ranks)))
         self.clear()
 
     def clear(self) -> None:
         """Resets the sums; called before each measured step."""
         self._sums: dict[tuple[str, str], Tensor] = {}
+        self._zero_gradients = 0.0
         #: whether a step was made: an overflow skips it
         self.stepped = False
 
     @contextmanager
     def step(
-        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]], momentum: str
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, Mapping[str, Any]],
+        momentum: str,
+        frozen: Frozen,
     ) -> Iterator[None]:
         """Around the optimizer's step for these parameter groups; `momentum` is its name in the state of matrices."""
         self.stepped = True
-        for shard, _ in self._of(groups):
+        for shard, _ in self._of(groups, frozen):
+            count = torch.tensor(shard.where.numel * self._once[shard.parameter], dtype=torch.float64)
+            self._add_to(shard.parameter, "elements", count)
             if shard.tensor.grad is not None:
                 self._add("gradient", shard, shard.tensor.grad)
         yield
-        for shard, group in self._of(groups):
+        for shard, group in self._of(groups, frozen):
             own = state[shard.tensor]
             self._add("weight", shard, shard.tensor)
             of_adamw = "exp_avg_sq" in own
@@ -103,17 +109,24 @@ class Measure:
             for values in _adamw_update(shard, own, group) if of_adamw else ():
                 self._sum("update", shard.parameter, values)
 
-    def _of(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Shard, Mapping[str, Any]]]:
+    def _of(self, groups: Sequence[Mapping[str, Any]], frozen: Frozen) -> Iterator[tuple[Shard, Mapping[str, Any]]]:
         for group in groups:
             for p in group["params"]:
-                yield from ((shard, group) for shard in self._shards.get(p, ()))
+                for shard in self._shards.get(p, ()):
+                    if shard.parameter not in frozen.names:
+                        yield shard, group
 
     def update(self, parameter: str, update: Tensor) -> None:
         """Adds an fp32 part of a scaled update, before the learning rate is applied."""
         self._sum("update", parameter, update)
 
+    def zero_gradients(self, matrices: int, ranks: int) -> None:
+        """Adds matrices whose whole gradient is zero, which each of so many ranks adds."""
+        self._zero_gradients += matrices / ranks / self._copies
+
     def result(self, device: torch.device) -> dict[str, float]:
-        """``update_rms/GROUP``, ``weight_rms/GROUP``, ``momentum_norm/GROUP`` and ``gradient_norm`` (of all groups).
+        """``update_rms/GROUP``, ``weight_rms/GROUP``, ``momentum_norm/GROUP``; ``gradient_norm`` (of all groups);
+        ``zero_gradient_matrices``, the number of matrices that are not frozen and whose gradient is zero.
 
         The update is that of Eq. 4 without learning rate and weight decay; AdamW's is m / (sqrt(v) + eps), both
         corrected for their bias. The gradient is the one that the optimizer got, clipped where the engine clips.
@@ -123,16 +136,19 @@ class Measure:
         """
         zero = torch.zeros((), dtype=torch.float64)
         wire = wire_of(self._ranks, device)
-        sums = torch.stack([self._sums.get((name, what), zero).to(wire) for name in self.groups for what in WHAT])
-        add_up(sums, self._ranks)
+        sums = [self._sums.get((name, what), zero).to(wire) for name in self.groups for what in WHAT]
+        everything = torch.stack([*sums, zero.to(wire) + self._zero_gradients])
+        add_up(everything, self._ranks)
+        *values, without = everything.tolist()
         found, gradient = {}, 0.0
-        for name, count, of_group in zip(self.groups, self._counts, sums.view(-1, len(WHAT)).tolist()):
-            square = dict(zip(WHAT, of_group))
-            found[f"update_rms/{name}"] = math.sqrt(square["update"] / max(count, 1))
-            found[f"weight_rms/{name}"] = math.sqrt(square["weight"] / max(count, 1))
+        for number, name in enumerate(self.groups):
+            square = dict(zip(WHAT, values[number * len(WHAT) :]))
+            count = max(square["elements"], 1)
+            found[f"update_rms/{name}"] = math.sqrt(square["update"] / count)
+            found[f"weight_rms/{name}"] = math.sqrt(square["weight"] / count)
             found[f"momentum_norm/{name}"] = math.sqrt(square["momentum"])
             gradient += square["gradient"]
-        return found | {"gradient_norm": math.sqrt(gradient)}
+        return found | {"gradient_norm": math.sqrt(gradient), "zero_gradient_matrices": round(without)}
 
     def _add(self, what: str, shard: Shard, tensor: Tensor) -> None:
         for values in _parts(shard, tensor):
@@ -140,9 +156,12 @@ class Measure:
 
     def _sum(self, what: str, parameter: str, values: Tensor) -> None:
         square = torch.linalg.vector_norm(values, dtype=torch.float32).double().square() * self._once[parameter]
+        self._add_to(parameter, what, square)
+
+    def _add_to(self, parameter: str, what: str, amount: Tensor) -> None:
         key = self._label[parameter], what
         known = self._sums.get(key)
-        self._sums[key] = square if known is None else known + square.to(known.device)
+        self._sums[key] = amount if known is None else known + amount.to(known.device)
 
 
 class Clock:

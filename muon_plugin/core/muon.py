@@ -9,36 +9,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import adamw, phases, report
+from . import adamw, phases, proof, report
 from .adamw import AdamWHalf
 from .agreement import agree, checksum, together, world_of
-from .groups import (
-    Halved,
-    Host,
-    check_parameter,
-    layout_digest,
-    named_groups,
-    no_engine,
-    notes_on,
-    parameter_groups,
-)
-from .halves import Call, Halves, MuonHalf
+from .call import Call
+from .frozen import FROZEN
+from .groups import Halved, Host, check_parameter, is_usable, layout_digest, named_groups, no_engine
+from .halves import Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
-from .routing import Routing, route
-from .saved import OWN_KEYS, as_ours, check_halves, difference, same_groups
+from .prepared import NOTHING, Prepared, prepare, prepare_later
+from .routing import Routing
+from .saved import OWN_KEYS, as_ours, check_halves, difference
 from .settings import Settings, scale_for
 from .update import Update
 
 #: What the table says where Muon has nothing to do.
 NO_MATRIX = "no parameter is a matrix of a hidden layer: AdamW trains all of them"
-NOTHING = "no parameter requires gradients: nothing is trained"
 
 
 class Muon(Optimizer):
@@ -58,7 +52,8 @@ class Muon(Optimizer):
     Args:
         params: ``model.named_parameters()``, or parameter groups whose ``"params"`` are (name, parameter) pairs. Names
             are required, because they decide which parameters are embeddings or heads. Parameters are dense,
-            contiguous and of a real floating-point dtype; frozen ones are ignored.
+            contiguous and of a real floating-point dtype. Frozen ones are not touched, and have no state until they are
+            unfrozen; from then on they are trained as well.
         model: the module itself, if available: module types and ``model.config`` then help to recognize embeddings
             and fused projections.
         process_group: the ranks that hold replicas of the parameters (plain DDP), by default those of the default
@@ -67,6 +62,7 @@ class Muon(Optimizer):
             several stages.
         host: passed by an engine's hooks: the optimizer then waits for `attach`, and `step` does nothing until then.
         shapes: passed by an engine's hooks: the whole shape of each parameter that the engine has sharded, by name.
+        unfreezes: passed by an engine's hooks: False where it leaves out for good what is frozen now.
         **settings: see `muon_plugin.core.settings.Settings`: lr, weight_decay, momentum, ...
 
     State, created on every rank before the first step: for tensors that hold matrices ``momentum_buffer``, fp32 and of
@@ -91,16 +87,20 @@ class Muon(Optimizer):
         stage: Any = None,
         host: Host | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        unfreezes: bool = True,
         **settings: Any,
     ) -> None:
         self.host = host or no_engine()
         #: whether an engine decides which tensors are stepped
         self._in_engine = host is not None
+        #: whether these are the parameters of one of several pipeline stages
+        self._one_of_many = stage is not None
         self._complete = False
-        #: empty until the optimizer is attached to its tensors
-        self.halves = Halves(MuonHalf(), AdamWHalf())
-        #: what `attach` was given
+        #: what `attach` was given; the device is the one where matrices are orthogonalized
         self.calls: tuple[Call, ...] = ()
+        self._device: torch.device | None = None
+        #: number of a call -> its tensors that have a plan, and that plan
+        self._planned: dict[int, tuple[tuple[Tensor, ...], Update]] = {}
         self.process_group = process_group
         #: whether to check at the first step that the ranks of `process_group` hold replicas
         self._check_replicas = False
@@ -108,38 +108,32 @@ class Muon(Optimizer):
         self._model = model if host is None else None
         alike = process_group if stage is None else stage
 
-        def prepare() -> tuple[Settings, list[dict[str, Any]], Routing, dict[Tensor, str]]:
+        def prepared() -> tuple[Settings, Prepared]:
             checked = Settings.from_dict(settings)
-            groups = named_groups(params)
-            names = {p: name for group in groups for name, p in group["params"]}
-            for p, name in names.items():
-                check_parameter(name, p, any_strides=host is None)
-            whole = {name: (shapes or {}).get(name, self.host.shape(p)) for p, name in names.items()}
-            if not whole:  # patterns, which have nothing to match, are no mistake: they may come with another model
-                return checked, [], Routing((), {}, {}, (NOTHING,)), names
-            routing = route(
-                whole, model=model, exclude=checked.exclude, split=checked.split, layers=self.host.layers(model)
+            given, in_engine = named_groups(params), host is not None
+            return checked, prepare(
+                given, checked, self.host, model, shapes=shapes, in_engine=in_engine, unfreezes=unfreezes
             )
-            if host is None:
-                _check_matrices(names, routing)
-            split = parameter_groups(groups, routing, checked, self.host)
-            routing = replace(routing, notes=(*routing.notes, *notes_on(groups, self.host)))
-            if not routing.matrices and stage is None:
-                routing = replace(routing, notes=(*routing.notes, NO_MATRIX))
-            return checked, split, routing, names
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
-        #: names: parameter -> its name in `routing`
-        self.settings, groups, self.routing, self.names = together(prepare, alike)
+        self.settings, found = together(prepared, alike)
         agree(
             "the model or the settings of Muon",
-            [*self.routing.describe(), repr(self.settings)],
+            [*found.describe(), repr(self.settings)],
             "Build the same model from the same configuration on every rank",
             alike,
         )
+        #: names: parameter -> its name in `routing`
+        #: left_out: the same of parameters that are frozen now, and that are not trained if they are unfrozen
+        self.routing, self.names, self.left_out = found.routing, found.names, found.left_out
+        #: parameters that have been frozen since the optimizer was built; they are in no plan, and have no state
+        self._waiting = found.frozen()
+        self._frozen_at_start = frozenset(self._waiting)
+        self.halves = self._no_halves()
         # torch wants a group even if there is nothing to train, as in a reference model.
         defaults = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
-        super().__init__(groups or [{"params": [], "use_muon": False, "name": "adamw", "client_group": 0}], defaults)
+        nothing = {"params": [], "use_muon": False, "name": "adamw", "client_group": 0}
+        super().__init__(found.groups or [nothing], defaults)
         self._complete = True
         #: all groups, also while an engine leaves one of them in `param_groups` for each call of `step`
         self._groups = self.param_groups
@@ -151,8 +145,8 @@ class Muon(Optimizer):
         held = [(i, group["params"]) for i, group in enumerate(self.param_groups) if group["params"]]
         self.attach([_whole(i, parameters, self.names, self.process_group) for i, parameters in held])
         self._check_replicas = True
-        if not self.routing.matrices:
-            warnings.warn(f"muon_plugin.Muon: {self.routing.notes[-1]}", stacklevel=3)
+        if not self._trained().matrices:
+            warnings.warn(f"muon_plugin.Muon: {NO_MATRIX if self.names else NOTHING}", stacklevel=3)
 
     def _set_digests(self) -> None:
         #: the names of each group's parameters, which an engine replaces by others in `param_groups`
@@ -162,6 +156,10 @@ class Muon(Optimizer):
         apart = self.settings.muon_lr is not None or self.settings.adam_lr is not None
         self._halved = [] if apart else Halved.among(self.param_groups)
 
+    def _no_halves(self) -> Halves:
+        """Those of an optimizer that is not attached to its tensors."""
+        return Halves(left_out={name: p for p, name in self.left_out.items()}, advice=self.host.unfreeze)
+
     def attach(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
         """Binds the optimizer to the tensors that an engine will step, creates their state and the plans. Collective.
 
@@ -170,27 +168,83 @@ class Muon(Optimizer):
             device: where matrices are orthogonalized; by default the device of the call's tensors.
         """
         self.detach()
+        self._waiting = {p for p in self._waiting if not p.requires_grad}
         self._bind(calls, device)
 
     def _bind(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
         """Plans these calls, and creates the state of the tensors that have none."""
-        self.calls = tuple(calls)
-        phases.start(self.process_group, any(self.param_groups[call.group]["use_muon"] for call in calls))
+        self.calls, self._device = tuple(calls), device
+        with_matrices = [call for call in self.calls if self.param_groups[call.group]["use_muon"]]
+        phases.start(self.process_group, any(p not in self._waiting for call in with_matrices for p in call.tensors))
         muon = MuonHalf(self.host.momentum, offload=self.settings.offload)
-        for call in self.calls:
-            if self.param_groups[call.group]["use_muon"]:
-                update = Update(
-                    self.routing.matrices,
-                    call.shards,
-                    call.process_group,
-                    device or call.tensors[0].device,
-                    self.settings.newton_schulz,
-                    lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
-                    normalize=self.settings.adjust_lr_fn == "update_norm",
-                )
-                muon.add(update, call.tensors)
-        self.halves = Halves(muon, self._new_adamw([c for c in calls if not self.param_groups[c.group]["use_muon"]]))
+        self._plan(muon)
+        rest = self._new_adamw([call for call in self.calls if not self.param_groups[call.group]["use_muon"]])
+        parameters, left_out = ({name: p for p, name in of.items()} for of in (self.names, self.left_out))
+        self.halves = Halves(muon, rest, self.calls, parameters, left_out, self.host.unfreeze)
+        self._begin()
+
+    def _plan(self, half: MuonHalf) -> None:
+        """Plans the matrices that are trained, or those of calls in which that has changed. Collective."""
+        half.clear()
+        for number, call in enumerate(self.calls):
+            if not self.param_groups[call.group]["use_muon"]:
+                continue
+            tensors = tuple(p for p in call.tensors if p not in self._waiting)
+            before = self._planned.get(number)
+            if tensors and (before is None or len(before[0]) != len(tensors)):  # there are never fewer
+                update = self._new_update(call, [shard for shard in call.shards if shard.tensor not in self._waiting])
+                update.steps = before[1].steps if before else 0
+                self._planned[number] = tensors, update
+            if tensors:
+                half.add(self._planned[number][1], tensors)
+            half.wait(p for p in call.tensors if p in self._waiting)
+
+    def _new_update(self, call: Call, shards: Sequence[Shard]) -> Update:
+        return Update(
+            self.routing.matrices,
+            shards,
+            call.process_group,
+            self._device or call.tensors[0].device,
+            self.settings.newton_schulz,
+            lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
+            normalize=self.settings.adjust_lr_fn == "update_norm",
+        )
+
+    def _begin(self) -> None:
+        """Proves that the plans hold what is trained, and creates the state that is lacking. Collective."""
+        shapes, waiting = self.routing.shapes, {self.names[p] for p in self._waiting}
+        proof.check_routing(self.routing.matrices, self.routing.adamw, shapes)
+        matrices = {matrix.parameter for matrix in self.routing.matrices} - waiting
+        proof.check_calls("Muon", matrices, [update.parameters for update in self.halves.muon.updates], shapes)
+        rest = [call for call in self.calls if not self.param_groups[call.group]["use_muon"]]
+        proof.check_calls("AdamW", self.routing.adamw, [proof.held(call, shapes) for call in rest], shapes)
+        self._mark_frozen()
+        self.halves.waiting = self._waiting
+        self.halves.first_step = proof.FirstStep(self.calls)
         self.halves.new_states(self.state)
+
+    def _mark_frozen(self) -> None:
+        """What has no state is told in the checkpoint."""
+        for group in self.param_groups:
+            group.pop(FROZEN, None)
+            if frozen := [i for i, p in enumerate(group["params"]) if p in self._waiting and not self.state.get(p)]:
+                group[FROZEN] = frozen
+
+    def _join(self, unfrozen: set[Tensor]) -> None:
+        """Trains parameters that were frozen when the optimizer was built: a new plan, and new state. Collective."""
+        for call in self.calls:
+            if joined := [self.names[p] for p in call.tensors if p in unfrozen]:
+                agree(
+                    "which parameters are unfrozen",
+                    joined,
+                    "Unfreeze the same parameters at the same step on every rank",
+                    call.process_group,
+                )
+        self._waiting -= unfrozen
+        self._plan(self.halves.muon)
+        self._begin()
+        if not self._in_engine:
+            self._compare_replicas(unfrozen)
 
     def _new_adamw(self, calls: Sequence[Call]) -> AdamWHalf:
         if not calls:
@@ -201,44 +255,71 @@ class Muon(Optimizer):
         agree("the AdamW to use", [label], "Install the same packages on every rank, or set adamw", process_group)
         for call in calls:
             self.param_groups[call.group].update(adamw.own_options(optimizer))
-        return AdamWHalf(optimizer, label, (p for call in calls for p in call.tensors))
+        return AdamWHalf(optimizer, label, (p for call in calls for p in call.tensors), counts_frozen=self._in_engine)
 
     def detach(self) -> None:
         """Discards the tensors, their state and the plans; `step` does nothing until the next `attach`."""
         self.state.clear()
-        self.calls, self.halves, self._check_replicas = (), Halves(MuonHalf(), AdamWHalf()), False
+        self._planned.clear()
+        self.calls, self.halves, self._check_replicas = (), self._no_halves(), False
 
-    def hand_over(self, host: Host, names: Mapping[Tensor, str], process_group: Any = None) -> None:
+    def hand_over(
+        self, host: Host, names: Mapping[Tensor, str], process_group: Any = None, unfreezes: bool = True
+    ) -> None:
         """Transfers an optimizer that was built without an engine to `host`, whose hooks then call `attach`.
 
         Args:
             host: the engine.
-            process_group: all ranks that train with the engine; by default those of the default group.
             names: parameter -> its name in the engine's module, which its checkpoints use. The client may have called
                 the same parameter by another name: that of a submodule, or without a wrapper's prefix.
+            process_group: all ranks that train with the engine; by default those of the default group.
+            unfreezes: False where the engine leaves out for good what is frozen now.
 
         Raises:
             RuntimeError: if it has stepped or restored a checkpoint: the engine's shards start from new state.
             ValueError: for a parameter that the engine's module does not have.
         """
-        for p, name in self.names.items():
+        for p, name in {**self.names, **self.left_out}.items():
             if p not in names:
                 raise ValueError(
-                    f"the optimizer holds {name} {list(self.routing.shapes[name])}, which the model given to the "
-                    "engine does not have; allowed: an optimizer of that model's parameters"
+                    f"the optimizer holds {name} {list(self.routing.shapes.get(name, p.shape))}, which the model given "
+                    "to the engine does not have; allowed: an optimizer of that model's parameters"
                 )
-            check_parameter(name, p)
+        frozen = {p for p, n in self.names.items() if not p.requires_grad and not (unfreezes and is_usable(n, p))}
+        for p, name in self.names.items():
+            if p not in frozen:
+                check_parameter(name, p)
         state = (value for of_tensor in self.state.values() for value in of_tensor.values())
         if any(bool(torch.as_tensor(value).any()) for value in state):
             raise RuntimeError(
                 "this Muon has stepped or loaded a checkpoint, and the engine would discard its momentum. Build the "
                 "engine around a new Muon, then load the checkpoint through the engine"
             )
-        self.detach()
         self.host, self._in_engine, self.process_group, self._model = host, True, process_group, None
         self.routing = self.routing.renamed({name: names[p] for p, name in self.names.items()})
-        self.names = {p: names[p] for p in self.names}
+        self.names, self.left_out = ({p: names[p] for p in of} for of in (self.names, self.left_out))
+        if frozen:
+            self._leave_out(frozen)
+        self.detach()
         self._set_digests()
+
+    def _leave_out(self, frozen: set[Tensor]) -> None:
+        """Drops parameters that the engine will not train."""
+        self.left_out |= {p: name for p, name in self.names.items() if p in frozen}
+        self.names = {p: name for p, name in self.names.items() if p not in frozen}
+        self.routing = self.routing.only(set(self.names.values()))
+        self._waiting, self._frozen_at_start = self._waiting - frozen, self._frozen_at_start - frozen
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if p not in frozen]
+        kept = [number for number, group in enumerate(self.param_groups) if group["params"]] or [0]
+        if kept[-1] + 1 != len(kept) and any("initial_lr" in group for group in self.param_groups):
+            emptied = next(number for number in range(kept[-1]) if number not in kept)
+            raise ValueError(
+                f"a scheduler was built on a Muon whose param_groups[{emptied}] holds frozen parameters alone, which "
+                "the engine leaves out: its rates would reach other groups. Build the scheduler after the engine, or "
+                "give the engine a function that builds it"
+            )
+        self.param_groups[:] = [self.param_groups[number] for number in kept]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -247,6 +328,7 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.halves.check_left_out()
         if not self.calls:
             if self.names and not self._in_engine:
                 raise RuntimeError(
@@ -256,27 +338,29 @@ class Muon(Optimizer):
             return loss  # an engine may step once on zeros while it builds its wrapper: that must change nothing
         for halved in self._halved:
             halved.check(self._groups)
+        if unfrozen := {p for p in self._waiting if p.requires_grad}:
+            self._join(unfrozen)
         if self._check_replicas:
-            self._compare_replicas()
+            self._check_replicas = False
+            self._compare_replicas(p for p in self.names if p not in self._waiting)
         self.halves.step([group for group in self.param_groups if group["params"]], self.state)
         return loss
 
-    def _compare_replicas(self) -> None:
+    def _compare_replicas(self, parameters: Iterable[Tensor]) -> None:
         """At the first step only, as DDP may make the replicas late. Ranks with different models would mix updates."""
-        self._check_replicas = False
         if world_of(self.process_group)[1] > 1:
-            tensors = [p for g in self.param_groups for p in g["params"]]
-            sums = [[checksum(t) for t in (p, p.grad) if t is not None] for p in tensors]
+            sums = {self.names[p]: [checksum(t) for t in (p, p.grad) if t is not None] for p in parameters}
             agree(
                 "the weights or the gradients",
-                [f"{self.names[p]} with the checksums {values}" for p, values in zip(tensors, sums)],
-                "Without an engine, all ranks must hold replicas (DistributedDataParallel). For a model of its own on "
-                "each rank, pass process_group=torch.distributed.new_group([rank]) made for each rank",
+                [f"{name} with the checksums {sums[name]}" for name in sorted(sums)],
+                "Without an engine, all ranks must hold replicas (DistributedDataParallel, which does not reduce what "
+                "was frozen when it was built). For a model of its own on each rank, pass "
+                "process_group=torch.distributed.new_group([rank]) made for each rank",
                 self.process_group,
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters that came later: adapters, a new head, layers that are unfrozen. Collective.
+        """Adds parameters that were not given before: adapters, a new head. Collective.
 
         Those that were there keep their state, and the plan is made anew. Without an engine only.
 
@@ -296,53 +380,28 @@ class Muon(Optimizer):
                 "an engine shards the parameters that it is given at its start, and would not train a group that is "
                 "added to its Muon later. Build the engine with all parameters"
             )
-        groups, routing, names = together(lambda: self._prepare_later(param_group), self.process_group)
+        known = Prepared(self.param_groups, self.routing, self.names, self.left_out)
+        found = together(
+            lambda: prepare_later(param_group, self.settings, self.host, self._model, known), self.process_group
+        )
         agree(
             "the added parameters",
-            routing.describe(),
+            found.describe(),
             "Add the same parameters on every rank",
             self.process_group,
         )
         begin = len(self.param_groups)
-        for group in groups:
+        for group in found.groups:
             super().add_param_group(group)
-        known = replace(self.routing, notes=tuple(n for n in self.routing.notes if n not in (NO_MATRIX, NOTHING)))
-        self.routing, self.names = known.joined(routing), {**self.names, **names}
+        before = replace(self.routing, notes=tuple(note for note in self.routing.notes if note != NOTHING))
+        self.routing, self.names = before.joined(found.routing), {**self.names, **found.names}
+        self.left_out = {p: name for p, name in self.left_out.items() if p not in found.names} | found.left_out
+        self._waiting |= found.frozen()
+        self._frozen_at_start |= found.frozen()
         self._set_digests()
-        later = [_whole(i, group["params"], self.names, self.process_group) for i, group in enumerate(groups, begin)]
-        self._bind([*self.calls, *later])
+        later = enumerate(found.groups, begin)
+        self._bind([*self.calls, *(_whole(i, group["params"], self.names, self.process_group) for i, group in later)])
         self._check_replicas = True
-
-    def _prepare_later(self, param_group: Any) -> tuple[list[dict[str, Any]], Routing, dict[Tensor, str]]:
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but is {type(param_group).__name__}")
-        given = named_groups([param_group])
-        names = {p: name for name, p in given[0]["params"]}
-        if not names:
-            raise ValueError(
-                "add_param_group was given no parameter that requires gradients; allowed: set requires_grad=True first"
-            )
-        for p, name in names.items():
-            check_parameter(name, p, any_strides=True)
-            if p in self.names:
-                raise ValueError(f"parameter {name} is in the optimizer already; allowed: each parameter once")
-            if name in self.routing.shapes:
-                raise ValueError(
-                    f"the optimizer holds another parameter of the name {name}; allowed: names of their own. After "
-                    "replacing a layer, build a new Muon"
-                )
-        routing = route(
-            {name: tuple(p.shape) for p, name in names.items()},
-            model=self._model,
-            exclude=self.settings.exclude,
-            split=self.settings.split,
-            layers=self.host.layers(self._model),
-            complete=False,
-        )
-        _check_matrices(names, routing)
-        first = 1 + max(group["client_group"] for group in self.param_groups)
-        groups = parameter_groups(given, routing, self.settings, self.host, first)
-        return groups, replace(routing, notes=(*routing.notes, *notes_on(given, self.host))), names
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict that was saved with the same split into Muon's and AdamW's parameters.
@@ -354,24 +413,22 @@ class Muon(Optimizer):
             ValueError: if the saved groups were split differently (another `exclude`, another optimizer), or have two
                 rates where this run has one.
         """
-        if not self._in_engine and (groups := self.saved_as_ours(state_dict["param_groups"])) is not None:
-            state_dict = {**state_dict, "param_groups": groups}
-            check_halves(groups, self._halved, self.host.advice)
-        else:
-            self.check_saved(state_dict["param_groups"])
+        groups = self._found(state_dict["param_groups"], any_order=not self._in_engine)
         if self.names and not self.calls:
             raise RuntimeError(
                 "Muon is not attached to an engine's tensors yet: load the checkpoint through the engine"
             )
-        own = [{key: group[key] for key in OWN_KEYS} for group in self.param_groups]
-        self.halves.load(self, state_dict, super().load_state_dict)
+        own = [{key: group[key] for key in OWN_KEYS if key in group} for group in self.param_groups]
+        self.halves.load(self, {**state_dict, "param_groups": groups}, super().load_state_dict)
         self._groups = self.param_groups  # torch makes new ones
         for group, keys in zip(self.param_groups, own, strict=True):
             group.update(keys)
+        self._mark_frozen()
 
-    def saved_as_ours(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    def saved_as_ours(self, saved: Sequence[Mapping[str, Any]], any_order: bool = True) -> list[dict[str, Any]] | None:
         """Saved groups as `saved.as_ours` finds them for this run's, or None."""
-        return as_ours(saved, self.param_groups, self._members, self.routing.shapes)
+        frozen = {self.names[p] for p in self._frozen_at_start}
+        return as_ours(saved, self.param_groups, self._members, self.routing.shapes, frozen, any_order)
 
     def take_groups(self, saved: Sequence[Mapping[str, Any]]) -> list[int]:
         """Restores the options (learning rates, ...) of groups that a checkpoint has with the same parameters.
@@ -402,13 +459,18 @@ class Muon(Optimizer):
         Raises:
             ValueError: if they do not, with what to do instead.
         """
-        if not same_groups(saved, self.param_groups):
+        self._found(saved, any_order=False)
+
+    def _found(self, saved: Sequence[Mapping[str, Any]], any_order: bool) -> list[dict[str, Any]]:
+        groups = self.saved_as_ours(saved, any_order)
+        if groups is None:
             what = difference(saved, self.param_groups, self._members)
             raise ValueError(
                 f"the checkpoint's optimizer {what}. Load it with the model and settings it was saved with (exclude, "
                 f"parameter groups), or {self.host.advice}"
             )
-        check_halves(saved, self._halved, self.host.advice)
+        check_halves(groups, self._halved, self.host.advice)
+        return groups
 
     @property
     def plans(self) -> list[Plan]:
@@ -422,17 +484,36 @@ class Muon(Optimizer):
         if not self.calls:
             return "muon_plugin: not attached to an engine's tensors yet"
         plans: dict[str, list[Plan]] = {}  # experts are sharded over other ranks than the dense layers
-        groups = [self.param_groups[call.group] for call in self.calls]
-        for group, plan in zip((group for group in groups if group["use_muon"]), self.plans, strict=True):
-            plans.setdefault(self.host.experts(group) or "dense layers", []).append(plan)
-        routing = replace(self.routing, notes=(*self.routing.notes, *self.settings.notes, *notes))
+        for number in sorted(self._planned):
+            group = self.param_groups[self.calls[number].group]
+            plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
+        routing = self._trained()
+        if not routing.matrices and not self._one_of_many:
+            notes = (NO_MATRIX, *notes)
+        notes = (*self.routing.notes, *self._about_frozen(), *self.settings.notes, *notes)
+        routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
 
+    def _trained(self) -> Routing:
+        """The ways of the parameters that are not waiting to be unfrozen."""
+        return self.routing.only({name for p, name in self.names.items() if p not in self._waiting})
 
-def _check_matrices(names: Mapping[Tensor, str], routing: Routing) -> None:
-    for p, name in names.items():
-        if name not in routing.adamw:
-            check_parameter(name, p)
+    def _about_frozen(self) -> list[str]:
+        """Notes on frozen parameters: what becomes of them once they are unfrozen."""
+        found = []
+        if self._waiting:
+            names = [self.names[p] for p in self._waiting]
+            rest = sum(name in self.routing.adamw for name in names)
+            found.append(
+                f"{len(names)} parameters ({sum(prod(self.routing.shapes[name]) for name in names):,} elements) are "
+                f"frozen; once they are unfrozen, Muon trains {len(names) - rest} of them and AdamW {rest}"
+            )
+        if self.left_out:
+            found.append(
+                f"{len(self.left_out)} parameters are frozen, and unfreezing them later is an error: "
+                f"{self.host.unfreeze}"
+            )
+        return found
 
 
 def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .layout import Index, Matrix, Strided
+from .layout import Index, Matrix, Strided, check_once
 
 #: Bytes per element of a message (bf16).
 BYTES = 2
@@ -184,12 +184,7 @@ def _route(matrix: Matrix, owner: int, held: dict[int, tuple[Strided, ...]], wor
     sources: dict[tuple[Strided, ...], int] = {}
     for rank in sorted(held, key=lambda r: (r != owner, r)):
         sources.setdefault(held[rank], rank)
-    covered = sum(s.numel for inside in sources for s in inside)
-    if covered != matrix.numel:
-        raise ValueError(
-            f"the ranks hold {covered} of the {matrix.numel} elements of {matrix.name}: the layout that was read from "
-            "the engine is not the one it uses. Please report the engine's release and settings"
-        )
+    check_once(matrix.name, matrix.numel, [part for inside in sources for part in inside])
     everywhere = len(held) == world and len(sources) == 1
     senders = tuple((rank, inside) for inside, rank in sources.items())
     return Route(owner, senders, tuple(sorted(held.items())), everywhere)

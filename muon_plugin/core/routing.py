@@ -91,6 +91,15 @@ class Routing:
             tuple(dict.fromkeys(self.notes + more.notes)),
         )
 
+    def only(self, names: Collection[str]) -> Routing:
+        """The ways of these parameters alone."""
+        return replace(
+            self,
+            matrices=tuple(matrix for matrix in self.matrices if matrix.parameter in names),
+            adamw={name: why for name, why in self.adamw.items() if name in names},
+            shapes={name: shape for name, shape in self.shapes.items() if name in names},
+        )
+
     def renamed(self, names: Mapping[str, str]) -> Routing:
         """The same ways under other names; `names` has a name for every parameter."""
         return replace(

@@ -1,25 +1,22 @@
 """Saved parameter groups: which of them are those of this run.
 
-A group is known by its name and the digest of its parameters in order; a state dict has no parameters' names.
+A group is known by its name and the digest of its parameters in order; a state dict has no parameters' names. 0.1.0 had
+no frozen parameters in its groups, and merged equal groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count, islice
 from typing import Any
 
+from .frozen import FROZEN
 from .groups import SHARED, Halved, layout_digest
 from .settings import GROUP_KEYS
 
 Group = Mapping[str, Any]
 #: Keys of a group that are this run's own, whatever a checkpoint holds.
-OWN_KEYS = ("name", "use_muon", "client_group", "layout")
-
-
-def same_groups(saved: Sequence[Group], ours: Sequence[Group]) -> bool:
-    """Whether both have the same parameters in the same groups, in the same order."""
-    return [_key(group) for group in saved] == [_key(group) for group in ours]
+OWN_KEYS = ("name", "use_muon", "client_group", "layout", FROZEN)
 
 
 def as_ours(
@@ -27,18 +24,72 @@ def as_ours(
     ours: Sequence[Group],
     members: Sequence[Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
+    frozen: Collection[str] = (),
+    any_order: bool = True,
 ) -> list[dict[str, Any]] | None:
-    """The saved groups as this run has them: in its order, and those apart that 0.1.0 merged because they were equal.
+    """The saved groups as this run has them: with the parameters that were frozen from the start on; and with
+    `any_order` in its order, and those apart that 0.1.0 merged because they were equal.
 
     Args:
         saved: the groups of a state dict, whose "params" are numbers.
         ours: this run's groups.
         members: the names of the parameters in each of ours.
         shapes: name -> whole shape.
+        frozen: the names of parameters that 0.1.0 did not have.
+        any_order: whether groups are looked for; otherwise they have to be this run's, one by one.
 
     Returns:
         A saved group for each of ours; None where the checkpoint does not have the same parameters in them.
     """
+    find = _in_any_order if any_order else _in_order
+    if (found := find(saved, ours, members, shapes)) is not None or not frozen:
+        return found
+    trained = [[name for name in names if name not in frozen] for names in members]
+    kept = [number for number, names in enumerate(trained) if names]
+    found = find(saved, [ours[number] for number in kept], [trained[number] for number in kept], shapes)
+    return None if found is None else _with_frozen(dict(zip(kept, found)), ours, members, frozen)
+
+
+def _with_frozen(
+    found: Mapping[int, Group], ours: Sequence[Group], members: Sequence[Sequence[str]], frozen: Collection[str]
+) -> list[dict[str, Any]]:
+    """Saved groups of trained parameters alone, by our number, as groups that hold what was frozen as well.
+
+    A group that had nothing but frozen parameters has the rate of the other half of the client's group, where both
+    halves have one rate now.
+    """
+    new = count(-1, -1)
+    groups = []
+    for number, (group, names) in enumerate(zip(ours, members, strict=True)):
+        theirs = found.get(number)
+        if theirs is None:
+            other = next((n for n in found if ours[n]["client_group"] == group["client_group"]), None)
+            shared: dict[str, Any] = {}
+            if other is not None and all(Halved.alike(group[key], ours[other][key]) for key in SHARED):
+                shared = {key: found[other][key] for key in (*SHARED, "initial_lr") if key in found[other]}
+            theirs = {**group, "params": [], **shared}
+        ids = iter(theirs["params"])
+        params = [next(new) if name in frozen else next(ids) for name in names]
+        groups.append({**theirs, "params": params, FROZEN: [i for i, name in enumerate(names) if name in frozen]})
+    return groups
+
+
+def _in_order(
+    saved: Sequence[Group],
+    ours: Sequence[Group],
+    members: Sequence[Sequence[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[dict[str, Any]] | None:
+    keys = [(group["name"], layout_digest(names, shapes)) for group, names in zip(ours, members)]
+    return [dict(group) for group in saved] if [_key(group) for group in saved] == keys else None
+
+
+def _in_any_order(
+    saved: Sequence[Group],
+    ours: Sequence[Group],
+    members: Sequence[Sequence[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[dict[str, Any]] | None:
     theirs = {_key(group): group for group in saved}
     if len(theirs) < len(saved):
         return None

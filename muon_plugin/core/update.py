@@ -14,17 +14,29 @@ average differs from Eq. 1's sum by a factor that Newton-Schulz removes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import agree, gather, together
+from .agreement import agree, gather, together, world_of
 from .exchange import Exchange
+from .frozen import NONE, Frozen
 from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
 from .phases import current, phase
 from .plan import make_plan
+
+
+class Measured(Protocol):
+    """What a measured step tells of itself."""
+
+    def update(self, parameter: str, update: Tensor) -> None:
+        """An fp32 (count, run) part of a parameter's scaled update."""
+
+    def zero_gradients(self, matrices: int, ranks: int) -> None:
+        """So many matrices have a gradient of zeros alone, which each of so many ranks tells."""
 
 
 class Update:
@@ -55,6 +67,8 @@ class Update:
     ) -> None:
         held = set().union(*gather(sorted({shard.parameter for shard in shards}), process_group))
         self.matrices = [matrix for matrix in matrices if matrix.parameter in held]
+        #: names of the parameters of which the ranks hold parts
+        self.parameters = {matrix.parameter for matrix in self.matrices}
         self.tensors: list[Tensor] = list({id(shard.tensor): shard.tensor for shard in shards}.values())
         together(lambda: _check_device(self.tensors, device), process_group)
         mine = pieces(self.matrices, shards, {id(tensor): i for i, tensor in enumerate(self.tensors)})
@@ -65,14 +79,18 @@ class Update:
             self.matrices, mine, self.plan, newton_schulz, process_group, device, normalize=normalize
         )
         self._scales = [scale(matrix) for matrix in self.matrices]
-        self._steps = 0
+        self._group = process_group
+        #: how many steps it has made; a plan that takes the place of another one goes on counting
+        self.steps = 0
 
     def step(
         self,
         groups: Sequence[Mapping[str, Any]],
         momenta: Sequence[Tensor],
         offloaded: bool = False,
-        measured: Callable[[str, Tensor], None] | None = None,
+        frozen: Frozen = NONE,
+        measure: Measured | None = None,
+        applied: Callable[[Tensor, str, int], None] | None = None,
     ) -> None:
         """Updates `tensors` from their gradients. Collective.
 
@@ -80,22 +98,30 @@ class Update:
             groups: for each of `tensors`, its "lr", "weight_decay", "momentum" and "nesterov".
             momenta: for each of `tensors`, its momentum: fp32, of the tensor's shape.
             offloaded: whether the momenta are in CPU memory; one at a time is then copied to its gradient's device.
-            measured: called with a parameter's name and a (count, run) fp32 part of its scaled update.
+            frozen: what stays as it is. The plan does not change: the matrices are orthogonalized, and not applied.
+            measure: is told of the gradients and updates.
+            applied: called with a tensor, a parameter's name and how many of its elements there have been updated.
         """
-        self._steps += 1
-        current.step = max(current.step, self._steps)
+        self.steps += 1
+        current.step = max(current.step, self.steps)
+        if measure is not None:
+            measure.zero_gradients(self._without_gradient(frozen), world_of(self._group)[1])
         flat = [p.view(-1) for p in self.tensors]
+        trained = [frozen.trained(p) for p in self.tensors]
         # A parameter without a gradient is skipped, as in torch's optimizers. (The engines fill in zeros.)
         with phase("momentum"):
             directions = [
-                None if p.grad is None else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group, offloaded)
-                for p, momentum, group in zip(self.tensors, momenta, groups)
+                None
+                if p.grad is None or not parts
+                else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group, offloaded, parts)
+                for p, momentum, group, parts in zip(self.tensors, momenta, groups, trained)
             ]
         rates = [float(group["lr"]) for group in groups]
         with phase("apply"):
-            for p, direction, rate, group in zip(flat, directions, rates, groups):
+            for p, direction, rate, group, parts in zip(flat, directions, rates, groups, trained):
                 if direction is not None:
-                    p.mul_(1 - rate * group["weight_decay"])
+                    for part in parts:
+                        part.view(p).mul_(1 - rate * group["weight_decay"])
 
         def read(tensor: int, local: Strided, out: Tensor) -> None:
             direction = directions[tensor]
@@ -106,7 +132,8 @@ class Update:
                     direction(local, out)
 
         def write(tensor: int, local: Strided, matrix: int, update: Tensor, scale: Tensor | None) -> None:
-            if directions[tensor] is None:
+            parameter = self.matrices[matrix].parameter
+            if directions[tensor] is None or parameter in frozen.names:
                 return
             # Always in this order: u to fp32, times its scale, times the learning rate. Other orders round differently.
             here = flat[tensor].device
@@ -115,24 +142,42 @@ class Update:
                 if scale is not None:
                     change.mul_(scale.to(here))
                 local.view(flat[tensor]).add_(change, alpha=-rates[tensor])
-            if measured is not None:
-                measured(self.matrices[matrix].parameter, change)
+            if measure is not None:
+                measure.update(parameter, change)
+            if applied is not None:
+                applied(self.tensors[tensor], parameter, local.numel)
 
         with phase("exchange"):
             self._exchange.run(read, write)
 
+    def _without_gradient(self, frozen: Frozen) -> int:
+        """How many of the matrices that are not frozen have a gradient of zeros alone. Collective."""
+        seen = torch.zeros(len(self.matrices), device=self._exchange.wire)
+        for number, parts in self._exchange.held.items():
+            for tensor, block in parts:
+                grad = self.tensors[tensor].grad
+                if grad is not None:
+                    seen[number] += block.local.view(grad.reshape(-1)).any().to(seen.device)
+        if world_of(self._group)[1] > 1:
+            dist.all_reduce(seen, group=self._group)
+        zero = (seen == 0).tolist()
+        return sum(none and m.parameter not in frozen.names for none, m in zip(zero, self.matrices))
+
 
 def _direction(
-    grad: Tensor, momentum: Tensor, group: Mapping[str, Any], offloaded: bool
+    grad: Tensor, momentum: Tensor, group: Mapping[str, Any], offloaded: bool, parts: Sequence[Strided]
 ) -> Callable[[Strided, Tensor], Any]:
-    """Updates the momentum in place; returns a function that writes the direction of some elements into a bf16 view."""
+    """Updates these parts of the momentum in place; returns a function that writes the direction of some elements into
+    a bf16 view."""
     mu, nesterov = group["momentum"], group["nesterov"]
-    if offloaded:  # no momentum stays on the device: the direction overwrites the gradient
-        here = momentum.to(grad.device, non_blocking=True, copy=True).lerp_(grad, 1 - mu)
+    # offloaded: no momentum stays on the device, and the direction overwrites the gradient
+    here = momentum.to(grad.device, non_blocking=True, copy=True) if offloaded else momentum
+    for part in parts:
+        part.view(here).lerp_(part.view(grad), 1 - mu)
+    if offloaded:
         momentum.copy_(here)
         whole = grad.lerp_(here, mu) if nesterov else grad.copy_(here)
         return lambda local, out: _fill(out, local.view(whole))
-    momentum.lerp_(grad, 1 - mu)
     if nesterov:
         return lambda local, out: _fill(out, local.view(grad).lerp(local.view(momentum), mu))
     return lambda local, out: _fill(out, local.view(momentum))

@@ -21,7 +21,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from ..core.agreement import gather, together
-from ..core.halves import Call
+from ..core.call import Call
 from ..core.layout import Shard
 from ..core.muon import Muon
 

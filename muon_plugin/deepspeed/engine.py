@@ -61,12 +61,14 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
 
     own = ranks.of(engine)
     params, options = together(prepare, own)
-    trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
-    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, trainable), own)
+    unfreezes = _unfreezes(engine)
+    trained = {p: name for p, name in engine.param_names.items() if p.requires_grad or unfreezes}
+    engine._muon_partitions = together(lambda: tensor_parallel.cuts(engine, trained), own)
     shapes = {name: partition.shape for name, partition in engine._muon_partitions.items()}
     options |= {"process_group": own, "stage": ranks.same_weights(engine) if engine.pipeline_parallelism else None}
+    options |= {"host": host_of(engine), "shapes": shapes, "unfreezes": unfreezes}
     # The ranks of one stage may fail in it, while those of the others do not.
-    muon = together(lambda: Muon(params, model=engine.module, host=host_of(engine), shapes=shapes, **options), own)
+    muon = together(lambda: Muon(params, model=engine.module, **options), own)
     if engine.pipeline_parallelism and engine.zero_optimization():
         agree(
             "the parameter groups of the pipeline's stages",
@@ -85,7 +87,8 @@ def _configure_optimizer(
         if isinstance(optimizer, Muon):
             own = ranks.of(engine)
             together(lambda: check_supported(engine), own)
-            together(lambda: optimizer.hand_over(host_of(engine), engine.param_names, own), own)
+            host, unfreezes = host_of(engine), _unfreezes(engine)
+            together(lambda: optimizer.hand_over(host, engine.param_names, own, unfreezes), own)
         else:
             _refuse_remade(optimizer)  # not together: no collectives for engines without Muon; all ranks do the same
         return optimizer
@@ -109,14 +112,21 @@ def _configure_optimizer(
     matrices = {matrix.parameter for matrix in muon.routing.matrices}
     together(lambda: tensor_parallel.compare_replicas(names, tp, matrices), own)
     found = together(lambda: calls(engine, names), own)
-    held = holdings(found, partitions, tp, own)
+    held = together(lambda: holdings(found, partitions, tp, own), own)
     together(lambda: muon.attach(held, torch.device(engine.device)), own)
+    given = {*muon.names, *muon.left_out}
+    muon.halves.outside = {n: p for p, n in engine.param_names.items() if not p.requires_grad and p not in given}
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, found)
     check_before_loading(engine.optimizer, muon)
     watch(engine)
     if world_of(own)[0] == 0:
         print(muon.summary(_left_out(engine, muon)), flush=True)
+
+
+def _unfreezes(engine: Any) -> bool:
+    """Whether DeepSpeed trains what is frozen now and unfrozen later: its wrappers (ZeRO, bf16, fp16) leave it out."""
+    return not engine.zero_optimization() and engine.get_data_types()[0] == torch.float32
 
 
 def _check_whole(muon: Muon, partitions: Mapping[str, Partition]) -> None:
@@ -133,7 +143,8 @@ def _check_whole(muon: Muon, partitions: Mapping[str, Partition]) -> None:
 
 def _left_out(engine: Any, muon: Muon) -> list[str]:
     """A note on parameters that are trainable, but in no optimizer: DeepSpeed trains only those that it was given."""
-    names = [name for p, name in engine.param_names.items() if p.requires_grad and p not in muon.names]
+    known = {*muon.names, *muon.left_out}
+    names = [name for p, name in engine.param_names.items() if p.requires_grad and p not in known]
     if not names:
         return []
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -42,6 +42,8 @@ BEFORE = "load the weights into the model before deepspeed.initialize"
 HOST = Host(
     momentum="exp_avg",
     advice=f"{CONVERT}; or {WEIGHTS_ONLY}",
+    unfreeze="DeepSpeed trains only what requires gradients at deepspeed.initialize (except at stage 0 in fp32). "
+    "Unfreeze it before deepspeed.initialize, and freeze it again afterwards",
     group_keys=("moe",),
     experts=_experts,
     shape=whole_shape,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -9,10 +10,11 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.halves import Call
+from ..core.call import Call
 from ..core.layout import Partition, Shard, cut_shards, lies_in
 from ..core.process_groups import joint_groups
 from . import cuts
+from .host import whole_shape
 
 Names = Mapping[Tensor, str]
 
@@ -62,10 +64,12 @@ def calls(engine: Any, names: Names) -> list[Call]:
         names: parameter -> its name.
 
     Raises:
-        ValueError: for an unsupported wrapper, or a parameter that does not lie where its tables say.
+        ValueError: for an unsupported wrapper, one that holds other parameters, or a parameter that does not lie where
+            its tables say.
     """
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
+    _check_count(engine, names)
     if isinstance(getattr(wrapper, "fp16_partitioned_groups_flat", None), list):
         return [_zero_3(wrapper, number, names) for number in range(len(wrapper.fp16_groups))]
     groups = engine.basic_optimizer.param_groups
@@ -86,6 +90,33 @@ def calls(engine: Any, names: Names) -> list[Call]:
         Call(number, tuple(group["params"]), tuple(shards), process_group)
         for number, group, shards, process_group in zip(numbers, groups, held, process_groups, strict=True)
     ]
+
+
+def _check_count(engine: Any, names: Names) -> None:
+    """Compares the parameters of which Muon knows with those that the engine's wrapper has, one by one.
+
+    Raises:
+        ValueError: with both numbers of elements, for the first that only one of them has, or that is there twice.
+    """
+    attributes = ("bit16_groups", "bf16_groups", "fp16_groups")
+    groups = next((found for name in attributes if (found := getattr(engine.optimizer, name, None)) is not None), None)
+    if groups is None:
+        groups = [group["params"] for group in engine.basic_optimizer.param_groups]
+    theirs = [p for group in groups for p in group]
+    ours = [p for p in names if _numel(p)]  # DeepSpeed leaves out empty ones
+    differing = [p for p, count in Counter([*theirs, *ours]).items() if count != 2 and _numel(p)]
+    if differing:
+        counts = [sum(map(_numel, parameters)) for parameters in (theirs, ours)]
+        raise ValueError(
+            f"DeepSpeed's optimizer holds {counts[0]:,} elements, Muon's table {counts[1]:,}; "
+            f"{names.get(differing[0], 'a parameter without a name')} {list(whole_shape(differing[0]))} is not once in "
+            "both. Please report the release and the config"
+        )
+
+
+def _numel(p: Any) -> int:
+    """Of the parameter before ZeRO-3 cut it."""
+    return int(getattr(p, "ds_numel", p.numel()))
 
 
 def _replicas(engine: Any, group: Mapping[str, Any]) -> Any:

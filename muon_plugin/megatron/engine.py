@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from .. import watchdog
-from ..core import phases
-from ..core.agreement import agree, joined, together, world_of
+from ..core import phases, proof
+from ..core.agreement import agree, gather, joined, together, world_of
+from ..core.call import Call
 from ..core.halves import Halves
 from ..core.layout import Shard
 from ..core.measure import Part
@@ -28,7 +30,7 @@ from .arguments import asks_for_muon
 from .monitor import MonitoredOptimizer, StepMonitor, arguments
 from .optimizer import MuonDistributedOptimizer
 from .refusals import check_supported
-from .routing import Parameter, is_expert, parameters, route
+from .routing import Parameter, frozen_parameters, is_expert, parameters, route
 from .settings import Settings
 from .shards import names, shards
 
@@ -74,7 +76,8 @@ def build(
     stock.optimizer = "adam"
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
     together(lambda: _check_built(chained), ranks)
-    routing = together(lambda: route(found, model_chunks, settings.split_qkv, _overridden(chained)), ranks)
+    overridden = _overridden(chained, found, [_dp_group(groups), getattr(groups, "expt_dp", None) or _dp_group(groups)])
+    routing = together(lambda: route(found, model_chunks, settings.split_qkv, overridden), ranks)
     live = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
     tp, expert_tp = _tp_groups(groups)
     experts = [any(group["is_expert_parallel"] for group in optimizer.param_groups) for optimizer in live]
@@ -83,16 +86,18 @@ def build(
     )
     device = next(model_chunks[0].parameters()).device
     tp_ranks = dist.get_rank(tp), dist.get_rank(expert_tp)
+    frozen = frozen_parameters(model_chunks)
     first = world_of(ranks)[0] == 0
     phases.start(ranks, bool(live))
 
     def convert() -> list[Converted]:
         return [
-            _convert(optimizer, found, routing, settings, group, tp_ranks, device, of_experts, first)
+            _convert(optimizer, found, routing, settings, group, tp_ranks, device, of_experts, frozen, first)
             for optimizer, of_experts, group in zip(live, experts, process_groups, strict=True)
         ]
 
     converted = together(convert, ranks)
+    together(lambda: _prove(converted, routing), ranks)
     together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)) if first else None, ranks)
     _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device, ranks)
     return chained
@@ -115,12 +120,14 @@ class Converted:
         held: this rank's shards of its parameters.
         process_group: the ranks over which these parameters are sharded.
         experts: whether it holds the routed experts alone. (Without expert parallelism they are with everything else.)
+        trained: the parameters of which its ranks hold parts.
     """
 
     halves: Halves
     held: tuple[Shard, ...]
     process_group: Any
     experts: bool
+    trained: set[str]
 
     def parts(self, copies: int) -> list[Part]:
         """This rank's shards by the label of their metrics; `copies` optimizer instances hold replicas of them."""
@@ -159,15 +166,21 @@ def _lines(settings: Any) -> list[str]:
     return [f"{name}={value!r}" for name, value in values if isinstance(value, (int, float, str, type(None)))]
 
 
-def _overridden(chained: Any) -> set[int]:
-    """Ids of the model parameters that ``config_overrides`` send to another optimizer than Muon (0.19.2)."""
-    found: set[int] = set()
+def _overridden(chained: Any, found: Sequence[Parameter], process_groups: Sequence[Any]) -> set[int]:
+    """Ids of the model parameters that ``config_overrides`` send to another optimizer than Muon (0.19.2). Collective.
+
+    A rank knows of those that it holds a part of: what the ranks of these groups know of each other is put together.
+    """
+    mine: set[int] = set()
     for optimizer in chained.chained_optimizers:
         if not optimizer.is_stub_optimizer:
             for model, (group, _) in optimizer.model_param_group_index_map.items():
                 if optimizer.optimizer.param_groups[group].get("optimizer", "muon") != "muon":
-                    found.add(id(model))
-    return found
+                    mine.add(id(model))
+    names = {p.name for p in found if id(p.tensor) in mine}
+    for process_group in process_groups:
+        names = names.union(*gather(sorted(names), process_group))
+    return {id(p.tensor) for p in found if p.name in names}
 
 
 def _dp_group(groups: Any) -> Any:
@@ -189,6 +202,7 @@ def _convert(
     tp_ranks: tuple[int, int],
     device: torch.device,
     experts: bool,
+    frozen: Mapping[str, Tensor],
     first: bool,
 ) -> Converted:
     """Puts Muon into one stock DistributedOptimizer. `first`: whether this is the rank that logs for all."""
@@ -202,8 +216,21 @@ def _convert(
         settings.newton_schulz,
         settings.scale,
     )
-    MuonDistributedOptimizer.convert(optimizer, update, settings, first)
-    return Converted(optimizer.optimizer.halves, tuple(held), process_group, experts)
+    tensors = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+    call = together(lambda: Call(0, tuple(tensors), tuple(held), process_group), process_group)
+    parameters = {p.name: p.tensor for p in found}
+    trained = proof.held(call, routing.shapes)
+    MuonDistributedOptimizer.convert(optimizer, first, update, settings, call, parameters, frozen)
+    return Converted(optimizer.optimizer.halves, call.shards, process_group, experts, trained)
+
+
+def _prove(converted: Sequence[Converted], routing: Routing) -> None:
+    """That each parameter is in one of Megatron's optimizers, and in one half of it."""
+    muon = {matrix.parameter for matrix in routing.matrices}
+    proof.check_routing(routing.matrices, routing.adamw, routing.shapes)
+    plans = [update.parameters for each in converted for update in each.halves.muon.updates]
+    proof.check_calls("Muon", muon, plans, routing.shapes)
+    proof.check_calls("AdamW", routing.adamw, [each.trained - muon for each in converted], routing.shapes)
 
 
 def _check_built(chained: Any) -> None:

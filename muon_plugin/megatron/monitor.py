@@ -5,6 +5,7 @@ Only the steps that Megatron's ``--log-interval`` logs are measured. The metrics
 - ``muon/update_rms/LABEL``, ``muon/weight_rms/LABEL``, ``muon/momentum_norm/LABEL``, over all ranks; LABEL is ``muon``
   or ``adamw``, or one of these with ``_experts``; see `core.measure`;
 - ``muon/gradient_norm``: of all gradients, before clipping;
+- ``muon/zero_gradient_matrices``: how many matrices have a gradient of zeros alone, and are not frozen;
 - ``muon/optimizer_share``, ``muon/exchange_share``: fractions of the time since the end of the step before, on the
   rank that logs.
 

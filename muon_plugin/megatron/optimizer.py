@@ -13,13 +13,20 @@ from torch.optim import Optimizer
 
 from ..core import adamw
 from ..core.adamw import AdamWHalf
+from ..core.call import Call
 from ..core.halves import Halves, MuonHalf
+from ..core.proof import FirstStep
 from ..core.update import Update
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
 #: Key that marks the parameter groups of a checkpoint in which `exp_avg` of matrices is Muon's momentum.
 MARK = "muon_plugin"
+#: What to do about a parameter that is unfrozen too late.
+UNFREEZE = (
+    "Megatron has no gradient buffer for what is frozen when DistributedDataParallel is built. Unfreeze it before "
+    "that, and freeze it again afterwards"
+)
 
 
 class InnerOptimizer(Optimizer):
@@ -35,9 +42,20 @@ class InnerOptimizer(Optimizer):
         adam: the optimizer that Megatron built; its `param_groups` hold this rank's shards.
         update: the step of the matrices.
         settings: momentum, Nesterov, offload.
+        call: all of its tensors, and this rank's shards in them.
+        parameters: the model's parameters of these shards, by name.
+        left_out: the model's parameters that were frozen when Megatron built it, by name.
     """
 
-    def __init__(self, adam: Optimizer, update: Update, settings: Settings) -> None:
+    def __init__(
+        self,
+        adam: Optimizer,
+        update: Update,
+        settings: Settings,
+        call: Call,
+        parameters: Mapping[str, Tensor],
+        left_out: Mapping[str, Tensor],
+    ) -> None:
         # No parameters here: Megatron's shards are views, which the constructor rejects.
         super().__init__([{"params": []}], adam.defaults)
         self.param_groups = adam.param_groups
@@ -50,8 +68,10 @@ class InnerOptimizer(Optimizer):
         matrices = MuonHalf(options=options, offload=settings.offload, beside=count)
         matrices.add(update, update.tensors)
         held = set(update.tensors)
-        rest = (p for group in self.param_groups for p in group["params"] if p not in held)
-        self.halves = Halves(matrices, AdamWHalf(adam, "Megatron's AdamW", rest))
+        rest = (p for p in call.tensors if p not in held)
+        half = AdamWHalf(adam, "Megatron's AdamW", rest, counts_frozen=True)  # its checkpoints want one count for all
+        self.halves = Halves(matrices, half, [call], parameters, left_out, UNFREEZE)
+        self.halves.first_step = FirstStep([call])
         self.halves.new_states(self.state)
         self._mark()
 
@@ -83,14 +103,15 @@ class MuonDistributedOptimizer(DistributedOptimizer):
     """
 
     @classmethod
-    def convert(cls, optimizer: DistributedOptimizer, update: Update, settings: Settings, logs: bool) -> None:
+    def convert(cls, optimizer: DistributedOptimizer, logs: bool, *inner: Any) -> None:
         """Turns a DistributedOptimizer that Megatron has just built around Adam into one of this class, in place.
 
         Args:
-            optimizer, update, settings: as for `InnerOptimizer`.
+            optimizer: Megatron's.
             logs: whether this rank logs for all that train with the optimizer.
+            inner: the further arguments of its `InnerOptimizer`.
         """
-        optimizer.optimizer = InnerOptimizer(optimizer.optimizer, update, settings)
+        optimizer.optimizer = InnerOptimizer(optimizer.optimizer, *inner)
         optimizer.__class__ = cls
         optimizer._fresh_momentum, optimizer._logs = False, logs
 

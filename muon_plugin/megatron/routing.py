@@ -58,6 +58,18 @@ def parameters(chunks: Sequence[nn.Module], tp: int, expert_tp: int) -> list[Par
     return [p for p in found if unique[id(p.tensor)] is p]
 
 
+def frozen_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Name -> parameter, of those that are frozen now."""
+    frozen: dict[str, Tensor] = {}
+    for number, chunk in enumerate(chunks):
+        prefix = f"chunk{number}." if len(chunks) > 1 else ""
+        for path, module, _ in _modules(chunk):
+            for name, p in module.named_parameters(recurse=False):
+                if not p.requires_grad:
+                    frozen[f"{prefix}{path}.{name}"] = p
+    return frozen
+
+
 def _modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """(Path without wrappers, module, the config nearest above it)."""
     configs: dict[str, Any] = {}

@@ -133,7 +133,7 @@ def counted_bytes(rank: int, settings: dict[str, Any]) -> tuple[int, tuple[int, 
         for exchange in (update._exchange for update in muon.halves.muon.updates):
             exchange.run(lambda *_: None, lambda *_: None)
     (plan,) = muon.plans
-    matrices = muon.routing.matrices
+    matrices = muon.halves.muon.updates[0].matrices
     cut = sum(m.numel for m, r in zip(matrices, plan.routes) if any(rank != r.owner for rank, _ in r.holders))
     scalars = 2 * len(matrices) if settings["optimizer"]["params"]["adjust_lr_fn"] == "update_norm" else 0
     return sum(sent.values()), plan.bytes_sent, cut, scalars

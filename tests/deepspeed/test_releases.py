@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.combinations import covering
 from tests.support.deepspeed_runs import OLD, interrupted, mended, overflow
+from tests.support.frozen_runs import come_and_go, unfrozen_late
 from tests.support.integers import build, config, differing, trained
 from tests.support.monitored import check_sizes, watched, written
 from tests.support.ranks import RankError
@@ -68,6 +69,20 @@ def test_resuming_is_bit_exact(ranks, tmp_path, stage):
 def test_an_overflow_leaves_every_byte_alone(ranks, stage):
     for same, differs, moved in ranks(2, deepspeed=OLD).run(mended, overflow, config(stage, "fp16")):
         assert (same, differs, bool(moved)) == (True, [], True)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_is_frozen_stays(ranks, stage):
+    reference, *_ = ranks.alone(come_and_go, config(0))
+    for found, moved, still in ranks(2, deepspeed=OLD).run(mended, come_and_go, config(stage)):
+        assert (moved, still, differing(found, reference)) == ([], [], [])
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (3, "fp32")])
+def test_unfreezing_what_was_left_out_is_an_error(ranks, stage, dtype):
+    """Its wrapper of stage 0 would train what was frozen, and give all of it an fp32 copy; later ones do not."""
+    with pytest.raises(RankError, match=r"parameter frozen\.weight requires gradients now"):
+        ranks(2, deepspeed=OLD).run(mended, unfrozen_late, config(stage, dtype))
 
 
 REFUSED = [

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from muon_plugin import Muon
 from muon_plugin.core import adamw
+from muon_plugin.core.call import Call
 from muon_plugin.core.groups import Host
-from muon_plugin.core.halves import Call
 from muon_plugin.core.layout import Shard
 from muon_plugin.core.settings import Settings
 from tests.support.ranks import Ranks

@@ -326,7 +326,7 @@ def half_frozen(rank: int, layout: Layout) -> str:
     import contextlib
     import io
 
-    chunks = build(layout, freeze=rank == 0)
+    chunks = build(layout, freeze="" if rank == 0 else None)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         optimizer = optimizer_for(chunks, layout)
     step(chunks, optimizer, layout, 0)
@@ -353,6 +353,7 @@ def sent_to_adam(rank: int, layout: Layout) -> set[str]:
             assert all(("exp_avg" in s) != ("momentum_buffer" in s) for s in part.optimizer.state.values())
         return {matrix.parameter for update in updates(optimizer) for matrix in update.matrices}
 
+    # Where one rank holds all of the matrix, the other has to learn of it.
     return of_muon(None) - of_muon({ParamKey(name="*layers.0.mlp.linear_fc2.weight"): {"optimizer": "adam"}})
 
 

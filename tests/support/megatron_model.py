@@ -115,8 +115,11 @@ def parallel(layout: Layout) -> None:
     )
 
 
-def build(layout: Layout, freeze: bool = False) -> list[Any]:
-    """This rank's model chunks in Megatron's DistributedDataParallel, filled by name, perhaps frozen."""
+def build(layout: Layout, freeze: str | None = None) -> list[Any]:
+    """This rank's model chunks in Megatron's DistributedDataParallel, filled by name.
+
+    What has `freeze` in its name is frozen: all with "".
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
@@ -146,7 +149,8 @@ def build(layout: Layout, freeze: bool = False) -> list[Any]:
         )
         model.cuda()
         fill(model, layout)
-        model.requires_grad_(not freeze)
+        for name, p in model.named_parameters():
+            p.requires_grad_(freeze is None or freeze not in name)
         if layout.dtype != "fp32":
             model = Float16Module(config, model)
         ddp = DistributedDataParallelConfig(

@@ -49,8 +49,9 @@ def expected() -> list[dict[str, float]]:
         before = {p: p.detach().double().clone() for p in model.parameters()}
         muon.step()
         found = {"gradient_norm": norm([p.grad for p in before if p.grad is not None])}
+        found["zero_gradient_matrices"] = 1  # that of `unused`
         for group in muon.param_groups:
-            name, members = group["name"], group["params"]
+            name, members = group["name"], [p for p in group["params"] if p.requires_grad]
             updates = [(before[p] * (1 - 0.001) - p.detach().double()) / 0.01 for p in members]
             count = sum(p.numel() for p in members)
             momentum = "momentum_buffer" if group["use_muon"] else "exp_avg"
