@@ -190,8 +190,8 @@ def test_a_checkpoint_without_frozen_parameters_is_restored():
 
 
 def test_a_checkpoint_that_0_1_0_merged_and_saved_without_frozen_parameters_is_restored():
-    """Two equal groups of the client in one, without the frozen `lm_head.weight`, and without the group that `neck.bias`
-    has to itself: it takes over the rate of the matrices, with which it shares one."""
+    """Two equal groups of the client in one, without the frozen `lm_head.weight` and the group that `neck.bias` alone
+    makes up here: it takes over the rate of the matrices, with which it shares one."""
     before, after = layers(), layers()
     for model in (before, after):
         for frozen in (model["lm_head"].weight, model["neck"].bias):
