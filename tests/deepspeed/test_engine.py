@@ -90,7 +90,7 @@ def told_of_wrong_tables(rank: int, settings: dict[str, Any], table: str, value:
     engine = build(rank, settings, model)
     getattr(engine.optimizer, table)[0].reverse()
     try:
-        calls(engine, engine.param_names)
+        calls(engine, engine.basic_optimizer.names)
     except ValueError as error:
         return str(error)
     finally:
