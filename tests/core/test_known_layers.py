@@ -153,3 +153,44 @@ def test_parametrized_weights_are_what_their_layer_is():
 def test_the_sweep_knows_its_models():
     assert len(COMMON) >= 30
     assert sum(p.numel() for p in build("LlamaForCausalLM").parameters()) > 6e9
+
+
+class ParamWrapper(nn.Module):
+    """As PEFT's: the adapters of all experts in two linear layers; lora_B's columns belong to the experts in turn."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    def __init__(self, base: nn.Module, parameter_name: str, rank: int) -> None:
+        super().__init__()
+        self.base_layer, self.parameter_name = base, parameter_name
+        self.num_experts, outputs, inputs = base.gate_up_proj.shape
+        self.lora_A = nn.ModuleDict({"my_embed": nn.Linear(inputs, rank * self.num_experts, bias=False)})
+        self.lora_B = nn.ModuleDict({"my_embed": nn.Linear(rank * self.num_experts, outputs, bias=False)})
+
+
+def test_each_experts_adapters_are_matrices_of_their_own():
+    experts = nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.empty(3, 8, 6), requires_grad=False)
+    model = nn.Module()
+    model.experts = ParamWrapper(experts, "gate_up_proj", rank=2)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    routing = route(shapes, model=model)
+    assert not routing.adamw  # although the adapter is called my_embed
+    a, b = (torch.arange(n).view(shape) for n, shape in ((36, (6, 6)), (48, (8, 6))))
+    found = [m.where.view(torch.arange(elements_of(shapes, m))).view(m.rows, m.cols) for m in routing.matrices]
+    expected = [a[2 * e : 2 * e + 2] for e in range(3)]
+    expected += [b[half : half + 4, e::3] for half in (0, 4) for e in range(3)]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def elements_of(shapes, matrix) -> int:
+    return torch.Size(shapes[matrix.parameter]).numel()
+
+
+@pytest.mark.parametrize("attribute", ["oft_R", "randlora_lambda", "vblora_vector_bank", "unheard_of"])
+def test_an_adapters_parameter_is_known_by_its_attribute(attribute):
+    layer = type("Tuner", (nn.Module,), {"adapter_layer_names": (attribute,)})()
+    layer.add_module(attribute, nn.ParameterDict({"default": nn.Parameter(torch.empty(4, 6))}))
+    model = nn.Module()
+    model.experts = layer
+    assert list(route({f"experts.{attribute}.default": (4, 6)}, model=model).adamw) == [f"experts.{attribute}.default"]
