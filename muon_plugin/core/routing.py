@@ -171,12 +171,12 @@ def route(
             raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
     if complete:
         _check_splits_cut(split, matrices)
-    notes = [note for why, of_why in whole.items() for note in _notes(why, of_why)]
+    notes = [note for why, of_why in whole.items() for note in kept_whole(why, of_why)]
     return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
 
 
-def _notes(why: str, names: Iterable[str]) -> list[str]:
-    """One note for the same parameter of all layers."""
+def kept_whole(why: str, names: Iterable[str]) -> list[str]:
+    """Notes on fused parameters that are kept whole: one for the same parameter of all layers."""
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
         alike[re.sub(r"(?<![a-zA-Z])\d+(?![a-zA-Z])", "*", name)].append(name)

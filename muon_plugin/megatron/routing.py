@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from ..core.cutting import Rule, Stored, cut
 from ..core.layout import Matrix, Partition
-from ..core.routing import Routing
+from ..core.routing import Routing, kept_whole
 
 #: Layers whose outputs are gate, then up, in models with gated units.
 GATED = ("linear_fc1", "experts.weight1")
+#: Projections of several parts that TP cuts one by one; 0.19 says their sizes, for checkpoints. (Mamba: gate, hidden
+#: states, B, C and time steps.)
+PACKED = ("in_proj",)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def route(
     matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    whole: list[str] = []
     for parameter in found:
         shape = shapes[parameter.name] = parameter.partition.shape
         why = _not_a_matrix(parameter, id(parameter.tensor) in embeddings)
@@ -172,7 +176,10 @@ def route(
         outputs = cols if parameter.transposed else rows
         rule = _rule(parameter, outputs, configs[id(parameter.tensor)], split_qkv)
         matrices += cut(parameter.name, Stored(math.prod(batch), rows, cols, parameter.transposed), rule)
-    return Routing(tuple(matrices), adamw, shapes)
+        if _owner(parameter.name) in PACKED and len(rule.sizes) == 1:
+            whole.append(parameter.name)
+    notes = kept_whole("Megatron-Core does not say where its parts are", whole)
+    return Routing(tuple(matrices), adamw, shapes, tuple(notes))
 
 
 def _interleaved(name: str, config: Any) -> int:
@@ -202,6 +209,9 @@ def _rule(parameter: Parameter, outputs: int, config: Any, split_qkv: bool) -> R
     size = _interleaved(parameter.name, config) if owner == "linear_fc1" else 0
     if size:
         return _checked(parameter, outputs, Rule((size, size), outputs // (2 * size)))
+    sizes = getattr(parameter.tensor, "partition_sizes", None) if owner in PACKED else None
+    if sizes:  # of each TP rank's part
+        return _checked(parameter, outputs, Rule(tuple(sizes), outputs // sum(sizes)))
     rule = _fused(owner, outputs, config) if split_qkv or owner in GATED else None
     return _checked(parameter, outputs, rule or Rule((outputs,)))
 

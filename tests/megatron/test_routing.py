@@ -72,6 +72,20 @@ def reassembled(found: Any, routing: Any, whole: dict[str, Tensor]) -> dict[str,
     return {m.name: matrices[m.name].view(m.rows, m.cols) for m in routing.matrices}
 
 
+def test_mambas_projection_is_taken_apart_over_tp():
+    """Gate, hidden states, B, C and time steps, of which each of two ranks holds a part."""
+    packed = {"in_proj.weight": (13, 6)}
+    mark = {**COLUMN, "partition_sizes": [4, 4, 2, 2, 1]}
+    model = stand_in(packed, SimpleNamespace(**CONFIG), weight=mark)
+    _, routing = matrices_of(model, tp=2)
+    assert [m.rows for m in routing.matrices] == [8, 8, 4, 4, 2]
+    flat = torch.arange(26)[:, None].expand(26, 6).reshape(-1)
+    assert routing.matrices[1].where.view(flat).view(8, 6)[:, 0].tolist() == [4, 5, 6, 7, 17, 18, 19, 20]
+    assert not routing.notes
+    _, routing = matrices_of(stand_in(packed, SimpleNamespace(**CONFIG), weight=COLUMN), tp=2)
+    assert len(routing.matrices) == len(routing.notes) == 1
+
+
 def test_mlas_projections_are_taken_apart():
     """Megatron #6326: multi-latent attention's fused projections as one matrix. Here: by head, and apart."""
     shapes = {
