@@ -80,7 +80,7 @@ def test_mambas_projection_is_taken_apart_over_tp():
     _, routing = matrices_of(model, tp=2)
     assert [m.rows for m in routing.matrices] == [8, 8, 4, 4, 2]
     flat = torch.arange(26)[:, None].expand(26, 6).reshape(-1)
-    assert routing.matrices[1].where.view(flat).view(8, 6)[:, 0].tolist() == [4, 5, 6, 7, 17, 18, 19, 20]
+    assert routing.matrices[1].where.view(flat).reshape(8, 6)[:, 0].tolist() == [4, 5, 6, 7, 17, 18, 19, 20]
     assert not routing.notes
     _, routing = matrices_of(stand_in(packed, SimpleNamespace(**CONFIG), weight=COLUMN), tp=2)
     assert len(routing.matrices) == len(routing.notes) == 1
