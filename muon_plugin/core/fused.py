@@ -14,11 +14,8 @@ from typing import Any
 from .cutting import Rule, Stored
 from .places import Place
 
-#: Layers that hold a fused projection in most models; of an unknown layout where nothing below applies.
-FUSED_NAMES = re.compile(
-    r"qkv|qkv_proj|wqkv|c_attn|in_proj_weight|query_key_value|w_pack|gate_up_proj|w12|gate_up|in_proj_qkvz?|in_proj_ba",
-    re.IGNORECASE,
-)
+#: Further layers that hold a fused projection in most models, of an unknown layout where nothing below applies.
+OTHER_FUSED_NAMES = {"in_proj_qkv", "in_proj_qkvz", "in_proj_ba"}
 GATE_UP_NAMES = {"gate_up_proj", "w12", "gate_up"}
 #: Query, key and value, one after the other along the outputs, in plain torch and timm models ...
 QKV_NAMES = {"qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_weight", "query_key_value", "w_pack"}
@@ -44,7 +41,7 @@ class Fused:
     rule: Callable[[Any, Stored], Rule]
 
     def applies(self, place: Place) -> bool:
-        block = type(place.block).__name__
+        block = type(place.block).__name__.removeprefix("Parametrized")  # as torch calls it then
         return bool(re.fullmatch(self.layers, place.attribute) and re.match(self.blocks, block))
 
 
@@ -199,7 +196,7 @@ def known_rule(place: Place, stored: Stored) -> Rule | None:
         return Rule((1, 1), stored.outputs // 2) if turns else stored.equal(2)
     if attribute in QKV_NAMES:
         return _query_key_value(place, stored)
-    return None if FUSED_NAMES.fullmatch(attribute) else Rule((stored.outputs,))
+    return None if attribute in GATE_UP_NAMES | OTHER_FUSED_NAMES else Rule((stored.outputs,))
 
 
 def _model_type(place: Place) -> str | None:

@@ -26,7 +26,7 @@ class Place:
 
     Attributes:
         name: the parameter's name without the wrappers' parts and without the names of adapters.
-        classes: the class names of the modules that the parts of `name` name, but for the last.
+        modules: what the parts of `name` name, but for the last; none for the parameter of an adapter.
         layer: the module that computes with it; None without a model.
         block: the module whose attribute the layer is, or the layer itself for a parameter that is not its weight.
         attribute: the layer's name in `block`, or the parameter's own.
@@ -36,7 +36,7 @@ class Place:
     """
 
     name: str
-    classes: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
     layer: nn.Module | None = None
     block: nn.Module | None = None
     attribute: str = ""
@@ -95,10 +95,10 @@ def _place(parts: Sequence[str], modules: Mapping[str, nn.Module], configs: Mapp
     path, leaf = _without_parametrization(parts)
     layer, at = modules[".".join(path)], _kept(path, modules)
     name = ".".join([*(path[i] for i in at), leaf])
-    classes = tuple(type(modules[".".join(path[: i + 1])]).__name__ for i in at)
+    named = tuple(modules[".".join(path[: i + 1])] for i in at)
     if leaf not in WEIGHTS or not at:
-        return Place(name, classes, layer, layer, leaf, config)
-    return Place(name, classes, layer, modules[".".join(path[: at[-1]])], path[at[-1]], config)
+        return Place(name, named, layer, layer, leaf, config)
+    return Place(name, named, layer, modules[".".join(path[: at[-1]])], path[at[-1]], config)
 
 
 def _place_in_adapter(parts: Sequence[str], tuner: int, modules: Mapping[str, nn.Module], config: Any) -> Place:

@@ -17,11 +17,13 @@ NOTHING = "no parameter requires gradients: nothing is trained"
 
 @dataclass(frozen=True)
 class Prepared:
-    """Attributes:
-    groups: parameter groups as `parameter_groups` makes them.
-    routing: of the parameters in them.
-    names: parameter -> its name in `routing`.
-    left_out: the same of parameters that are frozen now, and that are not trained if they are unfrozen.
+    """The client's parameters, as the optimizer will hold them.
+
+    Attributes:
+        groups: parameter groups as `parameter_groups` makes them.
+        routing: of the parameters in them.
+        names: parameter -> its name in `routing`.
+        left_out: the same of parameters that are frozen now, and that are not trained if they are unfrozen.
     """
 
     groups: list[dict[str, Any]]

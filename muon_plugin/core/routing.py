@@ -42,7 +42,7 @@ HEADS = {
     "seq_relationship",
     "decoder_dict",
 }
-OUTER_HEADS = {"head", "output", "classifier", "score", "fc", "proj_out"}
+OUTER_HEADS = {"head", "heads", "output", "classifier", "score", "fc", "proj_out"}
 #: Layers that are heads by themselves, and (layer, the class that it is in) of heads with ordinary names.
 HEAD_LAYERS = re.compile(r"(\w+_)?(heads?|classifier)|head_linear|action_out_proj|output_projection")
 HEADS_IN = (
@@ -52,7 +52,10 @@ HEADS_IN = (
     ("out", r"CTCEncoder$"),
     ("linear", r"ISTFTHead$"),
 )
-#: Hidden layers of a head, before the one that gives the scores.
+#: Names of heads that also are those of an attention's, or a patch merger's, own outputs.
+OUTPUTS = {"output", "proj_out", "fc"}
+INSIDE = re.compile(r"(Att(entio)?n(Block)?|Merger)$")
+#: Hidden layers of a head, if they are not its last one, which gives the scores.
 BEFORE_SCORES = re.compile(r"dense|linear\d*|transform|fc1|in_proj_weight")
 #: Tables and vectors that have two or more dimensions: the parameter's own name.
 NOT_MATRICES = re.compile(
@@ -171,17 +174,17 @@ def route(
             raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
     if complete:
         _check_splits_cut(split, matrices)
-    notes = [note for why, of_why in whole.items() for note in kept_whole(why, of_why)]
+    notes = [note for why, of_why in whole.items() for note in kept_whole(why, of_why, "; `split` can cut it")]
     return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
 
 
-def kept_whole(why: str, names: Iterable[str]) -> list[str]:
+def kept_whole(why: str, names: Iterable[str], advice: str = "") -> list[str]:
     """Notes on fused parameters that are kept whole: one for the same parameter of all layers."""
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
         alike[re.sub(r"(?<![a-zA-Z])\d+(?![a-zA-Z])", "*", name)].append(name)
     return [
-        f"{pattern if len(found) > 1 else found[0]} is kept whole, because {why}; see split"
+        f"{pattern if len(found) > 1 else found[0]} is kept whole, because {why}{advice}"
         + (f" ({len(found)} parameters)" if len(found) > 1 else "")
         for pattern, found in alike.items()
     ]
@@ -278,7 +281,7 @@ def _not_a_matrix(
     if NOT_MATRICES.search(parts[-1]):
         return "a table or a bias"
     outside = [*takewhile(lambda part: not part.isdigit(), parts[1:] if parts[0] in ends else parts)]
-    if _is_head(place, parts, set(parts) & HEADS | set(outside) & OUTER_HEADS):
+    if _is_head(place, parts, outside):
         return "output head"
     return None
 
@@ -297,30 +300,38 @@ def _is_embedding(place: Place, parts: Sequence[str]) -> bool:
     return any(word in part for part in parts[-2:] for word in EMBEDDING_WORDS) and "embed_out" not in parts
 
 
-def _is_head(place: Place, parts: Sequence[str], named: Collection[str]) -> bool:
+def _is_head(place: Place, parts: Sequence[str], outside: Collection[str]) -> bool:
     """Whether the layer's outputs are scores or codes.
 
     Args:
-        named: the parts of the name that say so, of the layer or of a module above it.
+        parts: of its name.
+        outside: the parts before the first numbered block.
     """
-    if place.block is None:
+    named = [part for part in parts if part in HEADS or (part in OUTER_HEADS and part in outside)]
+    if place.block is None or place.tuner is not None:
         return bool(named)
     block = type(place.block).__name__
     if any(re.fullmatch(layers, place.attribute) and re.search(blocks, block) for layers, blocks in HEADS_IN):
         return True
-    if place.attribute in named:
-        return not re.search(r"Att(entio)?n|Merger", block)  # whose own outputs have such names, too
-    if isinstance(place.layer, nn.Linear) and HEAD_LAYERS.fullmatch(place.attribute):
+    if isinstance(place.layer, nn.Linear) and place.attribute in outside and HEAD_LAYERS.fullmatch(place.attribute):
         return True
-    if not named or place.tuner is not None:
-        return bool(named)
-    # In a module that is called a head, the last layer gives the scores. Pooling heads give hidden states.
-    above = place.classes[min(parts.index(name) for name in named)]
-    if not re.search(r"Head|Classif|Score|ModuleList|Sequential|Projection", above) or "Pooling" in above:
-        return False
-    if isinstance(place.block, nn.Sequential):
-        return place.layer is [layer for layer in place.block if any(True for _ in layer.parameters())][-1]
-    return not BEFORE_SCORES.fullmatch(place.attribute)
+    if place.attribute in named:
+        return place.attribute not in OUTPUTS or not INSIDE.search(block)
+    return bool(named) and not _is_before_scores(place, place.modules[parts.index(named[0]) :])
+
+
+def _is_before_scores(place: Place, modules: Sequence[nn.Module]) -> bool:
+    """Whether a layer in a module that is called a head comes before the one that gives the scores.
+
+    Args:
+        modules: that module, and those inside it that hold the layer.
+    """
+    head = next(module for module in modules if not isinstance(module, (nn.ModuleList, nn.ModuleDict)))
+    if re.search(r"Pooling|SelfOutput$", type(head).__name__):  # they give hidden states
+        return True
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    hidden = place.attribute.isdigit() or BEFORE_SCORES.fullmatch(place.attribute)
+    return bool(hidden and linear and place.layer is not linear[-1])
 
 
 def _stored(place: Place, shape: tuple[int, ...]) -> Stored | str:

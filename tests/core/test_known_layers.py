@@ -194,3 +194,35 @@ def test_an_adapters_parameter_is_known_by_its_attribute(attribute):
     model = nn.Module()
     model.experts = layer
     assert list(route({f"experts.{attribute}.default": (4, 6)}, model=model).adamw) == [f"experts.{attribute}.default"]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj_out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+
+class Scores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.linear = nn.Linear(4, 4), nn.Linear(4, 9)
+
+
+class AttentionModel(nn.Module):
+    """Neither its own name nor that of its head's class says that `lm_head` is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = SelfAttention()
+        self.layers = nn.ModuleList([nn.ModuleDict({"k_head": nn.Linear(4, 4)})])
+        self.score, self.lm_head = nn.Linear(4, 2), Scores()
+        self.heads = nn.ModuleList([nn.Linear(4, 9), nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 9))])
+
+
+def test_a_head_is_known_by_its_name_and_only_its_last_layer_gives_the_scores():
+    model = AttentionModel()
+    routing = route({n: tuple(p.shape) for n, p in model.named_parameters()}, model=model)
+    heads = {"score.weight", "lm_head.linear.weight", "heads.0.weight", "heads.1.1.weight"}
+    assert {name for name, why in routing.adamw.items() if why == "output head"} >= heads
+    hidden = {"mixer.qkv.weight", "mixer.proj_out.weight", "layers.0.k_head.weight", "lm_head.dense.weight"}
+    assert {matrix.parameter for matrix in routing.matrices} >= hidden
