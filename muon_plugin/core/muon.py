@@ -328,8 +328,8 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.halves.check_left_out()
         if not self.calls:
+            self.halves.check_left_out()  # elsewhere the halves do so in each step
             if self.names and not self._in_engine:
                 raise RuntimeError(
                     "an engine has cut the parameters of this Muon: call muon_plugin.register(), give the optimizer "

@@ -12,6 +12,7 @@ DeepSpeed's functions are wrapped only here, and the wrappers act only when the 
 - ``_load_universal_checkpoint`` of ZeRO's optimizers: the wrapper reads this Muon's shards and state (`checkpoints`).
 - ``DeepSpeedEngine._get_all_ckpt_names``: the wrapper finds a universal checkpoint's files whichever stage saved it.
 - ``DeepSpeedEngine.load_checkpoint``: the wrapper makes weights load without state at every stage (`weights_only`).
+- ``zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint``: the wrapper reads the tag that was asked for then.
 - ``DeepSpeedEngine.get_mom``: the wrapper reports Muon's momentum, where DeepSpeed looks for Adam's betas (`monitor`).
 - ``DeepSpeedZeroOptimizer_Stage3.offload_states`` rejects any optimizer but FusedAdam; the wrapper allows this one.
 """
@@ -41,6 +42,7 @@ def register() -> None:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    from deepspeed.utils import zero_to_fp32
 
     from ..core.muon import Muon
     from . import checkpoints, engine, monitor, weights_only
@@ -78,6 +80,12 @@ def register() -> None:
             "load_checkpoint",
             LOAD_CHECKPOINT,
             weights_only.load_checkpoint,
+        ),
+        Hook(
+            zero_to_fp32,
+            "get_fp32_state_dict_from_zero_checkpoint",
+            ["checkpoint_dir", "tag", "exclude_frozen_parameters", "lazy_mode"],
+            weights_only.read_zero_3,
         ),
         Hook(DeepSpeedEngine, "get_mom", ["self"], monitor.get_mom),
         Hook(

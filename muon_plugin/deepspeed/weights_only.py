@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextvars import ContextVar
 from typing import Any
-
-from deepspeed.runtime import engine as deepspeed_engine
 
 from ..core.muon import Muon
 from .host import BEFORE
@@ -45,7 +43,7 @@ def load_checkpoint(
         _check(engine, "load_module_only=True" if load_module_only else "load_optimizer_states=False")
     if weights_only and engine.zero_optimization():
         load_optimizer_states = False  # in ZeRO-3 this makes it read the weights from the shards
-    with _latest_is(tag) if weights_only and tag is not None else nullcontext():
+    with _asked_for(tag) if weights_only else nullcontext():
         found = original(
             engine,
             load_dir,
@@ -74,13 +72,21 @@ def _check(engine: Any, asked: str) -> None:
         raise ValueError(f"{asked} with {setting} does not restore the weights alone; allowed: {allowed}, or {BEFORE}")
 
 
+#: The tag that is being loaded, while `load_checkpoint` runs.
+_tag: ContextVar[str | None] = ContextVar("tag", default=None)
+
+
 @contextmanager
-def _latest_is(tag: str) -> Iterator[None]:
-    """DeepSpeed's engine reads the weights of ZeRO-3 without passing on the tag."""
-    name = "get_fp32_state_dict_from_zero_checkpoint"
-    original = getattr(deepspeed_engine, name)
-    setattr(deepspeed_engine, name, partial(original, tag=tag))
+def _asked_for(tag: str | None) -> Iterator[None]:
+    token = _tag.set(tag)
     try:
         yield
     finally:
-        setattr(deepspeed_engine, name, original)
+        _tag.reset(token)
+
+
+def read_zero_3(
+    original: Callable[..., Any], checkpoint_dir: Any, tag: str | None = None, *args: Any, **kw: Any
+) -> Any:
+    """Reads the weights of the tag that was asked for: DeepSpeed's engine does not pass it on."""
+    return original(checkpoint_dir, _tag.get() if tag is None else tag, *args, **kw)

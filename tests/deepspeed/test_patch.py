@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from tests.support import ROOT
-from tests.support.deepspeed_runs import resume, save
+from tests.support.deepspeed_runs import resume, save, weights_alone
 from tests.support.integers import config, differing, trained
 
 
@@ -70,6 +70,22 @@ def resumed_without_register(rank: int, settings: dict[str, Any], folder: Path) 
     register, muon_plugin.register = muon_plugin.register, lambda: None
     try:
         return resume(rank, settings, folder, 3, 2)
+    finally:
+        muon_plugin.register = register
+
+
+def test_a_patched_tree_loads_the_weights_of_the_tag_that_was_asked_for(ranks, registered, patched, tmp_path):
+    for _, *loads in ranks(2, deepspeed=patched).run(loaded_without_register, config(3, "bf16"), tmp_path):
+        for saved, loaded, _ in loads:
+            assert differing(saved, loaded) == []
+
+
+def loaded_without_register(rank: int, settings: dict[str, Any], folder: Path) -> list[Any]:
+    import muon_plugin
+
+    register, muon_plugin.register = muon_plugin.register, lambda: None
+    try:
+        return weights_alone(rank, settings, folder)
     finally:
         muon_plugin.register = register
 

@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from tests.support.deepspeed_runs import OLD, mended
-from tests.support.integers import IntegerModel, build, config, differing, gathered
-from tests.support.parallel_models import Experts, ReplacedExperts, build_replaced
+from tests.support.deepspeed_runs import OLD, WAYS_TO_LOAD_WEIGHTS, mended, weights_alone
+from tests.support.integers import config, differing
+from tests.support.parallel_models import ReplacedExperts, build_replaced
 from tests.support.ranks import RankError
 
-WAYS = [{"load_module_only": True}, {"load_optimizer_states": False}]
 CASES = [(None, stage, dtype) for stage, dtype in ((0, "fp32"), (0, "bf16"), (0, "fp16"), (1, "bf16"), (2, "fp32"))]
 CASES += [(None, 3, "bf16"), (OLD, 0, "bf16"), (OLD, 1, "bf16"), (OLD, 3, "bf16")]
 
@@ -46,7 +42,7 @@ def test_those_of_a_mixture_of_experts_too(ranks, tmp_path, how, stage):
             assert all((stepped[name] - value).abs().max() < 0.2 for name, value in saved.items())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_TO_LOAD_WEIGHTS)
 def test_those_of_autoep_in_zero_3_are_not_loaded_by_position(ranks, tmp_path, way):
     """There DeepSpeed copies the masters of another optimizer's groups, if their sizes are the same."""
     with pytest.raises(
@@ -59,44 +55,3 @@ def autoep_in_zero_3(rank: int, settings: dict[str, Any], folder: Path, way: dic
     engine = build_replaced(rank, settings, 2, ReplacedExperts())
     engine.save_checkpoint(str(folder), tag="tag")
     engine.load_checkpoint(str(folder), tag="tag", **way)
-
-
-def weights_alone(rank: int, settings: dict[str, Any], folder: Path, how: str = "dense") -> list[Any]:
-    """The error of a load without arguments; for each of `WAYS` the weights: saved, loaded, after one more step."""
-
-    def make(settings: dict[str, Any], shift: float) -> Any:
-        model = {"dense": IntegerModel, "experts": lambda: Experts(2), "AutoEP": ReplacedExperts}[how]()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(shift)
-        return build_replaced(rank, settings, 2, model) if how == "AutoEP" else build(rank, settings, model)
-
-    def step(engine: Any, number: int) -> None:
-        engine.backward(engine(number, 0, rank, dist.get_world_size(), 1) if how == "dense" else engine(number))
-        engine.step()
-
-    adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}  # a new one: DeepSpeed removes torch_adam
-    engine = make({**settings, "optimizer": adamw}, 0.0)
-    step(engine, 0)
-    engine.save_checkpoint(str(folder), tag="first")
-    saved = whole(engine)
-    step(engine, 1)
-    engine.save_checkpoint(str(folder), tag="latest one")
-    engine.destroy()
-    found: list[Any] = []
-    for way in [{}, *WAYS]:
-        engine = make(settings, 1.0)
-        try:
-            engine.load_checkpoint(str(folder), tag="first", **way)
-            loaded = whole(engine)
-            step(engine, 0)
-            found.append((saved, loaded, whole(engine)))
-        except ValueError as error:
-            found.append(str(error))
-        engine.destroy()
-    return found
-
-
-def whole(engine: Any) -> dict[str, Tensor]:
-    with gathered(engine.module):
-        return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}

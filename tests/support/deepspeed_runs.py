@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.support.integers import build, differing, train, trained, weights
+from tests.support.integers import IntegerModel, build, differing, gathered, train, trained, weights
+from tests.support.parallel_models import Experts, ReplacedExperts, build_replaced
 
 OLD = "0.18.9"
 
@@ -102,3 +103,51 @@ def mended(rank: int, function: Callable[..., Any], *args: Any) -> Any:
         patch.setattr(zero, "flatten_dense_tensors_aligned", lambda *a, **k: flatten(*a, **k).detach())
         patch.setattr(Init, "_allgather_params_coalesced", one_by_one)
         return function(rank, *args)
+
+
+#: The arguments of `load_checkpoint` that ask for the weights alone.
+WAYS_TO_LOAD_WEIGHTS = [{"load_module_only": True}, {"load_optimizer_states": False}]
+
+
+def weights_alone(rank: int, settings: dict[str, Any], folder: Path, how: str = "dense") -> list[Any]:
+    """The error of a load without arguments; then the weights that were saved, loaded, and there after one more step.
+
+    The last three for each of `WAYS_TO_LOAD_WEIGHTS`.
+    """
+
+    def make(settings: dict[str, Any], shift: float) -> Any:
+        model = {"dense": IntegerModel, "experts": lambda: Experts(2), "AutoEP": ReplacedExperts}[how]()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(shift)
+        return build_replaced(rank, settings, 2, model) if how == "AutoEP" else build(rank, settings, model)
+
+    def step(engine: Any, number: int) -> None:
+        engine.backward(engine(number, 0, rank, dist.get_world_size(), 1) if how == "dense" else engine(number))
+        engine.step()
+
+    adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}  # a new one: DeepSpeed removes torch_adam
+    engine = make({**settings, "optimizer": adamw}, 0.0)
+    step(engine, 0)
+    engine.save_checkpoint(str(folder), tag="first")
+    saved = whole(engine)
+    step(engine, 1)
+    engine.save_checkpoint(str(folder), tag="latest one")
+    engine.destroy()
+    found: list[Any] = []
+    for way in [{}, *WAYS_TO_LOAD_WEIGHTS]:
+        engine = make(settings, 1.0)
+        try:
+            engine.load_checkpoint(str(folder), tag="first", **way)
+            loaded = whole(engine)
+            step(engine, 0)
+            found.append((saved, loaded, whole(engine)))
+        except ValueError as error:
+            found.append(str(error))
+        engine.destroy()
+    return found
+
+
+def whole(engine: Any) -> dict[str, Tensor]:
+    with gathered(engine.module):
+        return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
