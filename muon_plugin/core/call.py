@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,12 @@ class Call:
     tensors: tuple[Tensor, ...]
     shards: tuple[Shard, ...]
     process_group: Any = None
+
+    @staticmethod
+    def whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:
+        """A call with whole parameters, of which each rank holds a replica."""
+        shards = tuple(Shard.of_range(names[p], 0, p.numel(), p) for p in tensors)
+        return Call(group, tuple(tensors), shards, process_group)
 
     def __post_init__(self) -> None:
         held: dict[Tensor, list[Shard]] = {tensor: [] for tensor in self.tensors}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -143,7 +142,7 @@ class Muon(Optimizer):
 
     def _attach_alone(self) -> None:
         held = [(i, group["params"]) for i, group in enumerate(self.param_groups) if group["params"]]
-        self.attach([_whole(i, parameters, self.names, self.process_group) for i, parameters in held])
+        self.attach([Call.whole(i, parameters, self.names, self.process_group) for i, parameters in held])
         self._check_replicas = True
         if not self._trained().matrices:
             warnings.warn(f"muon_plugin.Muon: {NO_MATRIX if self.names else NOTHING}", stacklevel=3)
@@ -400,7 +399,8 @@ class Muon(Optimizer):
         self._frozen_at_start |= found.frozen()
         self._set_digests()
         later = enumerate(found.groups, begin)
-        self._bind([*self.calls, *(_whole(i, group["params"], self.names, self.process_group) for i, group in later)])
+        new = [Call.whole(i, group["params"], self.names, self.process_group) for i, group in later]
+        self._bind([*self.calls, *new])
         self._check_replicas = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -487,35 +487,14 @@ class Muon(Optimizer):
         for number in sorted(self._planned):
             group = self.param_groups[self.calls[number].group]
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
-        routing = self._trained()
+        routing, waiting = self._trained(), [self.names[p] for p in self._waiting]
+        frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
         if not routing.matrices and not self._one_of_many:
             notes = (NO_MATRIX, *notes)
-        notes = (*self.routing.notes, *self._about_frozen(), *self.settings.notes, *notes)
+        notes = (*self.routing.notes, *frozen, *self.settings.notes, *notes)
         routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
 
     def _trained(self) -> Routing:
         """The ways of the parameters that are not waiting to be unfrozen."""
         return self.routing.only({name for p, name in self.names.items() if p not in self._waiting})
-
-    def _about_frozen(self) -> list[str]:
-        """Notes on frozen parameters: what becomes of them once they are unfrozen."""
-        found = []
-        if self._waiting:
-            names = [self.names[p] for p in self._waiting]
-            rest = sum(name in self.routing.adamw for name in names)
-            found.append(
-                f"{len(names)} parameters ({sum(prod(self.routing.shapes[name]) for name in names):,} elements) are "
-                f"frozen; once they are unfrozen, Muon trains {len(names) - rest} of them and AdamW {rest}"
-            )
-        if self.left_out:
-            found.append(
-                f"{len(self.left_out)} parameters are frozen, and unfreezing them later is an error: "
-                f"{self.host.unfreeze}"
-            )
-        return found
-
-
-def _whole(group: int, tensors: Sequence[Tensor], names: Mapping[Tensor, str], process_group: Any) -> Call:
-    shards = tuple(Shard.of_range(names[p], 0, p.numel(), p) for p in tensors)
-    return Call(group, tuple(tensors), shards, process_group)

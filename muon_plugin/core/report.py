@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .halves import Halves
 from .plan import Plan
-from .routing import Routing
+from .routing import Routing, by_pattern
 from .settings import Settings
-
-#: The number of a layer or an expert in a name, but not that of ``linear_fc1``.
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^chunk)\d+|(?<=\.weight)\d+$")
 
 
 def table(
@@ -68,13 +64,9 @@ def table(
     return "\n".join(["muon_plugin ".ljust(width + 2, "-"), *("  " + row for row in rows), "-" * (width + 2)])
 
 
-def _names(named: Any) -> list[str]:
+def _names(named: Iterable[tuple[str, str]]) -> list[str]:
     """Names that differ in their numbers alone as one line."""
-    merged: dict[tuple[str, str], list[str]] = {}
-    for name, way in named:
-        merged.setdefault((NUMBER.sub("*", name), way), []).append(name)
-    return [f"    {pattern if len(n) > 1 else n[0]}  {way}" + (f"  ({len(n)})" if len(n) > 1 else "")
-            for (pattern, way), n in merged.items()]  # fmt: skip
+    return [f"    {name}  {way}" + (f"  ({count})" if count > 1 else "") for name, way, count in by_pattern(named)]
 
 
 def options(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> str:
@@ -100,3 +92,24 @@ def si(amount: float) -> str:
         if amount >= size:
             return f"{amount / size:.2f} {unit}"
     return f"{amount:.0f} "
+
+
+def about_frozen(routing: Routing, waiting: Sequence[str], left_out: int, advice: str) -> list[str]:
+    """Notes on frozen parameters: what becomes of them once they are unfrozen.
+
+    Args:
+        routing: of all parameters.
+        waiting: the names of those that are trained then.
+        left_out: the number of those that are not.
+        advice: what to do about these.
+    """
+    found = []
+    if waiting:
+        rest = sum(name in routing.adamw for name in waiting)
+        found.append(
+            f"{len(waiting)} parameters ({sum(math.prod(routing.shapes[name]) for name in waiting):,} elements) are "
+            f"frozen; once they are unfrozen, Muon trains {len(waiting) - rest} of them and AdamW {rest}"
+        )
+    if left_out:
+        found.append(f"{left_out} parameters are frozen, and unfreezing them later is an error: {advice}")
+    return found

@@ -63,6 +63,9 @@ NOT_MATRICES = re.compile(
     r"|^(rel_pos|pos_bias|time_mix|position|codebook)"
 )
 
+#: The number of a layer or an expert in a name, but not that of ``linear_fc1``.
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^chunk)\d+|(?<=\.weight)\d+$|(?<=\.expert_)\d+(?=\.)")
+
 SPLIT_HELP = (
     'sizes along the output dimension ([512, 256, 256]), a number of equal parts (3), {"sizes": [...], "groups": n} '
     'for sizes that repeat n times (interleaved by head or query group), or "whole"'
@@ -180,14 +183,18 @@ def route(
 
 def kept_whole(why: str, names: Iterable[str], advice: str = "") -> list[str]:
     """Notes on fused parameters that are kept whole: one for the same parameter of all layers."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        alike[re.sub(r"(?<![a-zA-Z])\d+(?![a-zA-Z])", "*", name)].append(name)
     return [
-        f"{pattern if len(found) > 1 else found[0]} is kept whole, because {why}{advice}"
-        + (f" ({len(found)} parameters)" if len(found) > 1 else "")
-        for pattern, found in alike.items()
+        f"{name} is kept whole, because {why}{advice}" + (f" ({count} parameters)" if count > 1 else "")
+        for name, _, count in by_pattern((name, why) for name in names)
     ]
+
+
+def by_pattern(ways: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
+    """(Name, way, how many) of names with the same way that differ in their numbers alone, which are * then."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, way in ways:
+        alike[NUMBER.sub("*", name), way].append(name)
+    return [(pattern if len(n) > 1 else n[0], way, len(n)) for (pattern, way), n in alike.items()]
 
 
 def _check_patterns(
