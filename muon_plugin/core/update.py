@@ -29,8 +29,8 @@ from .phases import current, phase
 from .plan import make_plan
 
 
-class Measured(Protocol):
-    """What a measured step tells of itself."""
+class Measurement(Protocol):
+    """What is told of the gradients and the updates of a measured step."""
 
     def update(self, parameter: str, update: Tensor) -> None:
         """An fp32 (count, run) part of a parameter's scaled update."""
@@ -89,7 +89,7 @@ class Update:
         momenta: Sequence[Tensor],
         offloaded: bool = False,
         frozen: Frozen = NONE,
-        measure: Measured | None = None,
+        measure: Measurement | None = None,
         applied: Callable[[Tensor, str, int], None] | None = None,
     ) -> None:
         """Updates `tensors` from their gradients. Collective.
