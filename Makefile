@@ -23,7 +23,7 @@ paper-runs: .venv/examples  ## the paper's experiments from scratch at the small
 	$(BIN)/python examples/paper/run.py --scale toy
 	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
-test: lint .venv/megatron .venv/older_deepspeed .venv/emerging_optimizers .venv/fused_adam slurm  ## everything that CI runs; FULL=1 for every combination
+test: lint .venv/megatron .venv/older_deepspeed .venv/emerging_optimizers .venv/fused_adam .venv/client_libraries $(if $(FULL),.venv/client_scripts) slurm  ## everything that CI runs; FULL=1 for every combination
 	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --durations=25
 
 test-fast: .venv/dev .venv/megatron-0.19.2  ## lint, types, the core and one path through each engine; 90 seconds on 2 cores
@@ -95,6 +95,20 @@ clean:
 .venv/fused_adam: .venv/dev
 	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions $(BIN)/python -c \
 	  'from deepspeed.ops.op_builder import FusedAdamBuilder; FusedAdamBuilder().load(verbose=False)'
+	touch $@
+
+# TRL, PEFT, Lightning: in a folder of their own, without their dependencies, among which is another torch.
+.venv/client_libraries: .venv/dev tests/clients/libraries.txt
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .venv/clients -r tests/clients/libraries.txt
+	touch $@
+
+# Two that want older libraries, each in a folder. torchaudio's kernels want CUDA's libraries, text wants no kernels.
+.venv/client_scripts: .venv/dev tests/clients/llamafactory.txt tests/clients/ms_swift.txt
+	for client in llamafactory ms_swift; do \
+	  $(BIN)/python -m pip install -q --no-deps --upgrade --target .venv/clients-$$client \
+	    -r tests/clients/$$client.txt || exit 1; \
+	done
+	rm -f .venv/clients-llamafactory/torchaudio/lib/*.so
 	touch $@
 
 # What Megatron 0.19's own Muon is made of.

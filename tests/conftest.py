@@ -88,6 +88,17 @@ class Pools:
         finally:
             process.close()
 
+    def clients(self, size, function, *args, **kwargs):
+        """`function(rank, *args, **kwargs)` on `size` processes that have imported TRL, PEFT, Lightning ..., and end.
+
+        Hugging Face's libraries keep much of a run's state in the process.
+        """
+        processes = Ranks(size, clients=True)
+        try:
+            return processes.run(function, *args, **kwargs)
+        finally:
+            processes.close()
+
     def close(self) -> None:
         for started in self._pools.values():
             started.close()
@@ -101,6 +112,7 @@ def ranks():
     `ranks(n, apart="pipeline")`: for tests whose process groups DeepSpeed keeps for good.
     `ranks.alone(function, *arguments)`: what one process returns, computed once for all tests of a run.
     `ranks.forked(function, *arguments)`: in a process of its own, without process groups.
+    `ranks.clients(n, function, *arguments)`: on n processes of their own that have imported TRL, PEFT, Lightning, ...
     """
     pools = Pools()
     yield pools

@@ -25,30 +25,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from tests.support.client_runs import CASES, STEPS
+from tests.support.hugging_face import settings
 from tests.support.integers import weights
-
-
-def settings(stage: int, scheduler: bool, **params: Any) -> dict[str, Any]:
-    """The JSON: whatever Hugging Face knows is "auto"."""
-    config: dict[str, Any] = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "fp16": {"enabled": "auto", "initial_scale_power": 8},
-        "bf16": {"enabled": "auto"},
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": "auto",
-            "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": "auto",
-        },
-        "optimizer": {"type": "Muon", "params": {"lr": "auto", "weight_decay": "auto", **params}},
-    }
-    if scheduler:
-        names = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
-        config["scheduler"] = {"type": "WarmupDecayLR", "params": dict.fromkeys(names, "auto")}
-    return config
 
 
 class Text(torch.utils.data.Dataset):
@@ -87,7 +65,7 @@ def trainer(
     arguments = TrainingArguments(
         str(out),
         use_cpu=True,
-        deepspeed=settings(stage, scheduler, betas="auto", eps="auto", **halves),
+        deepspeed=settings(stage, scheduler=scheduler, betas="auto", eps="auto", **halves),
         max_steps=STEPS,
         save_steps=STEPS // 2,
         logging_steps=1,
@@ -114,7 +92,7 @@ def accelerate(
 ) -> tuple[Any, dict[str, Any], list[float]]:
     """The same, from a training loop of the user's own."""
     PartialState(cpu=True)
-    plugin = DeepSpeedPlugin(hf_ds_config=settings(stage, scheduler))
+    plugin = DeepSpeedPlugin(hf_ds_config=settings(stage, scheduler=scheduler))
     client = Accelerator(deepspeed_plugin=plugin, mixed_precision=dtype, gradient_accumulation_steps=2)
     model = llama()
     vectors = [p for name, p in model.named_parameters() if "norm" in name]

@@ -57,6 +57,15 @@ MEGATRON = (
 )
 #: Its training loop, which only source trees and the wheel of 0.19 have, and the tokenizers that each run asks for.
 MEGATRON_TRAINING = ("megatron.training.training", "megatron.core.tokenizers.text")
+#: Libraries that train with DeepSpeed or with an optimizer alone: 9 s of a core.
+CLIENTS = (
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.grpo_trainer",
+    "lightning.pytorch",
+)
 #: What is imported at the first step of any optimizer, and by the test files.
 COMMON = ("torch._dynamo", "torch.utils.flop_counter", "muon_plugin.watchdog", "pytest", "tests.support.integers")
 MESSAGE = 2**17  # bytes; the largest requests hold all environment variables
@@ -70,15 +79,19 @@ class Engine:
         megatron: the folder of a Megatron-Core, or None.
         deepspeed: the folder of a DeepSpeed, or None for the installed one.
         device: "cpu" or "cuda".
+        clients: the folder of the libraries in `CLIENTS`, or None.
     """
 
     megatron: str | None = None
     deepspeed: str | None = None
     device: str = "cpu"
+    clients: str | None = None
 
     def prepare(self) -> None:
         """Imports all that ranks will need, and starts no thread."""
-        sys.path[:0] = [folder for folder in (self.megatron, self.deepspeed) if folder]
+        sys.path[:0] = [folder for folder in (self.megatron, self.deepspeed, self.clients) if folder]
+        if self.clients:
+            os.environ |= {"HF_HUB_OFFLINE": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}  # Arrow's own has a thread
         import torch
 
         torch.set_num_threads(1)
@@ -92,6 +105,8 @@ class Engine:
             _import(DEEPSPEED)
             if not self.megatron:
                 _import(["transformers"])  # by DeepSpeed's pipelines, at their first batch
+        for name in CLIENTS if self.clients else ():
+            importlib.import_module(name)
         if self.megatron:
             from muon_plugin.megatron import on_cpu
 

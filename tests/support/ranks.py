@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -39,6 +40,22 @@ def release(version: str, engine: str = "megatron-core") -> Path:
     return folder
 
 
+def client_libraries(package: str = "trl") -> Path:
+    """The folder of a library that trains with DeepSpeed (`make test` installs them; else tests are skipped).
+
+    That of "trl" has all of `forks.CLIENTS`.
+    """
+    if sys.version_info < (3, 11):
+        pytest.skip("TRL needs Python 3.11")
+    name = {"trl": "clients", "llamafactory": "clients-llamafactory", "swift": "clients-ms_swift"}[package]
+    folder = Path(os.environ.get("CLIENTS", ROOT / ".venv")) / name
+    if not (folder / package).is_dir():
+        if os.environ.get("REQUIRE_RELEASES"):
+            raise FileNotFoundError(f"{folder}: run make test, which installs {package} there")
+        pytest.skip(f"{package} is not in {folder} (make test installs it)")
+    return folder
+
+
 class Ranks:
     """`size` processes with torch.distributed initialized; `run` calls a module-level function on each."""
 
@@ -49,8 +66,11 @@ class Ranks:
         deepspeed: str | None = None,
         device: str = "cpu",
         group: bool = True,
+        clients: bool = False,
     ) -> None:
         """With `megatron`, the processes see that release of Megatron-Core; `deepspeed` likewise.
+
+        With `clients` they have imported the libraries that train with DeepSpeed.
 
         Without `group`, torch.distributed is not initialized.
 
@@ -60,6 +80,7 @@ class Ranks:
             str(release(megatron)) if megatron is not None else None,
             str(release(deepspeed, "deepspeed")) if deepspeed is not None else None,
             device,
+            str(client_libraries()) if clients else None,
         )
         self.size, self._server = size, Server.of(engine)
         store = os.path.join(tempfile.mkdtemp(dir=session.folder()), "store") if group else ""
