@@ -30,7 +30,8 @@ class Fused:
     """How one kind of layer is cut.
 
     Attributes:
-        layers: regular expression of the layer's name in its block.
+        layers: regular expression of the layer's name in its block; in a `torch.nn.Sequential` of the block,
+            ``transform.2``.
         blocks: regular expression of the block's class; other classes use the name for other layouts.
         rule: (block, how the weight is stored) -> the rule; an attribute that the block lacks says that it is another
             kind of block.
@@ -40,9 +41,9 @@ class Fused:
     blocks: str
     rule: Callable[[Any, Stored], Rule]
 
-    def applies(self, place: Place) -> bool:
-        block = type(place.block).__name__.removeprefix("Parametrized")  # as torch calls it then
-        return bool(re.fullmatch(self.layers, place.attribute) and re.match(self.blocks, block))
+    def applies(self, block: Any, attribute: str) -> bool:
+        name = type(block).__name__.removeprefix("Parametrized")  # as torch calls it then
+        return bool(re.fullmatch(self.layers, attribute) and re.match(self.blocks, name))
 
 
 def _each(stored: Stored, *sizes: int) -> Rule:
@@ -173,6 +174,8 @@ KNOWN = (
     Fused("linear", "Qwen2_5_OmniAdaLayerNormZero_Final", lambda b, s: s.equal(2)),
     Fused("linear", "Qwen2_5_OmniAdaLayerNormZero$", lambda b, s: s.equal(6)),
     Fused("adaln_linear", "EsmFold2", lambda b, s: s.equal(6)),
+    # A projected prefix of PEFT's: key and value of every layer, each as wide as the prefix's embedding.
+    Fused(r"transform\.2", "PrefixEncoder", lambda b, s: s.equal(s.outputs // b.embedding.embedding_dim)),
     # Plain torch: the gates of recurrent layers, in the order of its documentation.
     Fused(r"weight_[ih]h_l\d+(_reverse)?", "LSTM", lambda b, s: s.equal(4)),
     Fused(r"weight_[ih]h_l\d+(_reverse)?", "GRU", lambda b, s: s.equal(3)),
@@ -182,10 +185,11 @@ KNOWN = (
 def known_rule(place: Place, stored: Stored) -> Rule | None:
     """How the layer at `place` is cut; None where it looks fused and its layout is not known."""
     attribute = place.attribute.lower()
-    for fused in KNOWN if place.block is not None else ():
-        if fused.applies(place):
+    block, name = place.in_block
+    for fused in KNOWN if block is not None else ():
+        if fused.applies(block, name):
             try:
-                rule = fused.rule(place.block, stored)
+                rule = fused.rule(block, stored)
             except (AttributeError, TypeError, ZeroDivisionError):
                 continue  # another kind of block with a layer of that name
             rule = replace(rule, sizes=tuple(size for size in rule.sizes if size))  # such as no rotary part

@@ -45,6 +45,13 @@ class Place:
     adapted: Place | None = None
 
     @property
+    def in_block(self) -> tuple[nn.Module | None, str]:
+        """The block and the layer's name in it; where that is a `torch.nn.Sequential`, of the module that holds it."""
+        if not isinstance(self.block, nn.Sequential) or len(self.modules) < 3 or self.modules[-2] is not self.block:
+            return self.block, self.attribute
+        return self.modules[-3], ".".join(self.name.split(".")[-3:-1])
+
+    @property
     def magnitude(self) -> bool:
         """Whether it is the magnitude of a weight-normed layer, whose direction is another parameter."""
         return self.name.rpartition(".")[2] in ("original0", "weight_g")

@@ -77,6 +77,16 @@ def test_a_fused_projection_is_cut_as_its_code_splits_it(kind, attribute, sizes,
         assert found == [list(part) for part in parts]
 
 
+def test_the_projection_of_a_prefix_is_cut_into_key_and_value_of_each_layer():
+    """PEFT's PrefixEncoder: a Sequential, whose layers are known by the module around it."""
+    model = block("PrefixEncoder", "unused", 1)
+    model.block.embedding = nn.Embedding(4, 3)
+    model.block.transform = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2 * 2 * 3))
+    expected = [[*range(at, at + 3)] for at in (0, 3, 6, 9)]
+    assert rows_of(model, "block.transform.2.weight") == expected
+    assert rows_of(model, "block.transform.0.weight") == [[*range(5)]]
+
+
 def test_the_same_name_in_an_unknown_class_is_whole_and_named_once():
     model = nn.Module()
     model.layers = nn.ModuleList(block("Unheard", "in_proj_qkvz", 12) for _ in range(3))
