@@ -287,8 +287,7 @@ def _not_a_matrix(
         return "embedding"
     if NOT_MATRICES.search(parts[-1]):
         return "a table or a bias"
-    outside = [*takewhile(lambda part: not part.isdigit(), parts[1:] if parts[0] in ends else parts)]
-    if _is_head(place, parts, outside):
+    if _is_head(place, parts, _outside(place, parts, ends)):
         return "output head"
     return None
 
@@ -305,6 +304,18 @@ def _is_embedding(place: Place, parts: Sequence[str]) -> bool:
     if isinstance(place.layer, nn.modules.conv._ConvNd) and PATCH_CLASSES.search(block):
         return True
     return any(word in part for part in parts[-2:] for word in EMBEDDING_WORDS) and "embed_out" not in parts
+
+
+def _outside(place: Place, parts: Sequence[str], ends: Collection[str]) -> list[str]:
+    """The parts of a name before the first numbered block, which the last layers of a Sequential are not."""
+    found: list[str] = []
+    for i, part in enumerate(parts):
+        holder = place.modules[i - 1] if 0 < i < len(place.modules) else None
+        last = layer_types(holder) if isinstance(holder, nn.Sequential) else {}
+        if part.isdigit() and part not in (_last_layers(last) if i else ends):
+            break
+        found.append(part)
+    return found
 
 
 def _is_head(place: Place, parts: Sequence[str], outside: Collection[str]) -> bool:

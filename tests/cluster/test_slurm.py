@@ -242,6 +242,7 @@ def test_deepspeed_survives_a_killed_rank_and_the_time_limit(submit, sweep, fold
     assert len(list((out / "checkpoint").glob("global_step*"))) == 2  # older ones are removed
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1; DeepSpeed's job is stopped and goes on by the same script")
 def test_megatron_survives_a_cancelled_step_and_the_signal(submit, folder):
     variables = {"TRAIN": "examples/megatron/train.py", "DATA": str(folder / "data")}
     whole = submit("megatron", *TRAINING, "--tp=1", OUTPUT=str(folder / "whole"), PREFLIGHT="1", **variables).ended()

@@ -302,6 +302,11 @@ def test_heads_are_known_where_names_begin_with_the_number_of_a_layer():
     routing = route(shapes, model=model)
     assert {m.parameter for m in routing.matrices} == blocks
     assert routing.adamw["3.head.weight"] == "output head"
+    # The same under a prefix.
+    wrapped = nn.ModuleDict({"net": model})
+    routing = route({f"net.{name}": shape for name, shape in shapes.items()}, model=wrapped)
+    assert {m.parameter for m in routing.matrices} == {f"net.{name}" for name in blocks}
+    assert routing.adamw["net.3.head.weight"] == "output head"
     # A stage holds one block, and knows from the pipeline that there are others.
     stage = nn.ModuleDict({"2": model[2], "3": model[3]})
     shapes = {name: tuple(p.shape) for name, p in stage.named_parameters()}

@@ -13,6 +13,7 @@ import torch
 
 from tests.support import SUPPORT
 from tests.support.client_runs import CASES, STEPS
+from tests.support.combinations import FULL
 from tests.support.integers import IntegerModel, build, config, differing
 from tests.support.jobs import environment, free_port
 from tests.support.ranks import RankError
@@ -42,7 +43,7 @@ def launch(command: list[str], *arguments: str) -> str:
     return output
 
 
-@pytest.fixture(scope="module", params=LAUNCHES)
+@pytest.fixture(scope="module", params=LAUNCHES if FULL else ["trainer"])
 def runs(request, tmp_path_factory) -> dict[str, Any]:
     """The client's name, what each of two launches printed, and what they left: by stage, (whole run, resumed)."""
     out = tmp_path_factory.mktemp(request.param)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.support import ROOT
+from tests.support.combinations import FULL
 from tests.support.jobs import Process, environment
 from tests.support.ranks import RankError
 
@@ -46,6 +47,8 @@ def execute(out: Path, *options: str) -> None:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """The folder of all experiments, run once."""
+    if not FULL:
+        pytest.skip("FULL=1: all experiments of the paper, in a minute and a half of two cores")
     folder = tmp_path_factory.mktemp("paper")
     execute(folder, "--jobs", "2")
     return folder
@@ -250,7 +253,7 @@ def test_the_scales_are_the_papers_where_they_say_so():
     assert run.parameters == pytest.approx(12 * 12 * 1536**2, rel=0.01)
 
 
-@pytest.mark.parametrize("log", ["toy.jsonl", "small/small.jsonl"])
+@pytest.mark.parametrize("log", ["toy.jsonl", *(["small/small.jsonl"] if FULL else [])])
 def test_the_repositorys_report_is_what_its_log_gives(tmp_path, log):
     file = ROOT / "docs" / "paper" / log
     shown = file.parent
