@@ -99,12 +99,14 @@ clean:
 	touch $@
 
 # The oldest torch that is promised and the newest, each in a folder of its own with what it depends on: with CUDA's
-# libraries 5 GB each.
+# libraries 5 GB each. Triton is the environment's: the 3.2 of torch 2.6 wants a GPU when a kernel is defined, and
+# Megatron 0.19 defines some when its Mamba and its training loop are imported.
 other-torch: $(OTHER_TORCH:%=$(TORCH_RELEASES)/%/installed)
 
 $(TORCH_RELEASES)/%/installed: | .venv/dev
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --target $(@D) torch==$*
+	rm -rf $(@D)/triton $(@D)/triton-*
 	PYTHONPATH=$(@D) $(BIN)/python -m tests.support.torch_releases
 	touch $@
 
