@@ -4,10 +4,12 @@ TORCH ?= torch==2.13.0
 DEEPSPEED ?= deepspeed==0.19.8
 MEGATRON ?= 0.16.1 0.19.2
 OLDER_DEEPSPEED ?= 0.18.9
+OTHER_TORCH ?= 2.6.0 2.14.1
+export TORCH_RELEASES ?= $(CURDIR)/.venv/torch-releases
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint slurm bench bench-megatron gpu clean
+.PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint slurm other-torch bench bench-megatron gpu clean
 
 train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; about 8 minutes on 2 cores
 	$(BIN)/python examples/llama/compare.py
@@ -23,7 +25,7 @@ paper-runs: .venv/examples  ## the paper's experiments from scratch at the small
 	$(BIN)/python examples/paper/run.py --scale toy
 	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
-test: lint .venv/megatron .venv/older_deepspeed .venv/emerging_optimizers .venv/fused_adam .venv/client_libraries $(if $(FULL),.venv/client_scripts) slurm  ## everything that CI runs; FULL=1 for every combination
+test: lint .venv/megatron .venv/older_deepspeed .venv/emerging_optimizers .venv/compiled .venv/client_libraries $(if $(FULL),.venv/client_scripts other-torch) slurm  ## everything that CI runs; FULL=1 for every combination
 	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --durations=25
 
 test-fast: .venv/dev .venv/megatron-0.19.2  ## lint, types, the core and one path through each engine; 90 seconds on 2 cores
@@ -92,9 +94,20 @@ clean:
 	touch $@
 
 # DeepSpeed compiles its AdamW at first use, for a minute or two: once for all runs of the tests.
-.venv/fused_adam: .venv/dev
-	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions $(BIN)/python -c \
-	  'from deepspeed.ops.op_builder import FusedAdamBuilder; FusedAdamBuilder().load(verbose=False)'
+.venv/compiled: .venv/dev
+	$(BIN)/python -m tests.support.torch_releases
+	touch $@
+
+# The oldest torch that is promised and the newest, each in a folder of its own with what it depends on: with CUDA's
+# libraries 5 GB each. Triton is the environment's: the 3.2 of torch 2.6 wants a GPU when a kernel is defined, and
+# Megatron 0.19 defines some when its Mamba and its training loop are imported.
+other-torch: $(OTHER_TORCH:%=$(TORCH_RELEASES)/%/installed)
+
+$(TORCH_RELEASES)/%/installed: | .venv/dev
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --target $(@D) torch==$*
+	rm -rf $(@D)/triton $(@D)/triton-*
+	PYTHONPATH=$(@D) $(BIN)/python -m tests.support.torch_releases
 	touch $@
 
 # TRL, PEFT, Lightning: in a folder of their own, without their dependencies, among which is another torch.

@@ -3,8 +3,9 @@ import re
 import shutil
 
 import pytest
+import torch
 
-from tests.support import ROOT, session
+from tests.support import ROOT, session, torch_releases
 from tests.support.ranks import Ranks
 
 
@@ -19,9 +20,9 @@ def pytest_configure(config):
         # DeepSpeed compiles its AdamW at first use; `make test` does so at installation. A copy for each run, since a
         # start that is killed leaves a lock on which all later ones wait.
         extensions = session.folder() / "extensions"
-        if (ROOT / ".venv" / "torch_extensions").exists():
+        if torch_releases.extensions().exists():
             # without the lock that a build which was killed leaves behind, on which every later one waits
-            shutil.copytree(ROOT / ".venv" / "torch_extensions", extensions, ignore=shutil.ignore_patterns("lock"))
+            shutil.copytree(torch_releases.extensions(), extensions, ignore=shutil.ignore_patterns("lock"))
         os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
 
 
@@ -117,6 +118,12 @@ def ranks():
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def told_in_the_report(record_testsuite_property):
+    """With `--junitxml`: the torch that the tests ran with."""
+    record_testsuite_property("torch", torch.__version__.partition("+")[0])
 
 
 @pytest.fixture(scope="session", params=["0.16.1", "0.19.2"])

@@ -16,6 +16,7 @@ from muon_plugin.core.agreement import CHUNK, checksum
 from muon_plugin.core.coefficients import COEFFICIENT_SETS
 from tests.support.integers import IntegerModel, differing
 from tests.support.ranks import RankError
+from tests.support.torch_releases import needs_muon
 
 pytestmark = pytest.mark.fast
 
@@ -39,6 +40,7 @@ def random_gradients(model: nn.Module, step: int) -> None:
         p.grad = torch.randn_like(p)
 
 
+@needs_muon
 def test_ten_steps_end_where_torchs_muon_and_adamw_end():
     ours, theirs = layers(), layers()
     start = copy.deepcopy(ours)

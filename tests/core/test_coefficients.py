@@ -18,6 +18,7 @@ from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
 from muon_plugin.core.orthogonalize import NewtonSchulz
 from muon_plugin.core.settings import Settings
 from muon_plugin.megatron.settings import Settings as MegatronSettings
+from tests.support.jobs import environment
 from tests.support.ranks import ROOT
 
 STEPS = range(5, 11)
@@ -103,9 +104,8 @@ def test_the_sets_are_those_of_emerging_optimizers():
     """All of its sets, for 1 to 20 steps."""
     if not EMERGING_OPTIMIZERS.is_dir() and not os.environ.get("REQUIRE_RELEASES"):
         pytest.skip(f"{EMERGING_OPTIMIZERS} is not there (make test installs it)")
-    environment = {**os.environ, "PYTHONPATH": str(EMERGING_OPTIMIZERS)}
     command = [sys.executable, "-c", THEIRS]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, env=environment(EMERGING_OPTIMIZERS), capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr[-2000:]
     theirs = json.loads(ran.stdout.partition("triples: ")[2])
     assert {key.split()[0] for key in theirs} == set(COEFFICIENT_SETS)

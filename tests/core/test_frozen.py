@@ -16,6 +16,7 @@ from muon_plugin.core.call import Call
 from muon_plugin.core.layout import Matrix, Shard, Strided, check_once, merged
 from tests.support.integers import differing
 from tests.support.ranks import RankError
+from tests.support.torch_releases import needs_muon
 
 pytestmark = pytest.mark.fast
 
@@ -68,6 +69,7 @@ def test_what_is_frozen_in_training_keeps_every_bit(set_to_none):
         assert differing(bits(muon, p), was) == []
 
 
+@needs_muon
 @pytest.mark.filterwarnings("ignore:muon_plugin.Muon. no parameter is a matrix")
 @pytest.mark.parametrize("late", [("body",), ("body", "neck"), ("lm_head",)])
 def test_what_is_unfrozen_late_is_trained_as_torch_trains_it(late):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
 from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
 from muon_plugin.core.orthogonalize import NewtonSchulz
 from tests.support.combinations import FULL, covering
+from tests.support.torch_releases import needs_muon
 
 pytestmark = pytest.mark.fast
 
@@ -60,8 +60,11 @@ def test_a_batch_gives_the_bits_of_one_at_a_time(shape, method):
             assert all(torch.equal(a, b) for a, b in zip(found, alone[start : start + size]))
 
 
+@needs_muon
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_standard_form_is_torchs_bit_for_bit(shape):
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
     x = matrix(*shape)
     expected = _zeropower_via_newtonschulz(x.clone(), PAPER[0], 5, 1e-7)
     assert torch.equal(NewtonSchulz(PAPER, "standard")(x[None].clone())[0], expected)

@@ -22,6 +22,7 @@ from muon_plugin.core.groups import Host
 from muon_plugin.core.layout import Shard
 from muon_plugin.core.settings import Settings
 from tests.support.ranks import Ranks
+from tests.support.torch_releases import needs_muon
 
 #: Odd ones, a pair that shares a shape, tall and wide ones, one large enough for the GPU's usual kernels.
 SHAPES = {
@@ -170,6 +171,7 @@ def _set_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
         p.grad = _gaussian(1000 * (step + 1) + i, *p.shape).to(p.device)
 
 
+@needs_muon
 def test_ten_steps_are_those_of_torch_s_muon_and_adamw(cuda):
     ours, theirs, start = (_parameters(cuda) for _ in range(3))
     muon = Muon(ours.items(), ns_method="standard", **SETTINGS)

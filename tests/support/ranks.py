@@ -28,7 +28,10 @@ class RankError(AssertionError):
 
 
 def release(version: str, engine: str = "megatron-core") -> Path:
-    """The folder of a Megatron-Core or a "deepspeed" (`make test` installs them; else tests are skipped), or a path."""
+    """The folder of a Megatron-Core, or of another `engine`, or a path.
+
+    `make test` installs "deepspeed" too, with `FULL=1` "torch-releases"; tests of one that is not there are skipped.
+    """
     if Path(version).is_absolute():
         return Path(version)
     variable, package = engine.upper().replace("-", "_"), engine.split("-")[0]
