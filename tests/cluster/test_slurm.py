@@ -210,18 +210,19 @@ def asked_to_stop(job: Submitted, *ask: str) -> None:
 
 @pytest.fixture(scope="module")
 def sweep(cluster, folder) -> Path:
-    """Two learning rates, trained by an array of three tasks: the first is the undisturbed run of the tests below."""
+    """An array of tasks for two learning rates: the first is the undisturbed run of the tests below, the last too many."""
     variables = {"LRS": "0.001 0.002", "OUTPUT": str(folder / "sweep"), **inputs(folder)}
     with submitting(cluster) as submit:
-        job = submit("deepspeed", *TRAINING, options=("--array=0-2",), **variables)
+        job = submit("deepspeed", *TRAINING, options=(f"--array={'0-2' if FULL else '0,2'}",), **variables)
         for task, state in enumerate(["COMPLETED", "COMPLETED", "FAILED"]):
-            Submitted(f"{job.number}_{task}", job.out, job.environment).ended(state)
+            if task != 1 or FULL:
+                Submitted(f"{job.number}_{task}", job.out, job.environment).ended(state)
     return folder / "sweep"
 
 
 def test_an_array_sweeps_learning_rates(sweep):
     assert "array task 2: LRS='0.001 0.002' has 2 learning rates" in (sweep / "slurm.out").read_text()
-    assert differing(*(deepspeed_state(sweep / f"lr_{lr}") for lr in ("0.001", "0.002")))
+    assert not FULL or differing(*(deepspeed_state(sweep / f"lr_{lr}") for lr in ("0.001", "0.002")))
 
 
 def test_deepspeed_survives_a_killed_rank_and_the_time_limit(submit, sweep, folder):
@@ -367,6 +368,7 @@ exec {torchrun} "${{@/$shared/$other}}"
 """
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1; the same faults under torchrun: tests/preflight")
 def test_the_preflight_stops_a_job_whose_node_is_not_fit(submit, tmp_path):
     """Another version, a folder that is not the shared one, a peer out of reach: each is told, none is requeued."""
     shutil.copytree(ROOT / "muon_plugin", tmp_path / "other" / "muon_plugin")

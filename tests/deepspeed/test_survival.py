@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support import SUPPORT
+from tests.support.combinations import FULL
 from tests.support.integers import config, differing, trained
 from tests.support.jobs import Process, environment
 from tests.support.survivor import STEPS
@@ -40,7 +41,7 @@ def finish(processes: list[Process], folder: Path) -> None:
         assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, 3] if FULL else [3])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(ranks, tmp_path, stage):
     draw = random.Random(stage)
     reached = []

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.support import ROOT
+from tests.support.combinations import FULL
 from tests.support.integers import differing
 from tests.support.megatron_model import Layout, build, config_for, full_masters, full_weights, step, trained
 from tests.support.ranks import release
@@ -16,7 +17,7 @@ from tests.support.ranks import release
 RELEASES = ("0.16.1", "0.19.2")
 
 
-@pytest.fixture(scope="module", params=RELEASES)
+@pytest.fixture(scope="module", params=RELEASES if FULL else RELEASES[-1:])
 def patched(request, tmp_path_factory):
     """(release, a patched copy of it)."""
     folder = tmp_path_factory.mktemp("patched")

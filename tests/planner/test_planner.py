@@ -27,6 +27,7 @@ from muon_plugin.planner.calls import Zero, zero_calls
 from muon_plugin.planner.command import run
 from muon_plugin.planner.tables import as_json
 from tests.support import ROOT
+from tests.support.combinations import FULL
 from tests.support.counted import bytes_sent
 from tests.support.integers import build, config
 from tests.support.jobs import environment
@@ -212,6 +213,7 @@ def test_moonlight_at_dp_64():
     assert len(found["stages"][0]["by_rank"]["flops"]) == 64
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1; what is counted is compared with real runs above")
 def test_a_mixture_of_1t_parameters_at_8192_ranks():
     module = [sys.executable, "-W", "ignore", "-m", "muon_plugin.planner"]
     arguments = ["--megatron", "configs/planner_kimi_k2.txt", "--nodes", "1024", "--gpus-per-node", "8", "--json"]
@@ -260,7 +262,7 @@ def test_many_ranks_are_counted_as_the_plan_counts_them(monkeypatch, stage, scal
 def test_the_planner_at_many_ranks_searches_for_balance_as_a_run_does(stage):
     """0.1.0 chose owners anew above cost.MANY ranges, without the best-fit search of `make_plan`."""
     flops = NewtonSchulz(coefficients_for(5, "simple")).flops
-    shapes = {f"layers.{i}.{j}.w": (16 + 8 * (j % 3), 32 + 16 * (j % 5)) for i in range(20) for j in range(32)}
+    shapes = {f"layers.{i}.{j}.w": (16 + 8 * (j % 3), 32 + 16 * (j % 5)) for i in range(10) for j in range(32)}
     matrices = route(shapes).matrices
     parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
     (call,) = zero_calls("all", parameters, matrices, Zero(stage), 256)
