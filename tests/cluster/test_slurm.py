@@ -210,7 +210,7 @@ def asked_to_stop(job: Submitted, *ask: str) -> None:
 
 @pytest.fixture(scope="module")
 def sweep(cluster, folder) -> Path:
-    """An array of tasks for two learning rates: the first is the undisturbed run of the tests below, the last too many."""
+    """An array of tasks for two learning rates: the first is the undisturbed run for tests below, the last too many."""
     variables = {"LRS": "0.001 0.002", "OUTPUT": str(folder / "sweep"), **inputs(folder)}
     with submitting(cluster) as submit:
         job = submit("deepspeed", *TRAINING, options=(f"--array={'0-2' if FULL else '0,2'}",), **variables)
