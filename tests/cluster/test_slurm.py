@@ -225,6 +225,9 @@ def test_an_array_sweeps_learning_rates(sweep):
     assert not FULL or differing(*(deepspeed_state(sweep / f"lr_{lr}") for lr in ("0.001", "0.002")))
 
 
+@pytest.mark.skipif(
+    not FULL, reason="FULL=1; a bug and a signal below requeue by the same script, test_survival.py resumes"
+)
 def test_deepspeed_survives_a_killed_rank_and_the_time_limit(submit, sweep, folder):
     out = folder / "deepspeed"
     job = submit("deepspeed", *TRAINING, OUTPUT=str(out), LR="0.001", **inputs(folder))

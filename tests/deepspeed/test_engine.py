@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from tests.support import ROOT
-from tests.support.combinations import FULL
 from tests.support.integers import IntegerModel, build, config, train
 from tests.support.jobs import environment, free_port
 from tests.support.ranks import RankError
@@ -306,7 +305,6 @@ time.sleep(1)
 """
 
 
-@pytest.mark.skipif(not FULL, reason="FULL=1; test_clients.py launches Hugging Face's clients in the same ways")
 @pytest.mark.parametrize(
     "launch",
     [

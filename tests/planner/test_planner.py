@@ -265,12 +265,12 @@ def test_the_planner_at_many_ranks_searches_for_balance_as_a_run_does(stage):
     shapes = {f"layers.{i}.{j}.w": (16 + 8 * (j % 3), 32 + 16 * (j % 5)) for i in range(10) for j in range(32)}
     matrices = route(shapes).matrices
     parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
-    (call,) = zero_calls("all", parameters, matrices, Zero(stage), 256)
+    (call,) = zero_calls("all", parameters, matrices, Zero(stage), 128)
     plan = make_plan(matrices, cost._index(call), flops, 0)
     found, sent = spread.counts(call, flops, 0)
     assert (tuple(found), tuple(sent)) == (plan.flops, plan.bytes_sent)
     costs = sorted((flops(m.rows, m.cols) for m in matrices), reverse=True)
-    longest_first = [0] * 256  # what there was without the search
+    longest_first = [0] * 128  # what there was without the search
     for each in costs:
         longest_first[longest_first.index(min(longest_first))] += each
     assert max(found) < max(longest_first)
