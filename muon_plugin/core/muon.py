@@ -19,6 +19,7 @@ from . import adamw, phases, proof, report
 from .adamw import AdamWHalf
 from .agreement import agree, checksum, together, world_of
 from .call import Call
+from .clipping import Clipping
 from .frozen import FROZEN
 from .groups import Halved, Host, check_parameter, is_usable, layout_digest, named_groups, no_engine
 from .halves import Halves, MuonHalf
@@ -107,15 +108,14 @@ class Muon(Optimizer):
         self._model = model if host is None else None
         alike = process_group if stage is None else stage
 
-        def prepared() -> tuple[Settings, Prepared]:
+        def prepared() -> tuple[Settings, Prepared, Clipping | None]:
             checked = Settings.from_dict(settings)
             given, in_engine = named_groups(params), host is not None
-            return checked, prepare(
-                given, checked, self.host, model, shapes=shapes, in_engine=in_engine, unfreezes=unfreezes
-            )
+            made = prepare(given, checked, self.host, model, shapes=shapes, in_engine=in_engine, unfreezes=unfreezes)
+            return checked, made, Clipping.of(checked.clip, model, made.routing.shapes)
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
-        self.settings, found = together(prepared, alike)
+        self.settings, found, self.clipping = together(prepared, alike)
         agree(
             "the model or the settings of Muon",
             [*found.describe(), repr(self.settings)],
@@ -180,6 +180,8 @@ class Muon(Optimizer):
         rest = self._new_adamw([call for call in self.calls if not self.param_groups[call.group]["use_muon"]])
         parameters, left_out = ({name: p for p, name in of.items()} for of in (self.names, self.left_out))
         self.halves = Halves(muon, rest, self.calls, parameters, left_out, self.host.unfreeze)
+        if self.clipping is not None:
+            self.halves.clip = self.clipping.clip(self.calls, self._members, parameters)
         self._begin()
 
     def _plan(self, half: MuonHalf) -> None:
@@ -296,6 +298,8 @@ class Muon(Optimizer):
             )
         self.host, self._in_engine, self.process_group, self._model = host, True, process_group, None
         self.routing = self.routing.renamed({name: names[p] for p, name in self.names.items()})
+        if self.clipping is not None:
+            self.clipping = self.clipping.renamed({name: names[p] for p, name in self.names.items()})
         self.names, self.left_out = ({p: names[p] for p in of} for of in (self.names, self.left_out))
         if frozen:
             self._leave_out(frozen)
@@ -343,6 +347,8 @@ class Muon(Optimizer):
             self._check_replicas = False
             self._compare_replicas(p for p in self.names if p not in self._waiting)
         self.halves.step([group for group in self.param_groups if group["params"]], self.state)
+        if self.halves.clip is not None and not self._in_engine:
+            self.halves.clip.reset()  # under an engine a step may be several calls, or be skipped
         return loss
 
     def _compare_replicas(self, parameters: Iterable[Tensor]) -> None:
@@ -491,7 +497,8 @@ class Muon(Optimizer):
         frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
         if not routing.matrices and not self._one_of_many:
             notes = (NO_MATRIX, *notes)
-        notes = (*self.routing.notes, *frozen, *self.settings.notes, *notes)
+        clipping = self.clipping.notes if self.clipping is not None else ()
+        notes = (*self.routing.notes, *frozen, *self.settings.notes, *clipping, *notes)
         routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
 

@@ -12,6 +12,7 @@ from .adamw import implementations
 from .checks import BETAS, PATTERN_TABLE, PATTERNS, SWITCH, above, at_least, in_range, one_of, require, whole
 from .coefficients import coefficients_for, notes
 from .orthogonalize import METHODS, NewtonSchulz
+from .qk_clip import QKClip
 
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
 #: What a client's parameter group may set for itself.
@@ -63,6 +64,8 @@ class Settings:
         exclude: patterns of names that go to AdamW.
         split: pattern of names -> how a fused projection is taken apart.
         adamw: the AdamW to use: one of `adamw.implementations`.
+        qk_clip: None, or the fields of `qk_clip.QKClip`: heads whose attention logits exceed a threshold have their
+            query and key weights scaled down after the update.
 
     Raises:
         ValueError: with the key, its value and what is allowed.
@@ -84,6 +87,7 @@ class Settings:
     exclude: tuple[str, ...] = ()
     split: Mapping[str, Any] = field(default_factory=dict)
     adamw: str = "auto"
+    qk_clip: Any = None
 
     def __post_init__(self) -> None:
         for key in CHECKS:
@@ -91,6 +95,7 @@ class Settings:
                 _check(key, getattr(self, key))
         require(f"adamw={self.adamw!r}", self.adamw, one_of(implementations()))
         coefficients_for(self.ns_steps, self.ns_coefficients)
+        QKClip.of(self.qk_clip)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Settings:
@@ -106,6 +111,10 @@ class Settings:
     @property
     def newton_schulz(self) -> NewtonSchulz:
         return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method)
+
+    @property
+    def clip(self) -> QKClip | None:
+        return QKClip.of(self.qk_clip)
 
     def describe(self) -> str:
         """One line for the start-up table and the planner."""
