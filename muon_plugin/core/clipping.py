@@ -31,7 +31,11 @@ class Clipping:
 
     @classmethod
     def of(
-        cls, setting: QKClip | None, model: nn.Module | None, shapes: Mapping[str, Sequence[int]]
+        cls,
+        setting: QKClip | None,
+        model: nn.Module | None,
+        shapes: Mapping[str, Sequence[int]],
+        one_of_many: bool = False,
     ) -> Clipping | None:
         """None where QK-Clip is off, or nothing is trained.
 
@@ -39,6 +43,7 @@ class Clipping:
             setting: None where it is off.
             model: whose modules are watched from now on.
             shapes: name -> whole shape, of the parameters that are trained.
+            one_of_many: whether this is one of several pipeline stages, which may have no attention.
 
         Raises:
             ValueError: where QK-Clip cannot work, with the reason.
@@ -46,6 +51,13 @@ class Clipping:
         if setting is None or not shapes:
             return None
         found = attention_layers(model, shapes)
+        if not found.layers and one_of_many:
+            return None
+        if not found.layers:
+            raise ValueError(
+                "qk_clip: the model has no attention whose query and key projections are trained and known; leave it "
+                "out"
+            )
         maxima = logits.Maxima([(layer.name, layer.heads) for layer in found.layers])
         assert model is not None
         logits.watch(model, found.modules, found.left, maxima)
@@ -55,13 +67,20 @@ class Clipping:
         """With other names of the parameters."""
         return replace(self, found=replace(self.found, layers=tuple(o.renamed(names) for o in self.found.layers)))
 
-    def clip(self, calls: Sequence[Call], members: Sequence[Sequence[str]], parameters: Mapping[str, Tensor]) -> Clip:
+    def clip(
+        self,
+        calls: Sequence[Call],
+        members: Sequence[Sequence[str]],
+        parameters: Mapping[str, Tensor],
+        one_call: bool,
+    ) -> Clip:
         """What the halves need for these calls.
 
         Args:
             calls: those that the engine will make.
             members: for each parameter group, the names of its parameters.
             parameters: name -> the client's parameter.
+            one_call: see `Clip`.
 
         Raises:
             ValueError: where the layers are trained by several process groups, or are left out in part.
@@ -76,7 +95,7 @@ class Clipping:
         if any(group is not groups[0] for group in groups):
             raise ValueError("qk_clip: the attention layers are sharded over several process groups; leave it out")
         shards = [shard for call in calls for shard in call.shards]
-        return Clip(self.setting, self.found.layers, self.maxima, shards, parameters, groups[0])
+        return Clip(self.setting, self.found.layers, self.maxima, shards, parameters, groups[0], one_call)
 
     def cut(self, partitions: Mapping[str, Partition], rank: int) -> None:
         """Tells `maxima` which heads this TP rank computes: those of which it holds the query.

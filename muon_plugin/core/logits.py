@@ -204,7 +204,7 @@ def at_watch(watcher: Callable[[nn.Module], None]) -> None:
 
 
 def watch(model: nn.Module, layers: Sequence[nn.Module], left: Sequence[nn.Module], maxima: Maxima) -> None:
-    """From now on, `maxima` keeps the logits of these modules of `model`, in their order; those of `left` are not kept."""
+    """From now on `maxima` keeps the logits of these modules of `model`, by their order; those of `left` are not."""
     for module in model.modules():
         _known.add(module)
         _watched.pop(module, None)

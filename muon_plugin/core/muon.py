@@ -112,7 +112,7 @@ class Muon(Optimizer):
             checked = Settings.from_dict(settings)
             given, in_engine = named_groups(params), host is not None
             made = prepare(given, checked, self.host, model, shapes=shapes, in_engine=in_engine, unfreezes=unfreezes)
-            return checked, made, Clipping.of(checked.clip, model, made.routing.shapes)
+            return checked, made, Clipping.of(checked.clip, model, made.routing.shapes, stage is not None)
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
         self.settings, found, self.clipping = together(prepared, alike)
@@ -181,7 +181,7 @@ class Muon(Optimizer):
         parameters, left_out = ({name: p for p, name in of.items()} for of in (self.names, self.left_out))
         self.halves = Halves(muon, rest, self.calls, parameters, left_out, self.host.unfreeze)
         if self.clipping is not None:
-            self.halves.clip = self.clipping.clip(self.calls, self._members, parameters)
+            self.halves.clip = self.clipping.clip(self.calls, self._members, parameters, not self._in_engine)
         self._begin()
 
     def _plan(self, half: MuonHalf) -> None:
@@ -233,14 +233,10 @@ class Muon(Optimizer):
 
     def _join(self, unfrozen: set[Tensor]) -> None:
         """Trains parameters that were frozen when the optimizer was built: a new plan, and new state. Collective."""
+        advice = "Unfreeze the same parameters at the same step on every rank"
         for call in self.calls:
             if joined := [self.names[p] for p in call.tensors if p in unfrozen]:
-                agree(
-                    "which parameters are unfrozen",
-                    joined,
-                    "Unfreeze the same parameters at the same step on every rank",
-                    call.process_group,
-                )
+                agree("which parameters are unfrozen", joined, advice, call.process_group)
         self._waiting -= unfrozen
         self._plan(self.halves.muon)
         self._begin()
@@ -347,8 +343,6 @@ class Muon(Optimizer):
             self._check_replicas = False
             self._compare_replicas(p for p in self.names if p not in self._waiting)
         self.halves.step([group for group in self.param_groups if group["params"]], self.state)
-        if self.halves.clip is not None and not self._in_engine:
-            self.halves.clip.reset()  # under an engine a step may be several calls, or be skipped
         return loss
 
     def _compare_replicas(self, parameters: Iterable[Tensor]) -> None:
@@ -386,15 +380,15 @@ class Muon(Optimizer):
                 "added to its Muon later. Build the engine with all parameters"
             )
         known = Prepared(self.param_groups, self.routing, self.names, self.left_out)
-        found = together(
-            lambda: prepare_later(param_group, self.settings, self.host, self._model, known), self.process_group
-        )
-        agree(
-            "the added parameters",
-            found.describe(),
-            "Add the same parameters on every rank",
-            self.process_group,
-        )
+
+        def prepared() -> tuple[Prepared, Clipping | None]:
+            later = prepare_later(param_group, self.settings, self.host, self._model, known)
+            shapes = {**self.routing.shapes, **later.routing.shapes}
+            return later, Clipping.of(self.settings.clip, self._model, shapes)
+
+        found, self.clipping = together(prepared, self.process_group)
+        advice = "Add the same parameters on every rank"
+        agree("the added parameters", found.describe(), advice, self.process_group)
         begin = len(self.param_groups)
         for group in found.groups:
             super().add_param_group(group)
@@ -497,7 +491,7 @@ class Muon(Optimizer):
         frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
         if not routing.matrices and not self._one_of_many:
             notes = (NO_MATRIX, *notes)
-        clipping = self.clipping.notes if self.clipping is not None else ()
+        clipping = () if self.clipping is None else self.clipping.notes
         notes = (*self.routing.notes, *frozen, *self.settings.notes, *clipping, *notes)
         routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)

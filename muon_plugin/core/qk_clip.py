@@ -25,10 +25,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import wire_of, world_of
+from .agreement import largest as reduce_to_largest
+from .agreement import wire_of
 from .checks import Check, above, is_number, require
 from .heads import KEY, QUERY
 from .layout import Block, Shard, Strided, compose
@@ -72,14 +72,14 @@ class QKClip:
                 raise ValueError(f"qk_clip.{key}={given[key]!r} is not a setting; allowed: {', '.join(known)}")
         return cls(**given)
 
-    def factor(self, role: str, largest: float) -> float:
+    def factor(self, role: str, logit: float) -> float:
         """What weights of that role are multiplied by: 1.0 where the logit is not above the threshold.
 
         Also where it is infinite or no number: nothing is known of the head then.
         """
-        if not (math.isfinite(largest) and largest > self.threshold):
+        if not (math.isfinite(logit) and logit > self.threshold):
             return 1.0
-        gamma = self.threshold / largest
+        gamma = self.threshold / logit
         return float(gamma ** {QUERY: self.alpha, KEY: 1 - self.alpha, ROTARY: 1.0}[role])
 
 
@@ -123,10 +123,10 @@ class AttentionLayer:
         """With other names of the parameters."""
         return replace(self, rows=tuple(replace(r, parameter=names[r.parameter]) for r in self.rows))
 
-    def clipped(self, setting: QKClip, largest: Sequence[float]) -> int:
+    def clipped(self, setting: QKClip, logits: Sequence[float]) -> int:
         """How many query heads are scaled, given the largest logit of each."""
         groups = {(rows.first, rows.heads) for rows in self.rows}
-        return sum(heads for first, heads in groups if setting.factor(KEY, max(largest[first : first + heads])) != 1.0)
+        return sum(heads for first, heads in groups if setting.factor(KEY, max(logits[first : first + heads])) != 1.0)
 
 
 class Source(Protocol):
@@ -152,6 +152,7 @@ class Clip:
         shards: of whole parameters, that this rank holds.
         parameters: name -> the client's parameter. A layer with a frozen one is not clipped.
         group: all ranks that hold parts or replicas of the layers, or see other inputs or heads of them.
+        one_call: whether each call is a step of its own, which `apply` ends. Otherwise the engine calls `reset`.
 
     Attributes:
         last: (layer's name, its largest logit, number of clipped heads), of the last step in which there were logits.
@@ -165,8 +166,10 @@ class Clip:
         shards: Iterable[Shard],
         parameters: Mapping[str, Tensor],
         group: Any,
+        one_call: bool = False,
     ) -> None:
         self.setting, self.layers, self._source, self._group = setting, tuple(layers), source, group
+        self._one_call = one_call
         self.last: list[tuple[str, float, int]] = []
         self._largest: list[list[float]] | None = None
         self._parameters = [[parameters[name] for name in sorted(layer.parameters)] for layer in layers]
@@ -183,10 +186,8 @@ class Clip:
             return
         values = torch.nan_to_num(self._source.read(), nan=math.inf, posinf=math.inf, neginf=-math.inf)
         values = values.to(wire_of(self._group, values.device))
-        if world_of(self._group)[1] > 1:
-            with phase("exchange"):
-                for along in getattr(self._group, "groups", [self._group]):
-                    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=along)
+        with phase("exchange"):
+            reduce_to_largest(values, self._group)
         flat, found, begin = values.tolist(), [], 0
         for layer in self.layers:
             found.append(flat[begin : begin + layer.heads])
@@ -194,13 +195,13 @@ class Clip:
         self._check_seen(found)
         self._largest = found
         self.last = [
-            (layer.name, max(largest), layer.clipped(self.setting, largest) if self._trained(number) else 0)
-            for number, (layer, largest) in enumerate(zip(self.layers, found))
+            (layer.name, max(of_layer), layer.clipped(self.setting, of_layer) if self._trained(number) else 0)
+            for number, (layer, of_layer) in enumerate(zip(self.layers, found))
         ]
 
     def _check_seen(self, found: Sequence[Sequence[float]]) -> None:
         """In silence, nothing would ever be clipped."""
-        unseen = [layer.name for layer, largest in zip(self.layers, found) if max(largest) == -math.inf]
+        unseen = [layer.name for layer, of_layer in zip(self.layers, found) if max(of_layer) == -math.inf]
         if len(unseen) == len(self.layers):
             raise RuntimeError(
                 f"qk_clip: no attention logits were seen since the last step, in none of {len(unseen)} layers "
@@ -221,15 +222,17 @@ class Clip:
     @torch.no_grad()
     def apply(self, tensors: Iterable[Tensor]) -> None:
         """After the update: scales the heads above the threshold in these tensors."""
-        if not any(count for _, _, count in self.last) or self._largest is None:
-            return
-        with phase("apply"):
-            for p in tensors:
-                for number, rows, local in self._pieces.get(p, ()):
-                    largest = max(self._largest[number][rows.first : rows.first + rows.heads])
-                    factor = self.setting.factor(rows.role, largest)
-                    if factor != 1.0 and self._trained(number):
-                        local.view(p.view(-1)).mul_(factor)
+        largest = self._largest
+        if largest is not None and any(count for _, _, count in self.last):
+            with phase("apply"):
+                for p in tensors:
+                    for number, rows, local in self._pieces.get(p, ()):
+                        logit = max(largest[number][rows.first : rows.first + rows.heads])
+                        factor = self.setting.factor(rows.role, logit)
+                        if factor != 1.0 and self._trained(number):
+                            local.view(p.view(-1)).mul_(factor)
+        if self._one_call:
+            self.reset()
 
     def reset(self) -> None:
         """Ends a step of the engine, made or skipped: the logits before it are those of other weights."""

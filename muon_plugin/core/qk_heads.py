@@ -59,7 +59,7 @@ def attention_layers(model: nn.Module | None, shapes: Mapping[str, Sequence[int]
         shapes: name -> whole shape, of the parameters that are trained.
 
     Raises:
-        ValueError: where QK-Clip cannot work: no model or no attention, heads that cannot be told, norms behind the
+        ValueError: where QK-Clip cannot work: no model, heads that cannot be told, norms behind the
             projections, adapters on them.
     """
     if model is None:
@@ -93,10 +93,6 @@ def attention_layers(model: nn.Module | None, shapes: Mapping[str, Sequence[int]
             modules.append(block.module)
         else:
             left.append(block.module)
-    if not layers:
-        raise ValueError(
-            "qk_clip: the model has no attention whose query and key projections are trained and known; leave it out"
-        )
     frozen = sum(1 for block in blocks.values() if not (block.of(QUERY) and block.of(KEY)))
     notes = [f"QK-Clip leaves {len(others)} projections that are no query or key of a softmax: {o}" for o in others[:1]]
     notes += [f"QK-Clip leaves {frozen} layers whose query or key projection is frozen"] * bool(frozen)
