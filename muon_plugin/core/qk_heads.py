@@ -39,16 +39,26 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
+#: (Name, how it is stored, its heads) of a parameter.
+Projection = tuple[str, Stored, Heads]
+
+
 @dataclass
 class _Block:
-    """The projections to heads in one module: (name, how it is stored, its heads)."""
+    """The projections to heads in one module."""
 
     module: nn.Module
     path: str
-    projections: list[tuple[str, Stored, Heads]] = field(default_factory=list)
+    projections: list[Projection] = field(default_factory=list)
 
-    def of(self, role: str) -> list[tuple[str, Stored, Head]]:
-        return [(name, stored, head) for name, stored, held in self.projections for head in held if head.role == role]
+    @property
+    def complete(self) -> bool:
+        """Whether both queries and keys are trained."""
+        return bool(_of(self.projections, QUERY) and _of(self.projections, KEY))
+
+
+def _of(projections: Sequence[Projection], role: str) -> list[tuple[str, Stored, Head]]:
+    return [(name, stored, head) for name, stored, held in projections for head in held if head.role == role]
 
 
 def attention_layers(model: nn.Module | None, shapes: Mapping[str, Sequence[int]]) -> Found:
@@ -87,24 +97,33 @@ def attention_layers(model: nn.Module | None, shapes: Mapping[str, Sequence[int]
             block.projections.append((name, stored, found))
     layers, modules, left = [], [], _without_training(model, where)
     for block in blocks.values():
-        if block.of(QUERY) and block.of(KEY):
+        if block.complete:
             _refuse_norms(block)
-            layers.append(_layer(block, shapes))
+            layers.append(attention_layer(block.path, block.projections, shapes))
             modules.append(block.module)
         else:
             left.append(block.module)
-    frozen = sum(1 for block in blocks.values() if not (block.of(QUERY) and block.of(KEY)))
+    frozen = sum(not block.complete for block in blocks.values())
     notes = [f"QK-Clip leaves {len(others)} projections that are no query or key of a softmax: {o}" for o in others[:1]]
     notes += [f"QK-Clip leaves {frozen} layers whose query or key projection is frozen"] * bool(frozen)
     return Found(tuple(layers), tuple(modules), tuple(left), tuple(notes))
 
 
-def _layer(block: _Block, shapes: Mapping[str, Sequence[int]]) -> AttentionLayer:
-    queries, keys = block.of(QUERY), block.of(KEY)
+def attention_layer(
+    label: str, projections: Sequence[Projection], shapes: Mapping[str, Sequence[int]]
+) -> AttentionLayer:
+    """What is scaled of the projections to queries and keys of one layer.
+
+    Args:
+        label: for the log.
+        projections: of whole parameters.
+        shapes: name -> whole shape, of the parameters that are trained.
+    """
+    queries, keys = _of(projections, QUERY), _of(projections, KEY)
     shared, rest = divmod(len(queries), len(keys))
     if rest:
         raise ValueError(
-            f"qk_clip: {block.path} has {len(queries)} query and {len(keys)} key heads, of which none is shared evenly"
+            f"qk_clip: {label} has {len(queries)} query and {len(keys)} key heads, of which none is shared evenly"
         )
     rows: list[Rows] = []
     for name, stored, head in sorted(queries, key=lambda found: found[2].number):
@@ -115,7 +134,7 @@ def _layer(block: _Block, shapes: Mapping[str, Sequence[int]]) -> AttentionLayer
             rows += _rows(name, stored, start, width, role, group, shared, shapes)
     for name, stored, head in keys:
         rows += _rows(name, stored, head.start, head.width, KEY, head.number * shared, shared, shapes)
-    return AttentionLayer(block.path, len(queries), tuple(rows))
+    return AttentionLayer(label, len(queries), tuple(rows))
 
 
 def _rows(

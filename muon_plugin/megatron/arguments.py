@@ -57,9 +57,15 @@ def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs:
     """Megatron's checks refuse or rewrite every optimizer but Adam and SGD: ours is checked as its AdamW."""
     if not asks_for_muon(args):
         return original(args, *rest, **kwargs)
+    # Megatron's wants Transformer Engine for QK-Clip; ours has the logits of the local attention, too.
+    clips_locally = getattr(args, "qk_clip", False) and getattr(args, "transformer_impl", "") == "local"
     args.optimizer = "adam"
+    if clips_locally:
+        args.qk_clip = False
     try:
         return original(args, *rest, **kwargs)
     finally:
+        if clips_locally:
+            args.qk_clip = True
         if args.use_distributed_optimizer:  # which --freeze-all-layers turns off: then there is nothing to train
             args.optimizer = "muon"

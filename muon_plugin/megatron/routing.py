@@ -53,7 +53,7 @@ def parameters(chunks: Sequence[nn.Module], tp: int, expert_tp: int) -> list[Par
     found = []
     for number, chunk in enumerate(chunks):
         prefix = f"chunk{number}." if len(chunks) > 1 else ""
-        for path, module, config in _modules(chunk):
+        for path, module, config in modules_of(chunk):
             for name, p in module.named_parameters(recurse=False):
                 if p.requires_grad:
                     found.append(_parameter(f"{prefix}{path}.{name}", p, module, config, tp, expert_tp))
@@ -66,14 +66,14 @@ def frozen_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     frozen: dict[str, Tensor] = {}
     for number, chunk in enumerate(chunks):
         prefix = f"chunk{number}." if len(chunks) > 1 else ""
-        for path, module, _ in _modules(chunk):
+        for path, module, _ in modules_of(chunk):
             for name, p in module.named_parameters(recurse=False):
                 if not p.requires_grad:
                     frozen[f"{prefix}{path}.{name}"] = p
     return frozen
 
 
-def _modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+def modules_of(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """(Path without wrappers, module, the config nearest above it)."""
     configs: dict[str, Any] = {}
     for path, module in chunk.named_modules():
@@ -150,7 +150,7 @@ def route(
     configs = {
         id(p): config
         for chunk in chunks
-        for _, module, config in _modules(chunk)
+        for _, module, config in modules_of(chunk)
         for p in module.parameters(recurse=False)
     }
     embeddings = {
