@@ -29,7 +29,8 @@ class Part:
         role: `QUERY`, `KEY`, `VALUE`, or `GATE` (on the outputs of the attention, head by head).
         width: outputs of one head.
         heads: how many.
-        rotary: the last so many outputs of each head that alone have a rotary position embedding (latent attention).
+        rotary: the last so many outputs of each head that alone have a rotary position embedding: of latent attention,
+            where a group has one head.
     """
 
     role: str
@@ -73,9 +74,19 @@ class Heads:
         return self.groups * sum(part.heads * part.width for part in self.parts)
 
     @property
-    def rule(self) -> Rule:
+    def by_head(self) -> Rule:
         """Each head as a matrix of its own."""
         return Rule(tuple(part.width for part in self.parts for _ in range(part.heads)) * self.groups)
+
+    @property
+    def by_role(self) -> Rule:
+        """Queries, keys, values as one matrix each; of latent attention also W_UQ and W_QR (DeepSeek-V2's names)."""
+        sizes = []
+        for part in self.parts:
+            sizes += (
+                [part.heads * part.width - part.rotary, part.rotary] if part.heads == 1 else [part.heads * part.width]
+            )
+        return Rule(tuple(size for size in sizes if size), self.groups)
 
     def __iter__(self) -> Iterator[Head]:
         """All heads, in the order of the outputs."""
@@ -231,15 +242,13 @@ def _shared(sources: Sequence[Any], queries: set[int]) -> set[int]:
 
 def _latent(place: Place, attribute: str, stored: Stored) -> Heads | None:
     """Of multi-head latent attention; None in other blocks."""
-    plain, rotary, value = (
-        getattr(place.block, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    )
-    if not _is_number(plain) or (attribute == "kv_b_proj" and not _is_number(value)):
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    plain, rotary, value = (_number(place.block, name) for name in names)
+    if not plain or (attribute != "q_b_proj" and attribute != "q_proj" and not value):
         return None
     if attribute == "kv_b_proj":
         parts: tuple[Part, ...] = (Part(KEY, plain), Part(VALUE, value))
     else:
-        rotary = rotary if _is_number(rotary) else 0
         gates = (Part(GATE, value),) if attribute == "q_gate_proj" else ()
         parts = (Part(QUERY, plain + rotary, rotary=rotary), *gates)
     heads, rest = divmod(stored.outputs, sum(part.width for part in parts))
@@ -253,11 +262,13 @@ def _gated(place: Place, stored: Stored) -> Heads | None:
 
 
 def _numbers(sources: Sequence[Any], names: Sequence[str]) -> set[int]:
-    return {n for source in sources for name in names if _is_number(n := getattr(source, name, None))}
+    return {_number(source, name) for source in sources for name in names} - {0}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _number(source: Any, name: str) -> int:
+    """A number of heads or of outputs; 0 where the source does not have it."""
+    value = getattr(source, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def _text(config: Any) -> Any:

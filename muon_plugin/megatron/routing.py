@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.cutting import Rule, Stored, cut
 from ..core.layout import Matrix, Partition
 from ..core.routing import Routing, kept_whole
+from .heads import heads_of
 
 #: Layers whose outputs are gate, then up, in models with gated units.
 GATED = ("linear_fc1", "experts.weight1")
@@ -231,26 +232,15 @@ def _checked(parameter: Parameter, outputs: int, rule: Rule) -> Rule:
 def _fused(owner: str, outputs: int, config: Any) -> Rule | None:
     if owner in GATED:
         return Rule((outputs // 2,) * 2) if getattr(config, "gated_linear_unit", False) else None
-    if owner == "linear_qkv":
-        return _qkv(config)
-    if owner == "linear_kv":  # cross attention: key and value of one head, then of the next
-        return Rule((config.kv_channels,) * 2, config.num_query_groups)
+    heads = heads_of(owner, config)
+    if heads is not None:
+        return heads.by_role
     if not getattr(config, "multi_latent_attention", False):
         return None
-    latent, rope, heads = config.kv_lora_rank, config.qk_pos_emb_head_dim, config.num_attention_heads
-    # DeepSeek's names: W_DQ, W_DKV, W_KR; W_UQ and W_QR head by head; W_UK and W_UV head by head.
+    latent, rope = config.kv_lora_rank, config.qk_pos_emb_head_dim
+    # DeepSeek's names: W_DQ, W_DKV, W_KR.
     rules: Mapping[str, Rule] = {
         "linear_kv_down_proj": Rule((latent, rope)),
         "linear_qkv_down_proj": Rule((config.q_lora_rank or 0, latent, rope)),
-        "linear_q_proj": Rule((config.qk_head_dim, rope), heads),
-        "linear_q_up_proj": Rule((config.qk_head_dim, rope), heads),
-        "linear_kv_up_proj": Rule((config.qk_head_dim, config.v_head_dim), heads),
     }
     return rules.get(owner)
-
-
-def _qkv(config: Any) -> Rule:
-    """Query (and its gate), key and value of one query group, then of the next."""
-    query = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    queries = (query, query) if getattr(config, "attention_output_gate", False) else (query,)
-    return Rule((*queries, config.kv_channels, config.kv_channels), config.num_query_groups)
