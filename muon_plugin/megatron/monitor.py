@@ -6,8 +6,8 @@ Only the steps that Megatron's ``--log-interval`` logs are measured. The metrics
   or ``adamw``, or one of these with ``_experts``; see `core.measure`;
 - ``muon/gradient_norm``: of all gradients, before clipping;
 - ``muon/zero_gradient_matrices``: how many matrices have a gradient of zeros alone, and are not frozen;
-- ``muon/max_logit/LAYER``, ``muon/clipped_heads``, with ``--qk-clip``: the largest attention logit of each layer (in the
-  log, of all), and how many heads were scaled;
+- ``muon/max_logit/LAYER``, ``muon/clipped_heads``, with ``--qk-clip``: the largest attention logit of each layer (in
+  the log, of all), and how many heads were scaled;
 - ``muon/optimizer_share``, ``muon/exchange_share``: fractions of the time since the end of the step before, on the
   rank that logs.
 

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from ..core.checks import above, require
 from ..core.cutting import Stored
-from ..core.heads import GATE, KEY, QUERY, VALUE, Heads, Part
+from ..core.heads import KEY, QUERY, Heads
 from ..core.layout import Shard
 from ..core.logits import largest_logits
 from ..core.qk_clip import ALPHA, AttentionLayer, Clip, QKClip
 from ..core.qk_heads import attention_layer
+from .heads import heads_of
 from .routing import Parameter, modules_of
 
 #: Model chunk -> its QK-Clip, or None on a pipeline stage without attention: those that `clip_qk` leaves to us.
@@ -107,19 +108,9 @@ def _label(path: str, module: Any, taken: set[str]) -> str:
 
 def _projections(path: str, module: Any) -> list[tuple[Any, Heads]]:
     """The layers that project to queries and keys, with their heads."""
-    config = module.config
-    if isinstance(module, MLASelfAttention) and hasattr(module, "linear_kv_up_proj"):
-        query = module.linear_q_proj if config.q_lora_rank is None else module.linear_q_up_proj
-        rotary, heads = config.qk_pos_emb_head_dim, config.num_attention_heads
-        return [
-            (query, Heads((Part(QUERY, config.qk_head_dim + rotary, rotary=rotary),), heads)),
-            (module.linear_kv_up_proj, Heads((Part(KEY, config.qk_head_dim), Part(VALUE, config.v_head_dim)), heads)),
-        ]
-    if type(module) is SelfAttention:
-        shared, width = config.num_attention_heads // config.num_query_groups, config.kv_channels
-        gate = [Part(GATE, width, shared)] if getattr(config, "attention_output_gate", False) else []
-        parts = (Part(QUERY, width, shared), *gate, Part(KEY, width), Part(VALUE, width))
-        return [(module.linear_qkv, Heads(parts, config.num_query_groups))]
+    if type(module) is SelfAttention or (isinstance(module, MLASelfAttention) and hasattr(module, "linear_kv_up_proj")):
+        found = [(layer, heads_of(name, module.config)) for name, layer in module.named_children()]
+        return [(layer, heads) for layer, heads in found if heads is not None]
     raise ValueError(
         f"--qk-clip does not know the heads of {path} ({type(module).__name__}); allowed: models whose attention is "
         "SelfAttention or MLASelfAttention, or no --qk-clip"
@@ -215,14 +206,11 @@ def _compute(core: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     elif softmax.attn_mask_type == AttnMaskType.causal and hidden is None:
         causal = True
     scaling = core.softmax_scale * (1.0 if softmax.scale is None else softmax.scale)
-    mask = None if hidden is None else ~hidden.bool().to(query.device)
-    maxima = largest_logits(
-        query,
-        key,
-        scaling,
-        mask=mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())],
-        causal=causal,
-    )
+    mask = None
+    if hidden is not None:
+        mask = ~hidden.bool().to(query.device)
+        mask = mask[(None,) * (4 - mask.dim())]
+    maxima = largest_logits(query, key, scaling, mask=mask, causal=causal)
     before = core.current_max_attn_logits
     core.current_max_attn_logits = maxima if before is None else torch.maximum(before, maxima)
 
