@@ -6,7 +6,7 @@ What QK-Clip must make of it is written out in `reference`, in one process on wh
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ class FusedAttention(nn.Module):
 
 
 class ClippedModel(nn.Module):
-    heads = {"grouped": 4, "latent": 3, "fused": 4}
+    heads: ClassVar = {"grouped": 4, "latent": 3, "fused": 4}
 
     def __init__(self) -> None:
         super().__init__()
