@@ -104,7 +104,7 @@ def build(
     converted = together(convert, ranks)
     clip = None
     if attention is not None:
-        clip = _clip(attention, converted, model_chunks, found, tp_ranks[0], process_groups[-1], device)
+        clip = _clip(attention, converted, model_chunks, found, world_of(tp), process_groups[-1], device)
         routing = replace(routing, notes=(*routing.notes, summary(attention.layers, attention.setting)))
     together(lambda: _prove(converted, routing), ranks)
     together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)) if first else None, ranks)
@@ -117,13 +117,13 @@ def _clip(
     converted: Sequence[Converted],
     chunks: Sequence[Any],
     found: Sequence[Parameter],
-    tp_rank: int,
+    tp: tuple[int, int],
     group: Any,
     device: torch.device,
 ) -> Clip | None:
     """QK-Clip, for the optimizers that hold queries and keys."""
     held = [shard for each in converted for shard in each.held]
-    clip = qk_clip.make(attention, chunks, held, {p.name: p.tensor for p in found}, tp_rank, group, device)
+    clip = qk_clip.make(attention, chunks, held, {p.name: p.tensor for p in found}, tp, group, device)
     wanted = {name for layer in attention.layers for name in layer.parameters}
     for each in converted:
         if wanted & each.trained:

@@ -141,12 +141,13 @@ class Logits:
 
     Args:
         found: the attention layers.
-        tp_rank: this rank in the tensor parallel group.
+        tp: (rank, size) in the tensor parallel group. Each rank computes as many heads, one after the other, also
+            where it holds a part of a query group.
         device: where the logits are.
     """
 
-    def __init__(self, found: Attentions, tp_rank: int, device: torch.device) -> None:
-        self._found, self._tp_rank, self._device = found, tp_rank, device
+    def __init__(self, found: Attentions, tp: tuple[int, int], device: torch.device) -> None:
+        self._found, self._tp, self._device = found, tp, device
         for module in found.modules:
             _keep(module.core_attention)
 
@@ -156,12 +157,13 @@ class Logits:
         for layer, module in zip(self._found.layers, self._found.modules):
             kept = module.core_attention.current_max_attn_logits
             if kept is not None:
-                heads = module.num_attention_heads_per_partition
-                first = begin + self._tp_rank * heads
-                if tuple(kept.shape) != (heads,) or first + heads > begin + layer.heads:
+                rank, size = self._tp
+                heads = layer.heads // size
+                first = begin + rank * heads
+                if tuple(kept.shape) != (heads,):
                     raise RuntimeError(
                         f"--qk-clip: {layer.name} kept logits of shape {list(kept.shape)}, and has {heads} of "
-                        f"{layer.heads} heads on TP rank {self._tp_rank}"
+                        f"{layer.heads} heads on this tensor parallel rank"
                     )
                 values[first : first + heads] = kept.detach().float()
             begin += layer.heads
@@ -220,7 +222,7 @@ def make(
     chunks: Sequence[nn.Module],
     shards: Sequence[Shard],
     parameters: Mapping[str, Tensor],
-    tp_rank: int,
+    tp: tuple[int, int],
     group: Any,
     device: torch.device,
 ) -> Clip | None:
@@ -231,13 +233,13 @@ def make(
         chunks: the model chunks, as Megatron's training loop has them.
         shards: all that this rank holds.
         parameters: name -> parameter.
-        tp_rank: this rank in the tensor parallel group.
+        tp: (rank, size) in the tensor parallel group.
         group: data and context parallel times tensor parallel.
         device: where the logits are.
     """
     clip = None
     if found.layers:
-        clip = Clip(found.setting, found.layers, Logits(found, tp_rank, device), shards, parameters, group)
+        clip = Clip(found.setting, found.layers, Logits(found, tp, device), shards, parameters, group)
     for chunk in chunks:
         _clips[chunk] = clip
     return clip
