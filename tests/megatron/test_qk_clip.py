@@ -19,6 +19,7 @@ from tests.support.integers import differing
 from tests.support.megatron_model import (
     Layout,
     build,
+    fill,
     full_masters,
     full_weights,
     optimizer_for,
@@ -97,6 +98,38 @@ def reference(rank: int, layout: Layout, steps: int = STEPS) -> dict[str, Tensor
         step(chunks, optimizer, layout, number)
         clip(named, {"few_groups": 2, "gelu": 8}.get(layout.model, 4), number)
     return full_weights(chunks, layout) | full_masters(chunks, optimizer, layout)
+
+
+def latent(rank: int, layout: Layout, clips: bool) -> dict[str, Tensor]:
+    """Multi-head latent attention, by the plugin or by the rule written out."""
+    model, config = real(layout, True)
+    fill(model, layout)
+    config.qk_clip, config.qk_clip_threshold, config.qk_clip_alpha = clips, THRESHOLD, ALPHA
+    chunks = wrapped(model, config)
+    optimizer = optimizer_for(chunks, layout)
+    named = dict(model.named_parameters())
+    for number in range(STEPS):
+        for module in attentions(chunks):
+            whole = logits(number)[module.layer_number - 1, :4]
+            held, first = 4 // layout.tp, 4 // layout.tp * (dist.get_rank() % layout.tp)
+            module.core_attention.current_max_attn_logits = whole[first : first + held] if clips else None
+        step(chunks, optimizer, layout, number)
+        for layer, head in [(layer, head) for layer in range(2) for head in range(4) if not clips]:
+            gamma = min(1.0, THRESHOLD / float(logits(number)[layer, head]))
+            at = f"decoder.layers.{layer}.self_attention.linear"
+            with torch.no_grad():
+                query = named[f"{at}_q_up_proj.weight"][10 * head : 10 * (head + 1)]
+                query[:6] *= gamma**ALPHA
+                query[6:] *= gamma
+                named[f"{at}_kv_up_proj.weight"][11 * head : 11 * head + 6] *= gamma ** (1 - ALPHA)
+    return full_weights(chunks, layout)
+
+
+def test_latent_attention(ranks):
+    """(0.16.1 builds none without Transformer Engine.)"""
+    expected = ranks.alone(latent, Layout(dtype="fp32"), False, megatron="0.19.2")
+    for found in ranks(4, "0.19.2").run(latent, Layout(dtype="fp32", tp=2), True):
+        assert differing(found, expected) == []
 
 
 CASES = {
@@ -178,15 +211,13 @@ def real(layout: Layout, multi_latent: bool = False, **options: Any) -> Any:
     """A small GPT whose forward pass runs, on Megatron's local attention."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     parallel(layout)
     sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
     plain = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "use_cpu_initialization": True}
     plain |= {"bias_dropout_fusion": False, "masked_softmax_fusion": False, "gradient_accumulation_fusion": False}
-    plain |= {"tensor_model_parallel_size": layout.tp, "add_bias_linear": False, "attention_backend": None}
-    plain.pop("attention_backend")
+    plain |= {"tensor_model_parallel_size": layout.tp, "add_bias_linear": False}
     kind = TransformerConfig
     if multi_latent:
         kind = MLATransformerConfig
@@ -196,9 +227,22 @@ def real(layout: Layout, multi_latent: bool = False, **options: Any) -> Any:
         sizes |= {"num_query_groups": 2}
     config = kind(**{**sizes, **plain, **options})
     torch.manual_seed(1)
-    model_parallel_cuda_manual_seed(1)
     spec = get_gpt_layer_local_spec(multi_latent_attention=multi_latent)
+    if multi_latent:
+        spec.submodules.self_attention.submodules.core_attention = latent_core()
     return GPTModel(config, spec, 40, 16, position_embedding_type="rope"), config
+
+
+def latent_core() -> Any:
+    """Megatron's local attention for latent attention, which Megatron itself runs on Transformer Engine's alone."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class LatentCore(DotProductAttention):
+        def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.hidden_size_per_partition = self.config.v_head_dim * self.num_attention_heads_per_partition
+
+    return LatentCore
 
 
 def wrapped(model: Any, config: Any) -> list[Any]:
@@ -224,10 +268,12 @@ def forward(model: Any, seed: int) -> Any:
 def grown(rank: int, layout: Layout, clips: bool, multi_latent: bool = False) -> list[float]:
     """The largest logit in each step of a real run, with a rate that is far too large."""
     model, config = real(layout, multi_latent)
-    config.qk_clip, config.qk_clip_threshold = True, 60.0 if clips else 1e9
+    config.qk_clip, config.qk_clip_threshold = True, 40.0 if clips else 1e9
+    with torch.no_grad():  # sharp from the start: the logits of small weights grow by more than half in a step
+        for name, p in model.named_parameters():
+            p.mul_(25 if "linear_q" in name or "kv_up" in name else 1)
     chunks = wrapped(model, config)
-    # on few tokens, and more of them on each rank: the ranks' maxima differ
-    options = {"lr": 0.5, "weight_decay": 0.0, "muon_extra_scale_factor": 0.2, "muon_momentum": 0.95}
+    options = {"lr": 0.3, "weight_decay": 0.0, "muon_extra_scale_factor": 0.2, "muon_momentum": 0.95}
     optimizer = optimizer_for(chunks, dataclasses.replace(layout, dtype="fp32"), **options)
     seen = []
     for _ in range(20):
@@ -245,14 +291,14 @@ def grown(rank: int, layout: Layout, clips: bool, multi_latent: bool = False) ->
     return seen
 
 
-@pytest.mark.parametrize(("release", "multi_latent"), in_turn(RELEASES, [False, True]))
+@pytest.mark.parametrize(("release", "multi_latent"), [("0.16.1", False), ("0.19.2", True)])
 def test_logits_that_would_grow_past_100_stay_below(ranks, release, multi_latent):
     layout = Layout(tp=2)
     without = ranks(4, release).run(grown, layout, False, multi_latent)
     clipped = ranks(4, release).run(grown, layout, True, multi_latent)
     assert all(found == without[0] for found in without), "the maximum is that of all ranks"
-    assert max(without[0]) > 150, without[0]
-    assert max(clipped[0]) < 100, clipped[0]
+    assert max(without[0]) > 150, str(without[0])
+    assert max(clipped[0]) < 100, str(clipped[0])
 
 
 def test_the_local_attention_keeps_what_its_softmax_gets(ranks, release):
@@ -317,9 +363,10 @@ def unclippable(rank: int, layout: Layout) -> list[str]:
                 module.q_layernorm = torch.nn.LayerNorm(6)
             else:
                 module.core_attention = torch.nn.Identity()
-        with contextlib.suppress(AssertionError), pytest.raises(ValueError) as raised:
+        try:
             optimizer_for(chunks, layout)
-        words.append(str(raised.value))
+        except ValueError as error:
+            words.append(str(error))
     return words
 
 
