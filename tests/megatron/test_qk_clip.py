@@ -276,7 +276,7 @@ def grown(rank: int, layout: Layout, clips: bool, multi_latent: bool = False) ->
     options = {"lr": 0.3, "weight_decay": 0.0, "muon_extra_scale_factor": 0.2, "muon_momentum": 0.95}
     optimizer = optimizer_for(chunks, dataclasses.replace(layout, dtype="fp32"), **options)
     seen = []
-    for _ in range(20):
+    for _ in range(14):
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
         chunks[0].train()
@@ -297,7 +297,7 @@ def test_logits_that_would_grow_past_100_stay_below(ranks, release, multi_latent
     without = ranks(4, release).run(grown, layout, False, multi_latent)
     clipped = ranks(4, release).run(grown, layout, True, multi_latent)
     assert all(found == without[0] for found in without), "the maximum is that of all ranks"
-    assert max(without[0]) > 150, str(without[0])
+    assert max(without[0]) > 130, str(without[0])
     assert max(clipped[0]) < 100, str(clipped[0])
 
 
