@@ -141,6 +141,7 @@ OTHERS = (
     (r"\w*Channel\w*Att", r"\w*", "its heads are channels of the image"),
 )  # fmt: skip
 UNKNOWN = "neither its module nor the config says how its outputs are heads"
+VECTORS = "a head of one output is a vector"
 
 #: What the numbers of heads and the outputs of one are called, in modules and in configs.
 _QUERIES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads", "num_query_heads", "heads", "nhead")
@@ -183,7 +184,9 @@ def known_heads(place: Place, stored: Stored) -> Heads | str | None:
 
 
 def _checked(found: Heads | None, stored: Stored) -> Heads | str:
-    return found if found is not None and found.outputs == stored.outputs and stored.told else UNKNOWN
+    if found is None or found.outputs != stored.outputs or not stored.told:
+        return UNKNOWN
+    return VECTORS if any(part.width == 1 for part in found.parts) else found
 
 
 def _roles(attribute: str, kind: str) -> tuple[str, ...]:
@@ -216,7 +219,7 @@ def _by_role(place: Place, stored: Stored, roles: Sequence[str], softmax: bool =
 
 def _heads_of(place: Place, role: str, outputs: int) -> Part | None:
     """The only number and width of heads that make up the outputs, by what the module says, then its config too."""
-    config = _text(place.config)
+    config = _config(place)
     for sources in ((place.block,), (place.block, config)):
         queries, widths = _numbers(sources, _QUERIES), _numbers(sources, _WIDTHS)
         if role == VALUE:
@@ -252,7 +255,7 @@ def _latent(place: Place, attribute: str, stored: Stored) -> Heads | None:
         gates = (Part(GATE, value),) if attribute == "q_gate_proj" else ()
         parts = (Part(QUERY, plain + rotary, rotary=rotary), *gates)
     heads, rest = divmod(stored.outputs, sum(part.width for part in parts))
-    named = _numbers((place.block,), _QUERIES) or _numbers((_text(place.config),), _QUERIES)
+    named = _numbers((place.block,), _QUERIES) or _numbers((_config(place),), _QUERIES)
     return Heads(parts, heads) if not rest and heads in (named or {heads}) else None
 
 
@@ -267,12 +270,18 @@ def _numbers(sources: Sequence[Any], names: Sequence[str]) -> set[int]:
 
 def _number(source: Any, name: str) -> int:
     """A number of heads or of outputs; 0 where the source does not have it."""
-    value = getattr(source, name, None)
+    try:
+        value = getattr(source, name, None)
+    except RuntimeError:  # of transformers, where it differs by layer and this is the config of all
+        return 0
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-def _text(config: Any) -> Any:
-    """The part of a composite config that describes the language model; the config itself where there is none."""
-    if _numbers((config,), _QUERIES):
-        return config
-    return getattr(config, "text_config", config)
+def _config(place: Place) -> Any:
+    """The config of the layer: its language model's where it is a composite one, its own where layers differ."""
+    config = place.config
+    if not _numbers((config,), _QUERIES):
+        config = getattr(config, "text_config", config)
+    number = getattr(place.block, "layer_idx", None)
+    each = config.per_layer_config if getattr(config, "is_heterogeneous", False) else ()
+    return each[number] if isinstance(number, int) and number < len(each) else config

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import adamw, phases, proof, report
 from .adamw import AdamWHalf
-from .agreement import agree, checksum, together, world_of
+from .agreement import agree, checksum, gather, together, world_of
 from .call import Call
 from .frozen import FROZEN
 from .groups import Halved, Host, check_parameter, is_usable, layout_digest, named_groups, no_engine
@@ -25,13 +25,15 @@ from .halves import Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
 from .prepared import NOTHING, Prepared, prepare, prepare_later
-from .routing import Routing
+from .routing import Routing, check_heads
 from .saved import OWN_KEYS, as_ours, check_halves, difference
 from .settings import Settings, scale_for
 from .update import Update
 
 #: What the table says where Muon has nothing to do.
 NO_MATRIX = "no parameter is a matrix of a hidden layer: AdamW trains all of them"
+#: What it says where the heads are frozen, or in other pipeline stages.
+NO_HEAD = "per_head_muon changes nothing here: no matrix that is trained now holds heads"
 
 
 class Muon(Optimizer):
@@ -122,6 +124,8 @@ class Muon(Optimizer):
             "Build the same model from the same configuration on every rank",
             alike,
         )
+        if self.settings.per_head_muon:
+            check_heads("per_head_muon=True", gather(found.routing.head_facts, process_group))
         #: names: parameter -> its name in `routing`
         #: left_out: the same of parameters that are frozen now, and that are not trained if they are unfrozen
         self.routing, self.names, self.left_out = found.routing, found.names, found.left_out
@@ -491,6 +495,8 @@ class Muon(Optimizer):
         frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
         if not routing.matrices and not self._one_of_many:
             notes = (NO_MATRIX, *notes)
+        elif self.settings.per_head_muon and not routing.by_head:
+            notes = (NO_HEAD, *notes)
         notes = (*self.routing.notes, *frozen, *self.settings.notes, *notes)
         routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)

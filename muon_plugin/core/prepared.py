@@ -80,6 +80,7 @@ def prepare(
         split=settings.split,
         layers=host.layers(model),
         complete=complete,
+        per_head=settings.per_head_muon,
     )
     matrices = {p: name for p, name in names.items() if name not in routing.adamw}
     if scattered := {p: n for p, n in matrices.items() if not p.requires_grad and not is_usable(n, p)}:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .halves import Halves
+from .heads import Heads
 from .plan import Plan
 from .routing import Routing, by_pattern
 from .settings import Settings
@@ -34,6 +35,11 @@ def table(
     for matrix in routing.matrices:
         parts[matrix.parameter] += 1
     ways = {name: f"{shapes[name]}, {parts[name]} matrices" if parts[name] > 1 else shapes[name] for name in parts}
+    inputs = {matrix.parameter: matrix.out_in[1] for matrix in routing.matrices}
+    ways |= {
+        name: f"{shapes[name]}, {_heads(routing.by_head[name], inputs[name], numels[name])}"
+        for name in muon_names & routing.by_head.keys()
+    }
     adamw_name = next((each.adamw.label for each in halves if each.adamw.optimizer is not None), "none")
     rows = [
         f"Muon   {len(muon_names)} parameters, {len(routing.matrices)} matrices, {muon_elements:,} elements",
@@ -62,6 +68,12 @@ def table(
     )
     width = max(len(row) for row in rows)
     return "\n".join(["muon_plugin ".ljust(width + 2, "-"), *("  " + row for row in rows), "-" * (width + 2)])
+
+
+def _heads(heads: Heads, inputs: int, numel: int) -> str:
+    """How many heads of what shape a parameter of so many elements holds."""
+    entries = numel // (heads.outputs * inputs)
+    return heads.describe(inputs) + (f" in each of {entries}" if entries > 1 else "")
 
 
 def _names(named: Iterable[tuple[str, str]]) -> list[str]:
