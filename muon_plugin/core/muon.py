@@ -30,11 +30,6 @@ from .saved import OWN_KEYS, as_ours, check_halves, difference
 from .settings import Settings, scale_for
 from .update import Update
 
-#: What the table says where Muon has nothing to do.
-NO_MATRIX = "no parameter is a matrix of a hidden layer: AdamW trains all of them"
-#: What it says where the heads are frozen, or in other pipeline stages.
-NO_HEAD = "per_head_muon changes nothing here: no matrix that is trained now holds heads"
-
 
 class Muon(Optimizer):
     r"""Muon as in "Muon is Scalable for LLM Training" (arXiv 2502.16982), with AdamW for all other parameters.
@@ -149,7 +144,7 @@ class Muon(Optimizer):
         self.attach([Call.whole(i, parameters, self.names, self.process_group) for i, parameters in held])
         self._check_replicas = True
         if not self._trained().matrices:
-            warnings.warn(f"muon_plugin.Muon: {NO_MATRIX if self.names else NOTHING}", stacklevel=3)
+            warnings.warn(f"muon_plugin.Muon: {report.NO_MATRIX if self.names else NOTHING}", stacklevel=3)
 
     def _set_digests(self) -> None:
         #: the names of each group's parameters, which an engine replaces by others in `param_groups`
@@ -493,10 +488,7 @@ class Muon(Optimizer):
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
         routing, waiting = self._trained(), [self.names[p] for p in self._waiting]
         frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
-        if not routing.matrices and not self._one_of_many:
-            notes = (NO_MATRIX, *notes)
-        elif self.settings.per_head_muon and not routing.by_head:
-            notes = (NO_HEAD, *notes)
+        notes = (*report.about_matrices(routing, self.settings, self._one_of_many), *notes)
         notes = (*self.routing.notes, *frozen, *self.settings.notes, *notes)
         routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)

@@ -12,6 +12,11 @@ from .plan import Plan
 from .routing import Routing, by_pattern
 from .settings import Settings
 
+#: What the table says where Muon has nothing to do.
+NO_MATRIX = "no parameter is a matrix of a hidden layer: AdamW trains all of them"
+#: What it says where the heads are frozen, or in other pipeline stages.
+NO_HEAD = "per_head_muon changes nothing here: no matrix that is trained now holds heads"
+
 
 def table(
     routing: Routing,
@@ -104,6 +109,13 @@ def si(amount: float) -> str:
         if amount >= size:
             return f"{amount / size:.2f} {unit}"
     return f"{amount:.0f} "
+
+
+def about_matrices(routing: Routing, settings: Settings, one_of_many: bool) -> list[str]:
+    """Notes on what Muon was expected to train, and is not there; `one_of_many`: other pipeline stages may have it."""
+    if not routing.matrices:
+        return [] if one_of_many else [NO_MATRIX]
+    return [NO_HEAD] if settings.per_head_muon and not routing.by_head else []
 
 
 def about_frozen(routing: Routing, waiting: Sequence[str], left_out: int, advice: str) -> list[str]:

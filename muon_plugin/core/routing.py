@@ -17,8 +17,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import adapter_rule, adapter_stored
-from .checks import is_whole
-from .cutting import Rule, Stored, cut
+from .cutting import Rule, Stored, asked_rule, cut
 from .fused import known_batch, known_rule, stored_experts
 from .heads import Heads, known_heads
 from .layout import Matrix
@@ -66,11 +65,6 @@ NOT_MATRICES = re.compile(
 
 #: The number of a layer or an expert in a name, but not that of ``linear_fc1``.
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^chunk)\d+|(?<=\.weight)\d+$|(?<=\.expert_)\d+(?=\.)")
-
-SPLIT_HELP = (
-    'sizes along the output dimension ([512, 256, 256]), a number of equal parts (3), {"sizes": [...], "groups": n} '
-    'for sizes that repeat n times (interleaved by head or query group), or "whole"'
-)
 
 
 @dataclass(frozen=True)
@@ -152,6 +146,7 @@ def route(
     layers: Mapping[str, Any] | None = None,
     complete: bool = True,
     per_head: bool = False,
+    tp: Mapping[str, int] | None = None,
 ) -> Routing:
     """Decides for every parameter.
 
@@ -159,11 +154,12 @@ def route(
         shapes: name -> full (unsharded) shape of each trainable parameter, in order.
         model: looked into for module types and its config; without it, names alone decide.
         exclude: shell-style patterns (``*.router.*``, or a part of the name) of parameters that go to AdamW.
-        split: pattern -> how a fused projection is cut (see `SPLIT_HELP`); the first match wins over the defaults.
+        split: pattern -> how a parameter is cut (see `cutting.SPLIT_HELP`); the first match wins over the defaults.
         layers: number -> class of all layers, where names begin with their number and `model` holds only some of them;
             by default those of `model`. The last ones, of classes that occur once, are no blocks and may be heads.
         complete: whether these are all parameters, so that a pattern which none of them matches is a mistake.
         per_head: whether each head of query, key and value is a matrix, where `split` says nothing else.
+        tp: in how many parts tensor parallelism has cut a parameter of `model`, by its name.
 
     Raises:
         ValueError: a pattern that matches nothing, or a split that does not fit a shape it matches.
@@ -189,11 +185,12 @@ def route(
             continue
         asked = _first_match(name, split)
         if asked is not None:
+            shown = f"split[{asked!r}]={split[asked]!r}"
             found.add_asked(
-                name, stored, _asked(name, shape, stored, asked, split[asked]), f"{asked!r}]={split[asked]!r}"
+                name, stored, asked_rule(stored, split[asked], f"{shown} for {name} of shape {list(shape)}"), shown
             )
             continue
-        heads = known_heads(known[name], stored) if per_head else None
+        heads = known_heads(known[name], stored, (tp or {}).get(name, 1)) if per_head else None
         if isinstance(heads, Heads):
             found.add_heads(name, stored, heads)
             continue
@@ -467,29 +464,3 @@ def _rule(place: Place, stored: Stored) -> Rule | str:
 def _split_in(block: nn.Module) -> Collection[str]:
     of_class: Any = type(block)
     return split_in(of_class)
-
-
-def _asked(name: str, shape: tuple[int, ...], stored: Stored, pattern: str, value: Any) -> Rule:
-    """The rule a user wrote, checked against the shape."""
-    outputs = stored.outputs
-    where = f"split[{pattern!r}]={value!r} for {name} of shape {list(shape)}"
-
-    def positive(number: Any) -> bool:
-        return is_whole(number) and bool(number > 0)
-
-    if value == "whole":
-        return Rule((outputs,))
-    if positive(value):
-        if outputs % value:
-            raise ValueError(f"{where}: {outputs} outputs cannot be cut in {value} equal parts; allowed: {SPLIT_HELP}")
-        return Rule((outputs // value,) * value)
-    sizes, groups = value, 1
-    if isinstance(value, Mapping):
-        if set(value) - {"sizes", "groups"} or "sizes" not in value:
-            raise ValueError(f"{where}: the keys are {sorted(map(str, value))}; allowed: {SPLIT_HELP}")
-        sizes, groups = value["sizes"], value.get("groups", 1)
-    if not (isinstance(sizes, (list, tuple)) and sizes and all(map(positive, sizes)) and positive(groups)):
-        raise ValueError(f"{where} is not a split; allowed: {SPLIT_HELP}")
-    if sum(sizes) * groups != outputs:
-        raise ValueError(f"{where}: the sizes add up to {sum(sizes) * groups}, not to its {outputs} outputs")
-    return Rule(tuple(sizes), groups)
