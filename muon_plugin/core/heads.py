@@ -141,21 +141,32 @@ OTHERS = (
     (r"\w*Channel\w*Att", r"\w*", "its heads are channels of the image"),
 )  # fmt: skip
 UNKNOWN = "neither its module nor the config says how its outputs are heads"
+VECTORS = "a head of one output is a vector"
 
 #: What the numbers of heads and the outputs of one are called, in modules and in configs.
 _QUERIES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads", "num_query_heads", "heads", "nhead")
 _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_kv", "kv_heads")
-_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "dim_head", "d_kv")
+_WIDTHS = (
+    "head_dim",
+    "attention_head_size",
+    "head_size",
+    "key_value_proj_dim",
+    "d_head",
+    "dim_head",
+    "d_kv",
+    "hidden_size_per_attention_head",
+)
 _VALUE_WIDTHS = ("v_head_dim", "value_head_dim", "head_v_dim")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "embed_dim")
 
 
-def known_heads(place: Place, stored: Stored) -> Heads | str | None:
+def known_heads(place: Place, stored: Stored, tp: int = 1) -> Heads | str | None:
     """Which outputs of a parameter are which head.
 
     Args:
         place: where the parameter is.
-        stored: how it is stored.
+        stored: how it is stored, whole.
+        tp: in so many parts tensor parallelism has cut it; its module may count the heads of one (as under AutoTP).
 
     Returns:
         The heads; or why they cannot be told, of what looks like a projection to heads; None for everything else, and
@@ -168,22 +179,24 @@ def known_heads(place: Place, stored: Stored) -> Heads | str | None:
         return UNKNOWN if _roles(attribute, "Attention") else None
     kind = type(place.block).__name__.removeprefix("Parametrized")
     if re.match(DELTA, kind) and (roles := _roles(attribute, kind)):
-        return _checked(_by_role(place, stored, roles, softmax=False), stored)
+        return _checked(_by_role(place, stored, roles, tp, softmax=False), stored)
     for blocks, layers, why in OTHERS:
         if re.match(blocks, kind) and re.fullmatch(layers, attribute):
             return why
-    if re.fullmatch(LATENT, attribute) and (latent := _latent(place, attribute, stored)) is not None:
+    if re.fullmatch(LATENT, attribute) and (latent := _latent(place, attribute, stored, tp)) is not None:
         return _checked(latent, stored)
     roles = _roles(attribute, kind)
     if not roles or not ATTENTION.search(kind):
         return None
     if re.fullmatch(GATED_QUERY[0], attribute) and re.match(GATED_QUERY[1], kind):
-        return _checked(_gated(place, stored), stored)
-    return _checked(_by_role(place, stored, roles), stored)
+        return _checked(_gated(place, stored, tp), stored)
+    return _checked(_by_role(place, stored, roles, tp), stored)
 
 
 def _checked(found: Heads | None, stored: Stored) -> Heads | str:
-    return found if found is not None and found.outputs == stored.outputs and stored.told else UNKNOWN
+    if found is None or found.outputs != stored.outputs or not stored.told:
+        return UNKNOWN
+    return VECTORS if any(part.width == 1 for part in found.parts) else found
 
 
 def _roles(attribute: str, kind: str) -> tuple[str, ...]:
@@ -197,7 +210,7 @@ def _roles(attribute: str, kind: str) -> tuple[str, ...]:
     return ()
 
 
-def _by_role(place: Place, stored: Stored, roles: Sequence[str], softmax: bool = True) -> Heads | None:
+def _by_role(place: Place, stored: Stored, roles: Sequence[str], tp: int, softmax: bool = True) -> Heads | None:
     """The parts of `known_rule` in heads of one width."""
     rule = Rule((stored.outputs,)) if len(roles) == 1 else known_rule(place, stored)
     if rule is None:
@@ -207,16 +220,16 @@ def _by_role(place: Place, stored: Stored, roles: Sequence[str], softmax: bool =
     if len(rule.sizes) != len(roles):
         return None
     # In a fused projection the first role's heads say the width of all.
-    first = _heads_of(place, roles[0], rule.sizes[0] * rule.groups)
+    first = _heads_of(place, roles[0], rule.sizes[0] * rule.groups, tp)
     if first is None or any(size % first.width for size in rule.sizes):
         return None
     parts = tuple(Part(role, first.width, size // first.width) for role, size in zip(roles, rule.sizes))
     return Heads(parts, rule.groups, softmax)
 
 
-def _heads_of(place: Place, role: str, outputs: int) -> Part | None:
+def _heads_of(place: Place, role: str, outputs: int, tp: int) -> Part | None:
     """The only number and width of heads that make up the outputs, by what the module says, then its config too."""
-    config = _text(place.config)
+    config = _config(place)
     for sources in ((place.block,), (place.block, config)):
         queries, widths = _numbers(sources, _QUERIES), _numbers(sources, _WIDTHS)
         if role == VALUE:
@@ -224,8 +237,9 @@ def _heads_of(place: Place, role: str, outputs: int) -> Part | None:
         if config in sources:
             widths |= {h // n for h, n in product(_numbers(sources[1:], _HIDDEN), queries) if h % n == 0}
         counts = queries if role == QUERY else _shared(sources, queries)
+        counts |= {count * tp for count in counts}
         found = {(count, width) for count, width in product(counts, widths) if count * width == outputs}
-        if not found and len(counts) == 1 and not widths:  # a module of its own kind, which says how many
+        if not found and len(counts) == 1 and not widths and tp == 1:  # a module of its own kind, which says how many
             found = {(count, outputs // count) for count in counts if outputs % count == 0}
         if found:
             (count, width), *others = found
@@ -240,7 +254,7 @@ def _shared(sources: Sequence[Any], queries: set[int]) -> set[int]:
     return found or queries
 
 
-def _latent(place: Place, attribute: str, stored: Stored) -> Heads | None:
+def _latent(place: Place, attribute: str, stored: Stored, tp: int) -> Heads | None:
     """Of multi-head latent attention; None in other blocks."""
     names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     plain, rotary, value = (_number(place.block, name) for name in names)
@@ -252,12 +266,13 @@ def _latent(place: Place, attribute: str, stored: Stored) -> Heads | None:
         gates = (Part(GATE, value),) if attribute == "q_gate_proj" else ()
         parts = (Part(QUERY, plain + rotary, rotary=rotary), *gates)
     heads, rest = divmod(stored.outputs, sum(part.width for part in parts))
-    named = _numbers((place.block,), _QUERIES) or _numbers((_text(place.config),), _QUERIES)
+    named = _numbers((place.block,), _QUERIES) or _numbers((_config(place),), _QUERIES)
+    named |= {count * tp for count in named}
     return Heads(parts, heads) if not rest and heads in (named or {heads}) else None
 
 
-def _gated(place: Place, stored: Stored) -> Heads | None:
-    query = _heads_of(place, QUERY, stored.outputs // 2)
+def _gated(place: Place, stored: Stored, tp: int) -> Heads | None:
+    query = _heads_of(place, QUERY, stored.outputs // 2, tp)
     return Heads((Part(QUERY, query.width), Part(GATE, query.width)), query.heads) if query else None
 
 
@@ -267,12 +282,18 @@ def _numbers(sources: Sequence[Any], names: Sequence[str]) -> set[int]:
 
 def _number(source: Any, name: str) -> int:
     """A number of heads or of outputs; 0 where the source does not have it."""
-    value = getattr(source, name, None)
+    try:
+        value = getattr(source, name, None)
+    except RuntimeError:  # of transformers, where it differs by layer and this is the config of all
+        return 0
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-def _text(config: Any) -> Any:
-    """The part of a composite config that describes the language model; the config itself where there is none."""
-    if _numbers((config,), _QUERIES):
-        return config
-    return getattr(config, "text_config", config)
+def _config(place: Place) -> Any:
+    """The config of the layer: its language model's where it is a composite one, its own where layers differ."""
+    config = place.config
+    if not _numbers((config,), _QUERIES):
+        config = getattr(config, "text_config", config)
+    number = getattr(place.block, "layer_idx", None)
+    each = config.per_layer_config if getattr(config, "is_heterogeneous", False) else ()
+    return each[number] if isinstance(number, int) and 0 <= number < len(each) else config

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import adamw, phases, proof, report
 from .adamw import AdamWHalf
-from .agreement import agree, checksum, together, world_of
+from .agreement import agree, checksum, gather, together, world_of
 from .call import Call
 from .clipping import Clipping
 from .frozen import FROZEN
@@ -26,13 +26,10 @@ from .halves import Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
 from .prepared import NOTHING, Prepared, prepare, prepare_later
-from .routing import Routing
+from .routing import Routing, check_heads
 from .saved import OWN_KEYS, as_ours, check_halves, difference
 from .settings import Settings, scale_for
 from .update import Update
-
-#: What the table says where Muon has nothing to do.
-NO_MATRIX = "no parameter is a matrix of a hidden layer: AdamW trains all of them"
 
 
 class Muon(Optimizer):
@@ -122,6 +119,8 @@ class Muon(Optimizer):
             "Build the same model from the same configuration on every rank",
             alike,
         )
+        if self.settings.per_head_muon:
+            check_heads("per_head_muon=True", gather(found.routing.head_facts, process_group))
         #: names: parameter -> its name in `routing`
         #: left_out: the same of parameters that are frozen now, and that are not trained if they are unfrozen
         self.routing, self.names, self.left_out = found.routing, found.names, found.left_out
@@ -145,7 +144,7 @@ class Muon(Optimizer):
         self.attach([Call.whole(i, parameters, self.names, self.process_group) for i, parameters in held])
         self._check_replicas = True
         if not self._trained().matrices:
-            warnings.warn(f"muon_plugin.Muon: {NO_MATRIX if self.names else NOTHING}", stacklevel=3)
+            warnings.warn(f"muon_plugin.Muon: {report.NO_MATRIX if self.names else NOTHING}", stacklevel=3)
 
     def _set_digests(self) -> None:
         #: the names of each group's parameters, which an engine replaces by others in `param_groups`
@@ -489,10 +488,9 @@ class Muon(Optimizer):
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
         routing, waiting = self._trained(), [self.names[p] for p in self._waiting]
         frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
-        if not routing.matrices and not self._one_of_many:
-            notes = (NO_MATRIX, *notes)
         clipping = () if self.clipping is None else self.clipping.notes
-        notes = (*self.routing.notes, *frozen, *self.settings.notes, *clipping, *notes)
+        notes = (*clipping, *report.about_matrices(routing, self.settings, self._one_of_many), *notes)
+        notes = (*self.routing.notes, *frozen, *self.settings.notes, *notes)
         routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
 

@@ -41,6 +41,7 @@ CHECKS = {
     "betas": BETAS,
     "eps": above(0),
     "offload": SWITCH,
+    "per_head_muon": SWITCH,
     "exclude": PATTERNS,
     "split": PATTERN_TABLE,
 }
@@ -60,6 +61,8 @@ class Settings:
         betas, eps: of AdamW.
         offload: the momentum of the matrices is kept in pinned CPU memory between steps, and their gradients are
             overwritten in the step. The same bits.
+        per_head_muon: each head of query, key and value is a matrix of its own (Kimi K3, arXiv 2607.24653; GLM-5,
+            2602.15763), with the scale of its own shape.
         muon_lr, adam_lr: a learning rate of each half; lr where not given.
         exclude: patterns of names that go to AdamW.
         split: pattern of names -> how a fused projection is taken apart.
@@ -84,6 +87,7 @@ class Settings:
     muon_lr: float | None = None
     adam_lr: float | None = None
     offload: bool = False
+    per_head_muon: bool = False
     exclude: tuple[str, ...] = ()
     split: Mapping[str, Any] = field(default_factory=dict)
     adamw: str = "auto"
@@ -120,7 +124,8 @@ class Settings:
         """One line for the start-up table and the planner."""
         momentum = f"momentum {self.momentum:g}{' in CPU memory' if self.offload else ''}"
         named = f", {self.ns_coefficients}" if isinstance(self.ns_coefficients, str) else ""
-        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({self.ns_method}{named})"
+        by_head = ", attention head by head" if self.per_head_muon else ""
+        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({self.ns_method}{named}){by_head}"
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -37,6 +37,13 @@ def add_arguments(parser: Any) -> Any:
     group.add_argument(
         "--muon-offload", action="store_true", help="Keep Muon's momentum in pinned CPU memory between steps"
     )
+    if not any("--muon-split-qkv-per-head" in action.option_strings for action in parser._actions):  # of later releases
+        group.add_argument(
+            "--muon-split-qkv-per-head",
+            action="store_true",
+            help="Each head of query, key and value is a matrix of its own, also of multi-latent attention's "
+            "up-projections",
+        )
     return parser
 
 

@@ -25,7 +25,7 @@ from ..core.plan import Plan
 from ..core.process_groups import joint_groups
 from ..core.qk_clip import Clip, summary
 from ..core.report import table
-from ..core.routing import Routing
+from ..core.routing import Routing, check_heads
 from ..core.update import Update
 from . import qk_clip
 from .arguments import asks_for_muon
@@ -82,7 +82,9 @@ def build(
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
     together(lambda: _check_built(chained), ranks)
     overridden = _overridden(chained, found, [_dp_group(groups), getattr(groups, "expt_dp", None) or _dp_group(groups)])
-    routing = together(lambda: route(found, model_chunks, settings.split_qkv, overridden), ranks)
+    routing = together(lambda: route(found, model_chunks, settings.split_qkv, overridden, settings.per_head), ranks)
+    if settings.per_head:
+        check_heads("--muon-split-qkv-per-head", gather(routing.head_facts, ranks))
     live = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
     tp, expert_tp = _tp_groups(groups)
     experts = [any(group["is_expert_parallel"] for group in optimizer.param_groups) for optimizer in live]

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.cutting import Rule, Stored, cut
+from ..core.heads import Heads
 from ..core.layout import Matrix, Partition
-from ..core.routing import Routing, kept_whole
-from .heads import heads_of
+from ..core.routing import Routing, kept_whole, not_cut_by_head
+from .heads import OTHERS, heads_of
 
 #: Layers whose outputs are gate, then up, in models with gated units.
 GATED = ("linear_fc1", "experts.weight1")
@@ -136,6 +137,7 @@ def route(
     chunks: Sequence[nn.Module],
     split_qkv: bool = True,
     overridden: Collection[int] = (),
+    per_head: bool = False,
 ) -> Routing:
     """Decides for every parameter.
 
@@ -144,6 +146,7 @@ def route(
         chunks: the same model chunks.
         split_qkv: take attention's fused projections apart (``--muon-no-split-qkv``: don't).
         overridden: ids of parameters that the client sends to AdamW.
+        per_head: whether each head of query, key and value is a matrix (``--muon-split-qkv-per-head``).
 
     Raises:
         ValueError: for a fused projection whose shape is not what the model's config says.
@@ -165,6 +168,8 @@ def route(
     adamw: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     whole: list[str] = []
+    by_head: dict[str, Heads] = {}
+    not_by_head: dict[str, str] = {}
     for parameter in found:
         shape = shapes[parameter.name] = parameter.partition.shape
         why = _not_a_matrix(parameter, id(parameter.tensor) in embeddings)
@@ -175,12 +180,19 @@ def route(
             continue
         *batch, rows, cols = shape
         outputs = cols if parameter.transposed else rows
-        rule = _rule(parameter, outputs, configs[id(parameter.tensor)], split_qkv)
+        owner, config = _owner(parameter.name), configs[id(parameter.tensor)]
+        rule = _rule(parameter, outputs, config, split_qkv)
+        heads = heads_of(owner, config) if per_head else None
+        if heads is not None:
+            by_head[parameter.name], rule = heads, heads.by_head
+        elif per_head and owner in OTHERS:
+            not_by_head[parameter.name] = OTHERS[owner]
         matrices += cut(parameter.name, Stored(math.prod(batch), rows, cols, parameter.transposed), rule)
-        if _owner(parameter.name) in PACKED and len(rule.sizes) == 1:
+        if owner in PACKED and len(rule.sizes) == 1:
             whole.append(parameter.name)
     notes = kept_whole("Megatron-Core does not say where its parts are", whole)
-    return Routing(tuple(matrices), adamw, shapes, tuple(notes))
+    notes += not_cut_by_head(not_by_head)
+    return Routing(tuple(matrices), adamw, shapes, tuple(notes), by_head, not_by_head)
 
 
 def _interleaved(name: str, config: Any) -> int:
