@@ -14,7 +14,7 @@ from .heads import _roles as roles_of
 from .layout import Strided
 from .places import Place, places
 from .qk_clip import ROTARY, AttentionLayer, Rows
-from .routing import stored_as
+from .routing import _stored as stored_as
 
 #: Norms of queries and keys: behind them, logits do not depend on the size of the projections.
 QK_NORMS = re.compile(

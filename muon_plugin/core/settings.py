@@ -125,7 +125,8 @@ class Settings:
         momentum = f"momentum {self.momentum:g}{' in CPU memory' if self.offload else ''}"
         named = f", {self.ns_coefficients}" if isinstance(self.ns_coefficients, str) else ""
         by_head = ", attention head by head" if self.per_head_muon else ""
-        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({self.ns_method}{named}){by_head}"
+        clip = f", QK-Clip at {self.clip.threshold:g}" if self.clip is not None else ""
+        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({self.ns_method}{named}){by_head}{clip}"
 
     @property
     def notes(self) -> tuple[str, ...]:

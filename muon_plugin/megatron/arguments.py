@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from ..core.orthogonalize import METHODS
@@ -64,8 +65,10 @@ def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs:
     """Megatron's checks refuse or rewrite every optimizer but Adam and SGD: ours is checked as its AdamW."""
     if not asks_for_muon(args):
         return original(args, *rest, **kwargs)
-    # Megatron's wants Transformer Engine for QK-Clip; ours has the logits of the local attention, too.
-    clips_locally = getattr(args, "qk_clip", False) and getattr(args, "transformer_impl", "") == "local"
+    # Megatron's wants Transformer Engine for QK-Clip. Ours has the logits of the local attention, too; and where it is
+    # not installed, a plan is checked, or the model's construction fails.
+    local = getattr(args, "transformer_impl", "") == "local" or find_spec("transformer_engine") is None
+    clips_locally = getattr(args, "qk_clip", False) and local
     args.optimizer = "adam"
     if clips_locally:
         args.qk_clip = False

@@ -110,6 +110,11 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
         check_heads("--muon-split-qkv-per-head", [kind.routing.head_facts for kind in kinds])
     import megatron.core
 
+    from ..megatron.qk_clip import setting_of
+
+    clip = setting_of(args)
+    clips = f", QK-Clip at {clip.threshold:g}" if clip is not None else ""
+
     def stages(ranks: int) -> list[Stage]:
         cut = on_meta.sizes(args, ranks)
         return [Stage(kind.numbers, ranks // cut["pp"], tuple(_megatron_calls(kind, ranks, cut))) for kind in kinds]
@@ -118,7 +123,7 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not (args.bf16 or args.fp16) else 2
     return Model(
         f"GPTModel under Megatron-Core {megatron.core.__version__.partition('+')[0]}",
-        settings.describe(),
+        settings.describe() + clips,
         (*settings.notes, *on_meta.assumptions(args)),
         settings.newton_schulz,
         0,

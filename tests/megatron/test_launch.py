@@ -47,6 +47,14 @@ def test_moonlights_later_stages(dry_run, stage):
     assert dry_run("moonlight_16b_a3b", STAGE=stage).returncode == 0
 
 
+@pytest.mark.parametrize("script", ["moonlight_16b_a3b", "kimi_k2"])
+def test_muonclip(dry_run, script):
+    """QK-Clip is Megatron's own flag, which asks for Transformer Engine: a plan is made without it."""
+    done = dry_run(script, MUONCLIP="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"QK-\s*Clip at 100", done.stdout)
+
+
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
