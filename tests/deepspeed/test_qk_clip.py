@@ -124,6 +124,28 @@ def test_logits_that_would_grow_past_100_stay_below(ranks):
     assert max(clipped) < 100, clipped
 
 
+def test_heads_that_autotp_cuts(ranks):
+    """Each TP rank computes the logits of its own heads, and scales its part of their weights."""
+    settings = config(1, params={"qk_clip": {"threshold": 0.02}})
+    expected = ranks(1).run(cut, settings)[0]
+    for found in ranks(2, apart="autotp").run(cut, {**settings, "tensor_parallel": {"autotp_size": 2}}):
+        for (name, logit, count), (_, other, same) in zip(found, expected, strict=True):
+            assert (logit, count) == (pytest.approx(other, rel=1e-4), same), name
+        assert sum(count for _, _, count in found) > 0
+
+
+def cut(rank: int, settings: dict[str, Any]) -> list[tuple[str, float, int]]:
+    """(Layer, its largest logit, clipped heads) of three steps, each of which sees what the last one clipped."""
+    engine = build(rank, settings, llama(2, num_key_value_heads=4))
+    found = []
+    for step in range(3):
+        tokens = torch.randint(0, 40, (2, 16), generator=torch.Generator().manual_seed(step))
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+        found += engine.basic_optimizer.halves.clip.last
+    return found
+
+
 def test_what_is_watched(ranks, tmp_path):
     ranks(2).run(monitored, config(1, params=PARAMS), tmp_path)
     found = written(tmp_path)
