@@ -58,16 +58,16 @@ def largest_logits(
     (batch, heads, queries, size), (_, groups, keys, _) = query.shape, key.shape
     shared, offset = heads // groups, keys - queries
     columns = min(keys, 2048)
-    rows = max(1, min(queries, block // max(1, batch * heads * columns)))
+    # Narrow enough that under a causal mask little is computed beside the triangle, and few launches.
+    rows = max(1, min(queries, block // max(1, batch * heads * columns), max(128, -(-queries // 8))))
     found = torch.full((groups, shared), -math.inf, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
         for first in range(0, queries, rows):
             last = min(first + rows, queries)
             some = query[:, :, first:last].reshape(batch * groups, shared * (last - first), size)
-            for begin in range(0, keys, columns):
-                end = min(begin + columns, keys)
-                if causal and begin > last - 1 + offset:
-                    break
+            seen = min(keys, last + offset) if causal else keys
+            for begin in range(0, seen, columns):
+                end = min(begin + columns, seen)
                 if window is not None and end - 1 <= first + offset - window:
                     continue
                 others = key[:, :, begin:end].reshape(batch * groups, end - begin, size)

@@ -247,7 +247,13 @@ def make(
 
 def clip_qk(original: Callable[..., Any], model: Any, log_max_only: bool = False) -> float:
     """In the place of Megatron's: the weights were clipped in the optimizer's step; returns the largest logit."""
+    logit = largest_logit(model)
+    return float(original(model, log_max_only)) if logit is None else logit
+
+
+def largest_logit(model: Any) -> float | None:
+    """The largest of the last step, over the layers of these model chunks; None where QK-Clip is not ours."""
     if not model or model[0] not in _clips:
-        return float(original(model, log_max_only))
+        return None
     clip = _clips[model[0]]
     return max((logit for _, logit, _ in clip.last), default=0.0) if clip is not None else 0.0

@@ -130,7 +130,7 @@ def test_heads_that_autotp_cuts(ranks):
     expected = ranks(1).run(cut, settings)[0]
     for found in ranks(2, apart="autotp").run(cut, {**settings, "tensor_parallel": {"autotp_size": 2}}):
         for (name, logit, count), (_, other, same) in zip(found, expected, strict=True):
-            assert (logit, count) == (pytest.approx(other, rel=1e-4), same), name
+            assert (logit, count) == (pytest.approx(other, rel=5e-3), same), name
         assert sum(count for _, _, count in found) > 0
 
 
