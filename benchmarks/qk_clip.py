@@ -32,7 +32,8 @@ def main() -> None:
     ]
     for tokens in args.tokens:
         without, clipped = measure(args, tokens)
-        forward, both = clipped[0] / without[0] - 1, clipped[1] / without[1] - 1
+        added = clipped[0] - without[0]
+        forward, both = added / without[0], added / without[1]
         rows.append(f"| {tokens:,} | {shown(without[0])} | {shown(clipped[0])} | {forward:.0%} | {both:.0%} |")
     size = f"a Llama of {args.layers} layers, hidden {args.hidden}, 8 heads, {args.dtype}, sdpa"
     text = "\n".join([*rows, "", f"{machine()}; {size}; one sequence; the shortest of {ROUNDS} rounds in turns."])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.support.clipped import CLIP, ClippedModel, alone, clip, largest, llama, logits, reference
-from tests.support.combinations import covering
+from tests.support.combinations import FULL, covering
+from tests.support.deepspeed_runs import OLD, mended
 from tests.support.integers import build, config, differing, train, weights
 from tests.support.monitored import written
 from tests.support.ranks import RankError
@@ -48,6 +49,14 @@ def test_masters_of_16_bit_weights_are_clipped_before_they_are_gathered(ranks, s
     expected = ranks.alone(trained, config(0, dtype, params=PARAMS))
     for found in ranks(2).run(trained, config(stage, dtype, params=PARAMS)):
         assert differing(found, expected) == []
+
+
+@pytest.mark.skipif(not FULL, reason="FULL=1: the other release's shards are those of deepspeed/test_releases.py")
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_older_release(ranks, stage):
+    expected = whole(ranks.alone(reference, STEPS, deepspeed=OLD))
+    for found in ranks(2, deepspeed=OLD).run(mended, trained, config(stage, params=PARAMS)):
+        assert differing(found, {name: expected[name] for name in found}) == []
 
 
 def test_replicas_without_an_engine(ranks):
