@@ -20,7 +20,7 @@ ROUNDS = 6
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
