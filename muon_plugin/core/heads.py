@@ -113,9 +113,9 @@ class Heads:
 
 #: Layers that project to the heads of one role, as their names are in most models, in lower case.
 SEPARATE = (
-    (QUERY, r"q|wq|q_(proj|lin|linear|attn|b_proj|proj_weight)|query(_proj|_global)?|to_q"),
-    (KEY, r"k|wk|k_(proj|lin|linear|proj_weight)|key(_proj|_global)?|to_k"),
-    (VALUE, r"v|wv|v_(proj|lin|linear|proj_weight)|value(_global)?|to_v"),
+    (QUERY, r"q|wq|q_(proj|lin|linear|attn|b_proj|proj_weight)|query(_proj|_global)?|to_q|project_q"),
+    (KEY, r"k|wk|k_(proj|lin|linear|proj_weight)|key(_proj|_global)?|to_k|project_k"),
+    (VALUE, r"v|wv|v_(proj|lin|linear|proj_weight)|value(_proj|_global)?|to_v|project_v"),
 )
 #: Layers that hold several roles, (layer, class of the block, their order); `fused.known_rule` knows the sizes.
 TOGETHER = (
@@ -133,13 +133,18 @@ GATED_QUERY = (r"q_proj", r"Qwen3Next|Qwen3_5|Qwen4Exp")
 DELTA = r"Kimi(Linear)?DeltaAttention$"
 #: What an attention is called, and what has heads of another geometry (DeepSpeed #8420): (class, layers, why).
 ATTENTION = re.compile(r"Att(entio)?n|MHA|MLA$|MultiHead", re.IGNORECASE)
+#: Names that mean a projection to heads in every class.
+DISTINCT = r"w?[qkv]_proj(_weight)?|w[qkv]|w?qkv|qkv_proj|q_b_proj"
 OTHERS = (
-    (r"\w*Indexer", r"\w*", "an indexer scores tokens by heads of its own"),
-    (r"\w*(Delta|Lightning|LinearAtt|xLSTM|Rwkv|RecurrentBlock)", r"\w*(q|k|v|qkvz?|ba)(_proj)?|in_proj\w*",
-     "linear attention has heads of its own"),
+    (r"\w*Indexer", r"w[qk](_b)?|q_b_proj|kv_proj|index_qk_proj", "an indexer scores tokens by heads of its own"),
+    (
+        r"(?!KimiLinearAtt)\w*(Delta|Lightning|LinearAtt|xLSTM|Rwkv|RecurrentBlock)",
+        r"(q|k|v|qkv|query|key|value)(_proj)?|qkv_opreact|in_proj(_qkvz?)?",
+        "linear attention has heads of its own",
+    ),
     (r"\w*Mamba|FalconH1Mixer|Bamba\w*Mixer|GraniteMoeHybrid\w*Mamba", "in_proj", "a state space has heads of its own"),
-    (r"\w*Channel\w*Att", r"\w*", "its heads are channels of the image"),
-)  # fmt: skip
+    (r"\w*Channel\w*Att", "qkv", "its heads are channels of the image"),
+)
 UNKNOWN = "neither its module nor the config says how its outputs are heads"
 VECTORS = "a head of one output is a vector"
 
@@ -186,7 +191,7 @@ def known_heads(place: Place, stored: Stored, tp: int = 1) -> Heads | str | None
     if re.fullmatch(LATENT, attribute) and (latent := _latent(place, attribute, stored, tp)) is not None:
         return _checked(latent, stored)
     roles = _roles(attribute, kind)
-    if not roles or not ATTENTION.search(kind):
+    if not roles or not (ATTENTION.search(kind) or re.fullmatch(DISTINCT, attribute)):
         return None
     if re.fullmatch(GATED_QUERY[0], attribute) and re.match(GATED_QUERY[1], kind):
         return _checked(_gated(place, stored, tp), stored)
