@@ -234,21 +234,26 @@ def _by_role(place: Place, stored: Stored, roles: Sequence[str], tp: int, softma
 
 def _heads_of(place: Place, role: str, outputs: int, tp: int) -> Part | None:
     """The only number and width of heads that make up the outputs, by what the module says, then its config too."""
-    config = _config(place)
-    for sources in ((place.block,), (place.block, config)):
-        queries, widths = _numbers(sources, _QUERIES), _numbers(sources, _WIDTHS)
+    config, own = _config(place), _numbers((place.block,), _WIDTHS)
+    of_config = _numbers((config,), _QUERIES)
+    by_default = {h // n for h, n in product(_numbers((config,), _HIDDEN), of_config) if h % n == 0}
+    for sources, widths in (((place.block,), set[int]()), ((place.block, config), by_default)):
+        queries, widths = _numbers(sources, _QUERIES), widths | _numbers(sources, _WIDTHS)
         if role == VALUE:
             widths |= _numbers(sources, _VALUE_WIDTHS)
-        if config in sources:
-            widths |= {h // n for h, n in product(_numbers(sources[1:], _HIDDEN), queries) if h % n == 0}
         counts = queries if role == QUERY else _shared(sources, queries)
         counts |= {count * tp for count in counts}
         found = {(count, width) for count, width in product(counts, widths) if count * width == outputs}
-        if not found and len(counts) == 1 and not widths and tp == 1:  # a module of its own kind, which says how many
-            found = {(count, outputs // count) for count in counts if outputs % count == 0}
         if found:
             (count, width), *others = found
             return None if others else Part(role, width, count)
+    if tp > 1 and len(own) == 1 and outputs % (width := own.pop()) == 0:  # AutoTP leaves the width, not the number
+        return Part(role, width, outputs // width)
+    queries = _numbers((place.block,), _QUERIES)
+    counts = queries if role == QUERY else _shared((place.block,), queries)
+    # A module without a config that says how many heads it has, and not how wide they are.
+    if tp == 1 and not of_config and not own and len(counts) == 1 and outputs % (count := counts.pop()) == 0:
+        return Part(role, outputs // count, count)
     return None
 
 

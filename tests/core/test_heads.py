@@ -63,6 +63,9 @@ KNOWN = {
         ("SomeAttention", "k_proj", {"head_dim": 3, "num_heads": 6, "num_key_value_groups": 3}, None), [(KEY, 3)] * 2),
     "values of another width": (
         ("SomeAttention", "v_proj", {"head_dim": 3, "v_head_dim": 2, "num_heads": 4}, None), [(VALUE, 2)] * 4),
+    "fewer keys by the config alone": (
+        ("SomeAttention", "k_proj", {"num_heads": 8}, {"num_attention_heads": 8, "num_key_value_heads": 2,
+         "hidden_size": 64}), [(KEY, 8)] * 2),
     "a module of one's own": (("SelfAttention", "query", {"n_head": 4}, None), [(QUERY, 3)] * 4),
     "thirds": (("Attention", "qkv", {"num_heads": 4}, None), [(QUERY, 2)] * 4 + [(KEY, 2)] * 4 + [(VALUE, 2)] * 4),
     "a part for each": (
