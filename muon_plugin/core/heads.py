@@ -113,9 +113,9 @@ class Heads:
 
 #: Layers that project to the heads of one role, as their names are in most models, in lower case.
 SEPARATE = (
-    (QUERY, r"q|wq|q_(proj|lin|linear|attn|b_proj|proj_weight)|query(_proj|_global)?|to_q"),
-    (KEY, r"k|wk|k_(proj|lin|linear|proj_weight)|key(_proj|_global)?|to_k"),
-    (VALUE, r"v|wv|v_(proj|lin|linear|proj_weight)|value(_global)?|to_v"),
+    (QUERY, r"q|wq|q_(proj|lin|linear|attn|b_proj|proj_weight)|query(_proj|_global)?|to_q|project_q"),
+    (KEY, r"k|wk|k_(proj|lin|linear|proj_weight)|key(_proj|_global)?|to_k|project_k"),
+    (VALUE, r"v|wv|v_(proj|lin|linear|proj_weight)|value(_proj|_global)?|to_v|project_v"),
 )
 #: Layers that hold several roles, (layer, class of the block, their order); `fused.known_rule` knows the sizes.
 TOGETHER = (
@@ -133,13 +133,18 @@ GATED_QUERY = (r"q_proj", r"Qwen3Next|Qwen3_5|Qwen4Exp")
 DELTA = r"Kimi(Linear)?DeltaAttention$"
 #: What an attention is called, and what has heads of another geometry (DeepSpeed #8420): (class, layers, why).
 ATTENTION = re.compile(r"Att(entio)?n|MHA|MLA$|MultiHead", re.IGNORECASE)
+#: Names that mean a projection to heads in every class.
+DISTINCT = r"w?[qkv]_proj(_weight)?|w[qkv]|w?qkv|qkv_proj|q_b_proj"
 OTHERS = (
-    (r"\w*Indexer", r"\w*", "an indexer scores tokens by heads of its own"),
-    (r"\w*(Delta|Lightning|LinearAtt|xLSTM|Rwkv|RecurrentBlock)", r"\w*(q|k|v|qkvz?|ba)(_proj)?|in_proj\w*",
-     "linear attention has heads of its own"),
+    (r"\w*Indexer", r"w[qk](_b)?|q_b_proj|kv_proj|index_qk_proj", "an indexer scores tokens by heads of its own"),
+    (
+        r"(?!KimiLinearAtt)\w*(Delta|Lightning|LinearAtt|xLSTM|Rwkv|RecurrentBlock)",
+        r"(q|k|v|qkv|query|key|value)(_proj)?|qkv_opreact|in_proj(_qkvz?)?",
+        "linear attention has heads of its own",
+    ),
     (r"\w*Mamba|FalconH1Mixer|Bamba\w*Mixer|GraniteMoeHybrid\w*Mamba", "in_proj", "a state space has heads of its own"),
-    (r"\w*Channel\w*Att", r"\w*", "its heads are channels of the image"),
-)  # fmt: skip
+    (r"\w*Channel\w*Att", "qkv", "its heads are channels of the image"),
+)
 UNKNOWN = "neither its module nor the config says how its outputs are heads"
 VECTORS = "a head of one output is a vector"
 
@@ -186,7 +191,7 @@ def known_heads(place: Place, stored: Stored, tp: int = 1) -> Heads | str | None
     if re.fullmatch(LATENT, attribute) and (latent := _latent(place, attribute, stored, tp)) is not None:
         return _checked(latent, stored)
     roles = _roles(attribute, kind)
-    if not roles or not ATTENTION.search(kind):
+    if not roles or not (ATTENTION.search(kind) or re.fullmatch(DISTINCT, attribute)):
         return None
     if re.fullmatch(GATED_QUERY[0], attribute) and re.match(GATED_QUERY[1], kind):
         return _checked(_gated(place, stored, tp), stored)
@@ -229,21 +234,26 @@ def _by_role(place: Place, stored: Stored, roles: Sequence[str], tp: int, softma
 
 def _heads_of(place: Place, role: str, outputs: int, tp: int) -> Part | None:
     """The only number and width of heads that make up the outputs, by what the module says, then its config too."""
-    config = _config(place)
-    for sources in ((place.block,), (place.block, config)):
-        queries, widths = _numbers(sources, _QUERIES), _numbers(sources, _WIDTHS)
+    config, own = _config(place), _numbers((place.block,), _WIDTHS)
+    of_config = _numbers((config,), _QUERIES)
+    by_default = {h // n for h, n in product(_numbers((config,), _HIDDEN), of_config) if h % n == 0}
+    for sources, widths in (((place.block,), set[int]()), ((place.block, config), by_default)):
+        queries, widths = _numbers(sources, _QUERIES), widths | _numbers(sources, _WIDTHS)
         if role == VALUE:
             widths |= _numbers(sources, _VALUE_WIDTHS)
-        if config in sources:
-            widths |= {h // n for h, n in product(_numbers(sources[1:], _HIDDEN), queries) if h % n == 0}
         counts = queries if role == QUERY else _shared(sources, queries)
         counts |= {count * tp for count in counts}
         found = {(count, width) for count, width in product(counts, widths) if count * width == outputs}
-        if not found and len(counts) == 1 and not widths and tp == 1:  # a module of its own kind, which says how many
-            found = {(count, outputs // count) for count in counts if outputs % count == 0}
         if found:
             (count, width), *others = found
             return None if others else Part(role, width, count)
+    if tp > 1 and len(own) == 1 and outputs % (width := own.pop()) == 0:  # AutoTP leaves the width, not the number
+        return Part(role, width, outputs // width)
+    queries = _numbers((place.block,), _QUERIES)
+    counts = queries if role == QUERY else _shared((place.block,), queries)
+    # A module without a config that says how many heads it has, and not how wide they are.
+    if tp == 1 and not of_config and not own and len(counts) == 1 and outputs % (count := counts.pop()) == 0:
+        return Part(role, outputs // count, count)
     return None
 
 

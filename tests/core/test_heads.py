@@ -63,6 +63,9 @@ KNOWN = {
         ("SomeAttention", "k_proj", {"head_dim": 3, "num_heads": 6, "num_key_value_groups": 3}, None), [(KEY, 3)] * 2),
     "values of another width": (
         ("SomeAttention", "v_proj", {"head_dim": 3, "v_head_dim": 2, "num_heads": 4}, None), [(VALUE, 2)] * 4),
+    "fewer keys by the config alone": (
+        ("SomeAttention", "k_proj", {"num_heads": 8}, {"num_attention_heads": 8, "num_key_value_heads": 2,
+         "hidden_size": 64}), [(KEY, 8)] * 2),
     "a module of one's own": (("SelfAttention", "query", {"n_head": 4}, None), [(QUERY, 3)] * 4),
     "thirds": (("Attention", "qkv", {"num_heads": 4}, None), [(QUERY, 2)] * 4 + [(KEY, 2)] * 4 + [(VALUE, 2)] * 4),
     "a part for each": (
@@ -144,13 +147,13 @@ def test_torchs_own_attention():
         ("DeepseekV32Indexer", "wq_b", {"n_heads": 4, "head_dim": 6}, "indexer"),
         ("LlamaAttention", "q_proj", {"head_dim": 7}, "neither its module nor the config"),
         ("LlamaAttention", "q_proj", {"head_dim": 6, "num_heads": 2, "num_attention_heads": 3}, "neither"),
-        ("SelfAttention", "query", {"n_head": 24}, "a vector"),
+        ("SelfAttention", "query", {"n_head": 24, "head_dim": 1}, "a vector"),
     ],
 )
 def test_other_geometry_is_left_alone_and_named(kind, attribute, sizes, why):
     model = block(kind, attribute, 24, {"num_attention_heads": 5, "hidden_size": 8}, **sizes)
     model.other = type("LlamaAttention", (nn.Module,), {})()
-    model.other.q_proj, model.other.num_heads = nn.Linear(8, 6, bias=False), 3
+    model.other.q_proj, model.other.num_heads, model.other.head_dim = nn.Linear(8, 6, bias=False), 3, 2
     routing, plain = routed(model), route({n: tuple(p.shape) for n, p in model.named_parameters()}, model=model)
     name = f"block.{attribute}.weight"
     assert list(routing.by_head) == ["other.q_proj.weight"]
