@@ -65,6 +65,12 @@ def test_replicas_without_an_engine(ranks):
         assert differing(found, expected) == []
 
 
+def test_with_per_head_muon(ranks):
+    expected = whole(ranks.alone(reference, STEPS, True, True))
+    found = ranks(2).run(trained, config(1, params={**PARAMS, "per_head_muon": True}))[0]
+    assert differing(found, expected) == []
+
+
 def test_sub_groups_and_offload(ranks):
     expected = whole(ranks.alone(reference, STEPS))
     for zero in ({"sub_group_size": 300}, {"offload_optimizer": {"device": "cpu"}}):

@@ -104,12 +104,12 @@ def clip(weights: dict[str, Tensor], step: int) -> None:
         scale("latent.kv_b_proj", 9 * head, 4, 1 - ALPHA, largest)
 
 
-def reference(rank: int, steps: int, clips: bool = True) -> dict[str, Tensor]:
+def reference(rank: int, steps: int, clips: bool = True, by_head: bool = False) -> dict[str, Tensor]:
     """Muon without QK-Clip in one process, then the rule after each step: the weights."""
     from muon_plugin import Muon
 
     model = ClippedModel()
-    muon = Muon(model.named_parameters(), model=model, lr=0.01, weight_decay=0.1)
+    muon = Muon(model.named_parameters(), model=model, lr=0.01, weight_decay=0.1, per_head_muon=by_head)
     for step in range(steps):
         muon.zero_grad()
         model(step, 0, 0, 1, 1).backward()
