@@ -271,3 +271,30 @@ def test_the_scale_is_that_of_a_heads_own_shape():
         head.linear.weight.grad = weight.grad[start : start + 3].clone()
         muon_plugin.Muon(head.named_parameters(), model=head, **settings).step()
         assert torch.equal(head.linear.weight, weight[start : start + 3])
+
+
+def test_many_heads_are_few_kernels():
+    """The heads of a parameter are read and applied at once: only the products' batches and the norms know of them."""
+
+    def operations(per_head: bool, heads: int) -> int:
+        model = nn.Module()
+        model.block = type("SomeAttention", (nn.Module,), {})()
+        model.block.num_heads, model.block.head_dim = heads, 4
+        model.block.qkv = nn.Linear(heads * 4, 3 * heads * 4, bias=False)
+        optimizer = muon_plugin.Muon(model.named_parameters(), model=model, per_head_muon=per_head)
+        model.block.qkv.weight.grad = torch.randn(3 * heads * 4, heads * 4)
+        (update,) = optimizer.halves.muon.updates
+        counts = {"read": 0, "write": 0}
+
+        def read(*_: Any) -> None:
+            counts["read"] += 1
+
+        def write(*_: Any) -> None:
+            counts["write"] += 1
+
+        update._exchange.run(read, write)
+        assert len(update.matrices) == (3 * heads if per_head else 3)
+        return counts["read"] + counts["write"]
+
+    assert operations(True, 8) == operations(True, 16) == 2
+    assert operations(False, 16) == 2  # query, key and value have one shape
