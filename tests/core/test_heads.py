@@ -145,6 +145,7 @@ def test_torchs_own_attention():
         ("BailingHybridDeltaAttention", "q_proj", {"num_heads": 4, "head_dim": 6}, "linear attention"),
         ("Mamba2Mixer", "in_proj", {}, "state space"),
         ("DeepseekV32Indexer", "wq_b", {"n_heads": 4, "head_dim": 6}, "indexer"),
+        ("AnyAttention", "kv_b_proj", {**LATENT, "num_heads": 5, "v_head_dim": 5}, "neither its module nor the config"),
         ("LlamaAttention", "q_proj", {"head_dim": 7}, "neither its module nor the config"),
         ("LlamaAttention", "q_proj", {"head_dim": 6, "num_heads": 2, "num_attention_heads": 3}, "neither"),
         ("SelfAttention", "query", {"n_head": 24, "head_dim": 1}, "a vector"),
