@@ -35,8 +35,8 @@ def test_weights_go_where_the_code_says(part):
 
 
 #: One head in all, of convolutions; grouped convolutions, which are matrices by group; what goes through another
-#: projection, that of torch's attention.
-NO_HEADS = re.compile(r"\w*(VQVAE|VisionTokenizer)\w*AttnBlock|SqueezeBertSelfAttention|AriaCrossAttention")
+#: projection, that of torch's attention; and one that keeps no width.
+NO_HEADS = re.compile(r"\w*(VQVAE|VisionTokenizer)\w*AttnBlock|(SqueezeBertSelf|AriaCross)Attention|EvollaSeq\w*")
 
 
 def unknown_heads(model: nn.Module) -> list[str]:
