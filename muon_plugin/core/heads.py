@@ -190,11 +190,13 @@ def known_heads(place: Place, stored: Stored, tp: int = 1) -> Heads | str | None
             return why
     if re.fullmatch(LATENT, attribute) and (latent := _latent(place, attribute, stored, tp)) is not None:
         return _checked(latent, stored)
+    if attribute in ("kv_b_proj", "q_gate_proj"):
+        return UNKNOWN
     roles = _roles(attribute, kind)
     if not roles or not (ATTENTION.search(kind) or re.fullmatch(DISTINCT, attribute)):
         return None
     if re.fullmatch(GATED_QUERY[0], attribute) and re.match(GATED_QUERY[1], kind):
-        return _checked(_gated(place, stored, tp), stored)
+        return _checked(_gated(place, stored, tp) or _by_role(place, stored, roles, tp), stored)
     return _checked(_by_role(place, stored, roles, tp), stored)
 
 
@@ -277,8 +279,8 @@ def _latent(place: Place, attribute: str, stored: Stored, tp: int) -> Heads | No
         parts = (Part(QUERY, plain + rotary, rotary=rotary), *gates)
     heads, rest = divmod(stored.outputs, sum(part.width for part in parts))
     named = _numbers((place.block,), _QUERIES) or _numbers((_config(place),), _QUERIES)
-    named |= {count * tp for count in named}
-    return Heads(parts, heads) if not rest and heads in (named or {heads}) else None
+    fits = not named or heads in named or tp > 1  # AutoTP leaves the widths, not the number
+    return Heads(parts, heads) if fits and not rest else None
 
 
 def _gated(place: Place, stored: Stored, tp: int) -> Heads | None:

@@ -145,6 +145,7 @@ def test_torchs_own_attention():
         ("BailingHybridDeltaAttention", "q_proj", {"num_heads": 4, "head_dim": 6}, "linear attention"),
         ("Mamba2Mixer", "in_proj", {}, "state space"),
         ("DeepseekV32Indexer", "wq_b", {"n_heads": 4, "head_dim": 6}, "indexer"),
+        ("AnyAttention", "kv_b_proj", {**LATENT, "num_heads": 5, "v_head_dim": 5}, "neither its module nor the config"),
         ("LlamaAttention", "q_proj", {"head_dim": 7}, "neither its module nor the config"),
         ("LlamaAttention", "q_proj", {"head_dim": 6, "num_heads": 2, "num_attention_heads": 3}, "neither"),
         ("SelfAttention", "query", {"n_head": 24, "head_dim": 1}, "a vector"),
@@ -271,3 +272,30 @@ def test_the_scale_is_that_of_a_heads_own_shape():
         head.linear.weight.grad = weight.grad[start : start + 3].clone()
         muon_plugin.Muon(head.named_parameters(), model=head, **settings).step()
         assert torch.equal(head.linear.weight, weight[start : start + 3])
+
+
+def test_many_heads_are_few_kernels():
+    """The heads of a parameter are read and applied at once: only the products' batches and the norms know of them."""
+
+    def operations(per_head: bool, heads: int) -> int:
+        model = nn.Module()
+        model.block = type("SomeAttention", (nn.Module,), {})()
+        model.block.num_heads, model.block.head_dim = heads, 4
+        model.block.qkv = nn.Linear(heads * 4, 3 * heads * 4, bias=False)
+        optimizer = muon_plugin.Muon(model.named_parameters(), model=model, per_head_muon=per_head)
+        model.block.qkv.weight.grad = torch.randn(3 * heads * 4, heads * 4)
+        (update,) = optimizer.halves.muon.updates
+        counts = {"read": 0, "write": 0}
+
+        def read(*_: Any) -> None:
+            counts["read"] += 1
+
+        def write(*_: Any) -> None:
+            counts["write"] += 1
+
+        update._exchange.run(read, write)
+        assert len(update.matrices) == (3 * heads if per_head else 3)
+        return counts["read"] + counts["write"]
+
+    assert operations(True, 8) == operations(True, 16) == 2
+    assert operations(False, 16) == 2  # query, key and value have one shape
