@@ -15,9 +15,11 @@ from .registration import register, unregister
 
 if TYPE_CHECKING:
     from .alone import Muon
+    from .attention import record_logits
+    from .core.logits import largest_logits
 
 __version__ = "0.1.0"
-__all__ = ["Muon", "register", "unregister"]
+__all__ = ["Muon", "largest_logits", "record_logits", "register", "unregister"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +28,12 @@ def __getattr__(name: str) -> Any:
         from .alone import Muon
 
         return Muon
+    if name == "record_logits":
+        from .attention import record_logits
+
+        return record_logits
+    if name == "largest_logits":
+        from .core.logits import largest_logits
+
+        return largest_logits
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

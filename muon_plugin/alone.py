@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import attention as attention  # the logits of QK-Clip
 from . import deepspeed as deepspeed  # its AdamW and its group keys, for an optimizer that it takes over
 from . import watchdog
 from .core import phases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 
 #: Engine -> the package that it is.
 ENGINES = {"deepspeed": "deepspeed", "megatron": "megatron.core"}
@@ -42,3 +43,5 @@ def unregister() -> None:
     with contextlib.ExitStack() as every:  # the others too, should one raise
         for engine in ENGINES:
             every.callback(importlib.import_module(f".{engine}", __package__).unregister)
+        if attention := sys.modules.get(f"{__package__}.attention"):
+            every.callback(attention.unwatch)

@@ -105,6 +105,13 @@ def add_up(tensor: Tensor, group: Any) -> None:
             dist.all_reduce(tensor, group=along)
 
 
+def largest(tensor: Tensor, group: Any) -> None:
+    """Replaces each element of `tensor` by its largest value over all ranks."""
+    if world_of(group)[1] > 1:
+        for along in group.groups if isinstance(group, Grid) else [group]:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=along)
+
+
 def wire_of(group: Any, device: torch.device) -> torch.device:
     """The device of tensors that the backend of `group` sends, where the parameters are on `device`."""
     if world_of(group)[1] == 1:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from .checks import is_whole
 from .layout import Matrix, Strided
+
+SPLIT_HELP = (
+    'sizes along the output dimension ([512, 256, 256]), a number of equal parts (3), {"sizes": [...], "groups": n} '
+    'for sizes that repeat n times (interleaved by head or query group), {"sizes": ..., "along": "inputs"} for parts '
+    'of the input dimension (an output projection by head), or "whole"'
+)
 
 
 @dataclass(frozen=True)
 class Rule:
     """How the output dimension of a fused parameter is cut: `sizes`, repeated `groups` times.
 
-    With `interleaved`, each part holds so many matrices whose columns take turns (stored out-in, one group).
+    With `interleaved`, each part holds so many matrices whose columns take turns (stored out-in, one group). With
+    `inputs`, the input dimension is cut in the place of the outputs.
     """
 
     sizes: tuple[int, ...]
     groups: int = 1
     interleaved: int = 1
+    inputs: bool = False
 
     def fits(self, stored: Stored) -> bool:
         """Whether the sizes are positive and add up to the outputs."""
@@ -62,6 +72,10 @@ class Stored:
 
 def cut(name: str, stored: Stored, rule: Rule) -> list[Matrix]:
     """The matrices of one parameter: each part of the rule, for each entry of the batch."""
+    if rule.inputs:
+        other = replace(stored, transposed=not stored.transposed)
+        of_inputs = cut(name, other, replace(rule, inputs=False))
+        return [replace(matrix, transposed=stored.transposed) for matrix in of_inputs]
     found = []
     rows, cols, transposed = stored.rows, stored.cols, stored.transposed
     period = sum(rule.sizes)
@@ -85,3 +99,38 @@ def cut(name: str, stored: Stored, rule: Rule) -> list[Matrix]:
                 found.append(Matrix(f"{name}[{label}]" if label else name, name, *shape, where, transposed))
             begin += size
     return found
+
+
+def asked_rule(stored: Stored, value: Any, where: str) -> Rule:
+    """The rule that a user wrote.
+
+    Args:
+        stored: how the parameter is stored.
+        value: see `SPLIT_HELP`.
+        where: the setting, its value and the parameter, for errors.
+
+    Raises:
+        ValueError: for what is no rule, or does not fit.
+    """
+
+    def positive(number: Any) -> bool:
+        return is_whole(number) and bool(number > 0)
+
+    if value == "whole":
+        return Rule((stored.outputs,))
+    sizes, groups, along = value, 1, "outputs"
+    if isinstance(value, Mapping):
+        if set(value) - {"sizes", "groups", "along"} or "sizes" not in value:
+            raise ValueError(f"{where}: the keys are {sorted(map(str, value))}; allowed: {SPLIT_HELP}")
+        sizes, groups, along = value["sizes"], value.get("groups", 1), value.get("along", along)
+    length = stored.inputs if along == "inputs" else stored.outputs
+    if positive(sizes) and not (isinstance(value, Mapping) and along == "outputs"):
+        if length % sizes:
+            raise ValueError(f"{where}: {length} {along} cannot be cut in {sizes} equal parts; allowed: {SPLIT_HELP}")
+        sizes = (length // sizes,) * sizes
+    several = isinstance(sizes, (list, tuple)) and sizes and all(map(positive, sizes)) and positive(groups)
+    if not several or along not in ("outputs", "inputs"):
+        raise ValueError(f"{where} is not a split; allowed: {SPLIT_HELP}")
+    if sum(sizes) * groups != length:
+        raise ValueError(f"{where}: the sizes add up to {sum(sizes) * groups}, not to its {length} {along}")
+    return Rule(tuple(sizes), groups, inputs=along == "inputs")

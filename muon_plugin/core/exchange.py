@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -87,6 +87,23 @@ class _Transfer:
     received: list[tuple[Tensor, _Parts]]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What this rank holds of one parameter's matrices of a batch, as far as it lies evenly in both.
+
+    Attributes:
+        matrix: the number of the first of these matrices; all have its scale.
+        tensor: the number of a tensor.
+        local: where in the tensor.
+        inside: the same elements in the flat batch.
+    """
+
+    matrix: int
+    tensor: int
+    local: Strided
+    inside: Strided
+
+
 class Exchange:
     """Runs a plan on one rank.
 
@@ -121,6 +138,8 @@ class Exchange:
         self.held: dict[int, list[tuple[int, Block]]] = defaultdict(list)
         for piece in pieces:
             self.held[piece.matrix] += [(piece.tensor, block) for block in piece.blocks]
+        #: by batch; equal in every step
+        self._runs: dict[tuple[int, ...], list[_Run]] = {}
         self._rounds = [_Round() for _ in range(plan.rounds + 1)]  # in the last one nothing is sent
         local = []
         for number, route in enumerate(plan.routes):
@@ -167,15 +186,17 @@ class Exchange:
         for number, this in enumerate(self._rounds):
             arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's are in flight meanwhile
             for batch in this.local:
-                self._write(self._own(self._compute(batch, read, {})), write)
+                self._write_own(batch, self._compute(batch, read, {}), write)
             arrived: _Arrived = defaultdict(list)
             for matrix, inside, views in self._arrived(arriving):
                 arrived[matrix] += zip(inside, views)
             updates: dict[int, Tensor] = {}
-            for batch in self._batches(this.computed):
+            computed = self._batches(this.computed)
+            for batch in computed:
                 updates |= self._compute(batch, read, arrived)
             sent = self._return(number, updates)
-            self._write(self._own(updates), write)
+            for batch in computed:
+                self._write_own(batch, updates, write)
             self._write(self._arrived(returning), write)  # the updates of the round before
             returning = sent
 
@@ -197,8 +218,9 @@ class Exchange:
         """Assembles the matrices of a batch from what this rank holds and what arrived; their updates."""
         first = self.matrices[batch[0]]
         x = torch.empty(len(batch), first.rows, first.cols, dtype=torch.bfloat16, device=self.device)
+        for run in self._runs_of(batch):
+            read(run.tensor, run.local, run.inside.view(x.view(-1)))
         for number, flat in zip(batch, x.view(len(batch), -1)):
-            self._read(number, [block.inside.view(flat) for _, block in self.held[number]], read)
             for part, view in arrived.get(number, ()):
                 part.view(flat).copy_(view)
         with phase("orthogonalize"):
@@ -211,6 +233,44 @@ class Exchange:
         """Fills in what this rank holds of a matrix."""
         for (tensor, block), view in zip(self.held[number], views):
             read(tensor, block.local, view)
+
+    def _runs_of(self, batch: Sequence[int]) -> list[_Run]:
+        """What this rank holds of a batch, in few runs: hundreds of heads would be hundreds of kernels to read."""
+        key = tuple(batch)
+        if key not in self._runs:
+            first, found = self.matrices[batch[0]].numel, []
+            for place, number in enumerate(batch):
+                for tensor, block in self.held[number]:
+                    inside = replace(block.inside, start=block.inside.start + place * first)
+                    found.append(_Run(number, tensor, block.local, inside))
+            self._runs[key] = self._joined(self._joined(found), apart=True)
+        return self._runs[key]
+
+    def _joined(self, runs: Iterable[_Run], apart: bool = False) -> list[_Run]:
+        """Neighbours of one parameter as one run where they follow each other; or where all are equally far `apart`."""
+        found: list[_Run] = []
+        for run in runs:
+            last = found[-1] if found else run
+            same = found and last.tensor == run.tensor and run.local.count == run.inside.count == 1
+            if same and self.matrices[last.matrix].parameter == self.matrices[run.matrix].parameter:
+                local, inside = (
+                    _continued(a, b, apart) for a, b in ((last.local, run.local), (last.inside, run.inside))
+                )
+                if local is not None and inside is not None:
+                    found[-1] = replace(last, local=local, inside=inside)
+                    continue
+            found.append(run)
+        return found
+
+    def _write_own(self, batch: Sequence[int], updates: Mapping[int, Tensor], write: Write) -> None:
+        """Applies to what this rank holds of a batch that it orthogonalized."""
+        runs = self._runs_of(batch)
+        if self.normalize or len(runs) == sum(len(self.held[number]) for number in batch):
+            self._write(self._own({number: updates[number] for number in batch}), write)
+            return
+        flat = torch.cat([updates[number] for number in batch])
+        for run in runs:
+            write(run.tensor, run.local, run.matrix, run.inside.view(flat), None)
 
     def _own(self, updates: Mapping[int, Tensor]) -> Iterator[_Views]:
         """What this rank holds of the matrices that it orthogonalized."""
@@ -265,6 +325,15 @@ class Exchange:
             transfer.sent.clear()
             for message, parts in transfer.received:
                 yield from _views(message.to(self.device), parts)
+
+
+def _continued(a: Strided, b: Strided, apart: bool) -> Strided | None:
+    """Both as one: a single run, or with `apart` runs of one length; None where they are not. `b` is a single run."""
+    if not apart:
+        return Strided(a.start, a.run + b.run) if a.count == 1 and a.end == b.start else None
+    stride = a.stride if a.count > 1 else b.start - a.start
+    fits = a.run == b.run <= stride and b.start == a.start + a.count * stride
+    return Strided(a.start, a.run, stride, a.count + 1) if fits else None
 
 
 def _views(message: Tensor, parts: _Parts) -> Iterator[_Views]:

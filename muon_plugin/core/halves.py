@@ -22,6 +22,7 @@ from .frozen import FROZEN, NONE, Frozen, Watch
 from .measure import Measure
 from .plan import Plan
 from .proof import FirstStep
+from .qk_clip import Clip
 from .update import Update
 
 Groups = Sequence[MutableMapping[str, Any]]
@@ -149,6 +150,7 @@ class Halves:
         waiting: tensors that have been frozen since the optimizer was built. They have no state, and no plan.
         measure: set during a step that is measured, otherwise None.
         first_step: set until the first step has been proven.
+        clip: QK-Clip, where it is on and these tensors hold heads.
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class Halves:
         self.waiting: set[Tensor] = set()
         self.measure: Measure | None = None
         self.first_step: FirstStep | None = None
+        self.clip: Clip | None = None
 
     def of(self, p: Tensor) -> MuonHalf | AdamWHalf:
         """The half that a tensor belongs to.
@@ -206,9 +209,13 @@ class Halves:
         if proof is not None:
             proof.begin(tensors, frozen)
         measure = self.measure
+        if self.clip is not None:
+            self.clip.begin()
         with nullcontext() if measure is None else measure.step(groups, state, self.muon.momentum, frozen):
             self.muon.step(groups, state, frozen, measure, proof.applied if proof else None)
             stepped = self.adamw.step(groups, state, frozen)
+            if self.clip is not None:
+                self.clip.apply(tensors)
         if proof is not None:
             proof.stepped(stepped)
             if proof.end():

@@ -15,10 +15,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .agreement import add_up, gather, wire_of
+from .agreement import add_up, gather, largest, wire_of
 from .frozen import Frozen
 from .layout import Shard
 from .phases import PHASES, heard
+from .qk_clip import Clip
 
 T = TypeVar("T")
 WHAT = ("update", "weight", "momentum", "gradient", "elements")
@@ -63,7 +64,7 @@ class Measure:
         elsewhere: Iterable[str] = (),
         ranks: Any = None,
     ) -> None:
-        self._ranks = ranks
+        self.ranks = ranks
         self._shards: dict[Tensor, list[Shard]] = {}
         #: by parameter: its label, and the weight of one of its elements on this rank (1 / number of replicas)
         self._label: dict[str, str] = {}
@@ -135,10 +136,10 @@ class Measure:
             device: on which the optimizer computes.
         """
         zero = torch.zeros((), dtype=torch.float64)
-        wire = wire_of(self._ranks, device)
+        wire = wire_of(self.ranks, device)
         sums = [self._sums.get((name, what), zero).to(wire) for name in self.groups for what in WHAT]
         everything = torch.stack([*sums, zero.to(wire) + self._zero_gradients])
-        add_up(everything, self._ranks)
+        add_up(everything, self.ranks)
         *values, without = everything.tolist()
         found, gradient = {}, 0.0
         for number, name in enumerate(self.groups):
@@ -208,6 +209,34 @@ class Measured(Protocol):
     """What can be told to measure its next step: a `Halves`."""
 
     measure: Measure | None
+    clip: Clip | None
+
+
+class Heads:
+    """What QK-Clip saw and did in a step, over all pipeline stages. Building one is collective, and so is `result`.
+
+    Args:
+        clips: those of this rank.
+        ranks: all that train with the optimizer.
+    """
+
+    def __init__(self, clips: Sequence[Clip], ranks: Any) -> None:
+        self._clips, self._ranks = clips, ranks
+        mine = [layer.name for clip in clips for layer in clip.layers]
+        self._names = list(dict.fromkeys(name for names in gather(mine, ranks) for name in names))
+
+    def result(self, device: torch.device) -> dict[str, float]:
+        """``max_logit/LAYER`` (without layers that had none) and ``clipped_heads``; nothing where QK-Clip is off."""
+        if not self._names:
+            return {}
+        seen = {name: (logit, float(count)) for clip in self._clips for name, logit, count in clip.last}
+        none = (-math.inf, 0.0)
+        values = torch.tensor([seen.get(name, none) for name in self._names], dtype=torch.float64)
+        values = values.to(wire_of(self._ranks, device))
+        largest(values, self._ranks)
+        pairs = list(zip(self._names, values.tolist()))
+        logits = {f"max_logit/{name}": logit for name, (logit, _) in pairs if logit != -math.inf}
+        return logits | {"clipped_heads": sum(count for _, (_, count) in pairs)}
 
 
 class Monitor:
@@ -222,12 +251,15 @@ class Monitor:
     def __init__(self, halves: Sequence[Measured], make: Callable[[], Measure], device: torch.device) -> None:
         self._halves, self._make, self._device = halves, make, device
         self._measure: Measure | None = None
+        self._heads: Heads | None = None
         #: `Clock.begin` is for the engine to call, at the end of the step before the one that is measured
         self.clock = Clock(device)
 
     def step(self, take: Callable[[], T]) -> tuple[T, dict[str, float]]:
         """Calls `take`, the step; returns its result and the metrics, which are empty if an overflow skipped it."""
         self._measure = self._measure or self._make()
+        clips = list({id(each.clip): each.clip for each in self._halves if each.clip is not None}.values())
+        self._heads = self._heads or Heads(clips, self._measure.ranks)
         self._measure.clear()
         for halves in self._halves:
             halves.measure = self._measure
@@ -238,7 +270,9 @@ class Monitor:
             for halves in self._halves:
                 halves.measure = None
         shares = self.clock.shares()
-        return made, self._measure.result(self._device) | shares if self._measure.stepped else {}
+        if not self._measure.stepped:
+            return made, {}
+        return made, self._measure.result(self._device) | shares | self._heads.result(self._device)
 
 
 def _shares(part: Part, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:

@@ -17,21 +17,19 @@ from torch.optim import Optimizer
 
 from . import adamw, phases, proof, report
 from .adamw import AdamWHalf
-from .agreement import agree, checksum, together, world_of
+from .agreement import agree, checksum, gather, together, world_of
 from .call import Call
+from .clipping import Clipping
 from .frozen import FROZEN
 from .groups import Halved, Host, check_parameter, is_usable, layout_digest, named_groups, no_engine
 from .halves import Halves, MuonHalf
 from .layout import Shard
 from .plan import Plan
 from .prepared import NOTHING, Prepared, prepare, prepare_later
-from .routing import Routing
+from .routing import Routing, check_heads
 from .saved import OWN_KEYS, as_ours, check_halves, difference
 from .settings import Settings, scale_for
 from .update import Update
-
-#: What the table says where Muon has nothing to do.
-NO_MATRIX = "no parameter is a matrix of a hidden layer: AdamW trains all of them"
 
 
 class Muon(Optimizer):
@@ -107,21 +105,22 @@ class Muon(Optimizer):
         self._model = model if host is None else None
         alike = process_group if stage is None else stage
 
-        def prepared() -> tuple[Settings, Prepared]:
+        def prepared() -> tuple[Settings, Prepared, Clipping | None]:
             checked = Settings.from_dict(settings)
             given, in_engine = named_groups(params), host is not None
-            return checked, prepare(
-                given, checked, self.host, model, shapes=shapes, in_engine=in_engine, unfreezes=unfreezes
-            )
+            made = prepare(given, checked, self.host, model, shapes=shapes, in_engine=in_engine, unfreezes=unfreezes)
+            return checked, made, Clipping.of(checked.clip, model, made.routing.shapes, stage is not None)
 
         # One rank's bad setting is every rank's error, and a model that differs is found before anything is exchanged.
-        self.settings, found = together(prepared, alike)
+        self.settings, found, self.clipping = together(prepared, alike)
         agree(
             "the model or the settings of Muon",
             [*found.describe(), repr(self.settings)],
             "Build the same model from the same configuration on every rank",
             alike,
         )
+        if self.settings.per_head_muon:
+            check_heads("per_head_muon=True", gather(found.routing.head_facts, process_group))
         #: names: parameter -> its name in `routing`
         #: left_out: the same of parameters that are frozen now, and that are not trained if they are unfrozen
         self.routing, self.names, self.left_out = found.routing, found.names, found.left_out
@@ -145,7 +144,7 @@ class Muon(Optimizer):
         self.attach([Call.whole(i, parameters, self.names, self.process_group) for i, parameters in held])
         self._check_replicas = True
         if not self._trained().matrices:
-            warnings.warn(f"muon_plugin.Muon: {NO_MATRIX if self.names else NOTHING}", stacklevel=3)
+            warnings.warn(f"muon_plugin.Muon: {report.NO_MATRIX if self.names else NOTHING}", stacklevel=3)
 
     def _set_digests(self) -> None:
         #: the names of each group's parameters, which an engine replaces by others in `param_groups`
@@ -180,6 +179,8 @@ class Muon(Optimizer):
         rest = self._new_adamw([call for call in self.calls if not self.param_groups[call.group]["use_muon"]])
         parameters, left_out = ({name: p for p, name in of.items()} for of in (self.names, self.left_out))
         self.halves = Halves(muon, rest, self.calls, parameters, left_out, self.host.unfreeze)
+        if self.clipping is not None:
+            self.halves.clip = self.clipping.clip(self.calls, self._members, parameters, not self._in_engine)
         self._begin()
 
     def _plan(self, half: MuonHalf) -> None:
@@ -231,14 +232,10 @@ class Muon(Optimizer):
 
     def _join(self, unfrozen: set[Tensor]) -> None:
         """Trains parameters that were frozen when the optimizer was built: a new plan, and new state. Collective."""
+        advice = "Unfreeze the same parameters at the same step on every rank"
         for call in self.calls:
             if joined := [self.names[p] for p in call.tensors if p in unfrozen]:
-                agree(
-                    "which parameters are unfrozen",
-                    joined,
-                    "Unfreeze the same parameters at the same step on every rank",
-                    call.process_group,
-                )
+                agree("which parameters are unfrozen", joined, advice, call.process_group)
         self._waiting -= unfrozen
         self._plan(self.halves.muon)
         self._begin()
@@ -296,6 +293,8 @@ class Muon(Optimizer):
             )
         self.host, self._in_engine, self.process_group, self._model = host, True, process_group, None
         self.routing = self.routing.renamed({name: names[p] for p, name in self.names.items()})
+        if self.clipping is not None:
+            self.clipping = self.clipping.renamed({name: names[p] for p, name in self.names.items()})
         self.names, self.left_out = ({p: names[p] for p in of} for of in (self.names, self.left_out))
         if frozen:
             self._leave_out(frozen)
@@ -380,15 +379,15 @@ class Muon(Optimizer):
                 "added to its Muon later. Build the engine with all parameters"
             )
         known = Prepared(self.param_groups, self.routing, self.names, self.left_out)
-        found = together(
-            lambda: prepare_later(param_group, self.settings, self.host, self._model, known), self.process_group
-        )
-        agree(
-            "the added parameters",
-            found.describe(),
-            "Add the same parameters on every rank",
-            self.process_group,
-        )
+
+        def prepared() -> tuple[Prepared, Clipping | None]:
+            later = prepare_later(param_group, self.settings, self.host, self._model, known)
+            shapes = {**self.routing.shapes, **later.routing.shapes}
+            return later, Clipping.of(self.settings.clip, self._model, shapes)
+
+        found, self.clipping = together(prepared, self.process_group)
+        advice = "Add the same parameters on every rank"
+        agree("the added parameters", found.describe(), advice, self.process_group)
         begin = len(self.param_groups)
         for group in found.groups:
             super().add_param_group(group)
@@ -489,8 +488,8 @@ class Muon(Optimizer):
             plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
         routing, waiting = self._trained(), [self.names[p] for p in self._waiting]
         frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
-        if not routing.matrices and not self._one_of_many:
-            notes = (NO_MATRIX, *notes)
+        clipping = () if self.clipping is None else self.clipping.notes
+        notes = (*clipping, *report.about_matrices(routing, self.settings, self._one_of_many), *notes)
         notes = (*self.routing.notes, *frozen, *self.settings.notes, *notes)
         routing = replace(routing, notes=notes)
         return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)

@@ -74,7 +74,8 @@ class NewtonSchulz:
 
     def _together(self, matrices: Tensor) -> Tensor:
         # One norm a matrix: a batched sum may go in another order, and one bit of the norm moves every bit after.
-        return self._iterate(torch.stack([_normalized(matrix, self.eps) for matrix in matrices]))
+        norms = torch.stack([_norm(matrix) for matrix in matrices]).clamp_(min=self.eps)
+        return self._iterate(matrices / norms.view(-1, 1, 1))
 
     def _iterate(self, x: Tensor) -> Tensor:
         """(..., rows, cols) -> the same: all steps, on the wide orientation."""
@@ -124,10 +125,13 @@ def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device:
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
     """X / ||X||_F, in memory of its own, which is aligned wherever x lay in a batch; kernels may depend on that."""
-    if x.data_ptr() % 16:
-        x = x.clone()
-    norm: Tensor = x.norm()
-    return x / norm.clamp_(min=eps)
+    return x / _norm(x).clamp_(min=eps)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """||X||_F, of memory that is aligned as a matrix of its own is."""
+    norm: Tensor = (x.clone() if x.data_ptr() % 16 else x).norm()
+    return norm
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:

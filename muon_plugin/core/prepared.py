@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,6 +74,7 @@ def prepare(
     whole = {name: (shapes or {}).get(name, host.shape(p)) for p, name in names.items()}
     if not whole:  # patterns, which have nothing to match, are no mistake: they may come with another model
         return Prepared([], Routing((), {}, {}, (NOTHING,)), names, left_out)
+    tp = {name: math.prod(whole[name]) // max(math.prod(host.shape(p)), 1) for p, name in names.items()}
     routing = route(
         whole,
         model=model,
@@ -80,6 +82,8 @@ def prepare(
         split=settings.split,
         layers=host.layers(model),
         complete=complete,
+        per_head=settings.per_head_muon,
+        tp=tp,
     )
     matrices = {p: name for p, name in names.items() if name not in routing.adamw}
     if scattered := {p: n for p, n in matrices.items() if not p.requires_grad and not is_usable(n, p)}:

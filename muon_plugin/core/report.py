@@ -7,9 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .halves import Halves
+from .heads import Heads
 from .plan import Plan
 from .routing import Routing, by_pattern
 from .settings import Settings
+
+#: What the table says where Muon has nothing to do.
+NO_MATRIX = "no parameter is a matrix of a hidden layer: AdamW trains all of them"
+#: What it says where the heads are frozen, or in other pipeline stages.
+NO_HEAD = "per_head_muon changes nothing here: no matrix that is trained now holds heads"
 
 
 def table(
@@ -34,6 +40,11 @@ def table(
     for matrix in routing.matrices:
         parts[matrix.parameter] += 1
     ways = {name: f"{shapes[name]}, {parts[name]} matrices" if parts[name] > 1 else shapes[name] for name in parts}
+    inputs = {matrix.parameter: matrix.out_in[1] for matrix in routing.matrices}
+    ways |= {
+        name: f"{shapes[name]}, {_heads(routing.by_head[name], inputs[name], numels[name])}"
+        for name in muon_names & routing.by_head.keys()
+    }
     adamw_name = next((each.adamw.label for each in halves if each.adamw.optimizer is not None), "none")
     rows = [
         f"Muon   {len(muon_names)} parameters, {len(routing.matrices)} matrices, {muon_elements:,} elements",
@@ -64,6 +75,12 @@ def table(
     return "\n".join(["muon_plugin ".ljust(width + 2, "-"), *("  " + row for row in rows), "-" * (width + 2)])
 
 
+def _heads(heads: Heads, inputs: int, numel: int) -> str:
+    """How many heads of what shape a parameter of so many elements holds."""
+    entries = numel // (heads.outputs * inputs)
+    return heads.describe(inputs) + (f" in each of {entries}" if entries > 1 else "")
+
+
 def _names(named: Iterable[tuple[str, str]]) -> list[str]:
     """Names that differ in their numbers alone as one line."""
     return [f"    {name}  {way}" + (f"  ({count})" if count > 1 else "") for name, way, count in by_pattern(named)]
@@ -92,6 +109,13 @@ def si(amount: float) -> str:
         if amount >= size:
             return f"{amount / size:.2f} {unit}"
     return f"{amount:.0f} "
+
+
+def about_matrices(routing: Routing, settings: Settings, one_of_many: bool) -> list[str]:
+    """Notes on what Muon was expected to train, and is not there; `one_of_many`: other pipeline stages may have it."""
+    if not routing.matrices:
+        return [] if one_of_many else [NO_MATRIX]
+    return [NO_HEAD] if settings.per_head_muon and not routing.by_head else []
 
 
 def about_frozen(routing: Routing, waiting: Sequence[str], left_out: int, advice: str) -> list[str]:

@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from .adapters import adapter_rule, adapter_stored
-from .checks import is_whole
-from .cutting import Rule, Stored, cut
+from .cutting import Rule, Stored, asked_rule, cut
 from .fused import known_batch, known_rule, stored_experts
+from .heads import Heads, known_heads
 from .layout import Matrix
 from .modelling_code import split_in
 from .places import Place, places
@@ -66,20 +66,26 @@ NOT_MATRICES = re.compile(
 #: The number of a layer or an expert in a name, but not that of ``linear_fc1``.
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^chunk)\d+|(?<=\.weight)\d+$|(?<=\.expert_)\d+(?=\.)")
 
-SPLIT_HELP = (
-    'sizes along the output dimension ([512, 256, 256]), a number of equal parts (3), {"sizes": [...], "groups": n} '
-    'for sizes that repeat n times (interleaved by head or query group), or "whole"'
-)
-
 
 @dataclass(frozen=True)
 class Routing:
-    """Every trainable parameter's way: its matrices for Muon, or the reason why AdamW has it."""
+    """Every trainable parameter's way: its matrices for Muon, or the reason why AdamW has it.
+
+    Attributes:
+        matrices: of all parameters, in their order.
+        adamw: name of a parameter -> why AdamW has it.
+        shapes: of all parameters.
+        notes: for the start-up table.
+        by_head: name -> its heads, of a projection of which each head is a matrix (``per_head_muon``).
+        not_by_head: name -> why the heads of what looks like such a projection cannot be told.
+    """
 
     matrices: tuple[Matrix, ...]
-    adamw: Mapping[str, str]  # name -> why
+    adamw: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = field(default=())
+    by_head: Mapping[str, Heads] = field(default_factory=dict)
+    not_by_head: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """One line a parameter, for comparing ranks."""
@@ -88,6 +94,12 @@ class Routing:
             ways[matrix.parameter] = ways.get(matrix.parameter, "") + f"[{matrix.rows}x{matrix.cols}]"
         return [f"{name} {list(shape)}: {ways[name]}" for name, shape in self.shapes.items()]
 
+    @property
+    def head_facts(self) -> HeadFacts:
+        """For `check_heads`."""
+        why = [(name, why) for name, why, _ in by_pattern(self.not_by_head.items())]
+        return len(self.shapes), bool(self.by_head), why
+
     def joined(self, more: Routing) -> Routing:
         """The ways of both."""
         return Routing(
@@ -95,6 +107,8 @@ class Routing:
             {**self.adamw, **more.adamw},
             {**self.shapes, **more.shapes},
             tuple(dict.fromkeys(self.notes + more.notes)),
+            {**self.by_head, **more.by_head},
+            {**self.not_by_head, **more.not_by_head},
         )
 
     def only(self, names: Collection[str]) -> Routing:
@@ -104,6 +118,8 @@ class Routing:
             matrices=tuple(matrix for matrix in self.matrices if matrix.parameter in names),
             adamw={name: why for name, why in self.adamw.items() if name in names},
             shapes={name: shape for name, shape in self.shapes.items() if name in names},
+            by_head={name: heads for name, heads in self.by_head.items() if name in names},
+            not_by_head={name: why for name, why in self.not_by_head.items() if name in names},
         )
 
     def renamed(self, names: Mapping[str, str]) -> Routing:
@@ -116,6 +132,8 @@ class Routing:
             ),
             adamw={names[name]: why for name, why in self.adamw.items()},
             shapes={names[name]: shape for name, shape in self.shapes.items()},
+            by_head={names[name]: heads for name, heads in self.by_head.items()},
+            not_by_head={names[name]: why for name, why in self.not_by_head.items()},
         )
 
 
@@ -127,6 +145,8 @@ def route(
     split: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
     complete: bool = True,
+    per_head: bool = False,
+    tp: Mapping[str, int] | None = None,
 ) -> Routing:
     """Decides for every parameter.
 
@@ -134,10 +154,12 @@ def route(
         shapes: name -> full (unsharded) shape of each trainable parameter, in order.
         model: looked into for module types and its config; without it, names alone decide.
         exclude: shell-style patterns (``*.router.*``, or a part of the name) of parameters that go to AdamW.
-        split: pattern -> how a fused projection is cut (see `SPLIT_HELP`); the first match wins over the defaults.
+        split: pattern -> how a parameter is cut (see `cutting.SPLIT_HELP`); the first match wins over the defaults.
         layers: number -> class of all layers, where names begin with their number and `model` holds only some of them;
             by default those of `model`. The last ones, of classes that occur once, are no blocks and may be heads.
         complete: whether these are all parameters, so that a pattern which none of them matches is a mistake.
+        per_head: whether each head of query, key and value is a matrix, where `split` says nothing else.
+        tp: in how many parts tensor parallelism has cut a parameter of `model`, by its name.
 
     Raises:
         ValueError: a pattern that matches nothing, or a split that does not fit a shape it matches.
@@ -145,17 +167,16 @@ def route(
     split = dict(split or {})
     names = _all_names(model)
     known = places(model, [*{alias: None for name in shapes for alias in names.get(name, [name])}])
-    heads = _tables(model)
+    tables = _tables(model)
     if complete:
         _check_patterns(shapes, exclude, split, names)
     ends = _last_layers(layer_types(model) if layers is None else layers)
-    matrices: list[Matrix] = []
     adamw: dict[str, str] = {}
-    whole: dict[str, list[str]] = defaultdict(list)  # why a layer that looks fused is kept whole -> its names
+    found = _Found()
     for name, shape in shapes.items():
         aliases = names.get(name, [name])
         reasons = (_not_a_matrix(alias, shape, known[alias], exclude, ends) for alias in aliases)
-        why = heads.get(name) or next(filter(None, reasons), None)
+        why = tables.get(name) or next(filter(None, reasons), None)
         stored = _stored(known[name], shape) if why is None else why
         if not isinstance(stored, str) and min(stored.rows, stored.cols) == 1:
             stored = "a vector"
@@ -163,22 +184,87 @@ def route(
             adamw[name] = stored
             continue
         asked = _first_match(name, split)
-        rule = _rule(known[name], stored) if asked is None else _asked(name, shape, stored, asked, split[asked])
-        if isinstance(rule, str):
-            whole[rule].append(name)
-            rule = Rule((stored.outputs,))
-        parts = cut(name, stored, rule)
-        if all(min(part.rows, part.cols) > 1 for part in parts):
-            matrices += parts
-        elif asked is None:  # such as a single time step beside the states
-            whole["it holds a vector beside matrices"].append(name)
-            matrices += cut(name, stored, Rule((stored.outputs,)))
-        else:
-            raise ValueError(f"split[{asked!r}]={split[asked]!r} for {name}: a part of one row is not a matrix")
+        if asked is not None:
+            shown = f"split[{asked!r}]={split[asked]!r}"
+            found.add_asked(
+                name, stored, asked_rule(stored, split[asked], f"{shown} for {name} of shape {list(shape)}"), shown
+            )
+            continue
+        heads = known_heads(known[name], stored, (tp or {}).get(name, 1)) if per_head else None
+        if isinstance(heads, Heads):
+            found.add_heads(name, stored, heads)
+            continue
+        found.add(name, stored, _rule(known[name], stored))
+        if heads is not None:
+            found.not_by_head[name] = heads
     if complete:
-        _check_splits_cut(split, matrices)
-    notes = [note for why, of_why in whole.items() for note in kept_whole(why, of_why, "; `split` can cut it")]
-    return Routing(tuple(matrices), adamw, dict(shapes), tuple(notes))
+        _check_splits_cut(split, found.matrices)
+    notes = [note for why, of_why in found.whole.items() for note in kept_whole(why, of_why, "; `split` can cut it")]
+    notes += not_cut_by_head(found.not_by_head)
+    return Routing(tuple(found.matrices), adamw, dict(shapes), tuple(notes), found.by_head, found.not_by_head)
+
+
+@dataclass
+class _Found:
+    """The matrices that `route` has found so far; `whole`: why a layer that looks fused is kept whole -> its names."""
+
+    matrices: list[Matrix] = field(default_factory=list)
+    whole: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    by_head: dict[str, Heads] = field(default_factory=dict)
+    not_by_head: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, stored: Stored, rule: Rule | str) -> None:
+        """Cuts by a default rule; with the reason why there is none, not at all."""
+        parts = [] if isinstance(rule, str) else cut(name, stored, rule)
+        if isinstance(rule, str):
+            self.whole[rule].append(name)
+        elif any(min(part.rows, part.cols) == 1 for part in parts):  # such as a single time step beside the states
+            self.whole["it holds a vector beside matrices"].append(name)
+            parts = []
+        self.matrices += parts or cut(name, stored, Rule((stored.outputs,)))
+
+    def add_heads(self, name: str, stored: Stored, heads: Heads) -> None:
+        self.by_head[name] = heads
+        self.matrices += cut(name, stored, heads.by_head)
+
+    def add_asked(self, name: str, stored: Stored, rule: Rule, shown: str) -> None:
+        """Cuts by a user's rule."""
+        parts = cut(name, stored, rule)
+        if any(min(part.rows, part.cols) == 1 for part in parts):
+            raise ValueError(f"{shown} for {name}: a part of one row is not a matrix")
+        self.matrices += parts
+
+
+def not_cut_by_head(names: Mapping[str, str]) -> list[str]:
+    """Notes on projections whose heads are no matrices although each head should be one."""
+    return [
+        f"{name} is not cut by head, because {why}" + (f" ({count} parameters)" if count > 1 else "")
+        for name, why, count in by_pattern(names.items())
+    ]
+
+
+#: What `check_heads` is told of one rank's parameters: their number, whether any is cut by head, (name, why not).
+HeadFacts = tuple[int, bool, list[tuple[str, str]]]
+
+
+def check_heads(setting: str, of_ranks: Sequence[HeadFacts]) -> None:
+    """Refuses to cut by head where nothing can be told to be one, on any rank.
+
+    Raises:
+        ValueError: with the setting, the projections and why their heads are not known.
+    """
+    if not any(parameters for parameters, _, _ in of_ranks) or any(found for _, found, _ in of_ranks):
+        return
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, why in dict.fromkeys(pair for _, _, of_rank in of_ranks for pair in of_rank):
+        names[why].append(name)
+    shown = "; ".join(f"{', '.join(of_why)}: {why}" for why, of_why in names.items())
+    raise ValueError(
+        f"{setting}, but of no trainable parameter is it known which of its outputs are a head "
+        f"({shown or 'none of them looks like a projection to queries, keys or values'}); allowed: a model whose "
+        "attention says its numbers of heads and their widths (without an engine: model=...), or `split` with the "
+        "number of heads in the place of this setting"
+    )
 
 
 def kept_whole(why: str, names: Iterable[str], advice: str = "") -> list[str]:
@@ -389,29 +475,3 @@ def _rule(place: Place, stored: Stored) -> Rule | str:
 def _split_in(block: nn.Module) -> Collection[str]:
     of_class: Any = type(block)
     return split_in(of_class)
-
-
-def _asked(name: str, shape: tuple[int, ...], stored: Stored, pattern: str, value: Any) -> Rule:
-    """The rule a user wrote, checked against the shape."""
-    outputs = stored.outputs
-    where = f"split[{pattern!r}]={value!r} for {name} of shape {list(shape)}"
-
-    def positive(number: Any) -> bool:
-        return is_whole(number) and bool(number > 0)
-
-    if value == "whole":
-        return Rule((outputs,))
-    if positive(value):
-        if outputs % value:
-            raise ValueError(f"{where}: {outputs} outputs cannot be cut in {value} equal parts; allowed: {SPLIT_HELP}")
-        return Rule((outputs // value,) * value)
-    sizes, groups = value, 1
-    if isinstance(value, Mapping):
-        if set(value) - {"sizes", "groups"} or "sizes" not in value:
-            raise ValueError(f"{where}: the keys are {sorted(map(str, value))}; allowed: {SPLIT_HELP}")
-        sizes, groups = value["sizes"], value.get("groups", 1)
-    if not (isinstance(sizes, (list, tuple)) and sizes and all(map(positive, sizes)) and positive(groups)):
-        raise ValueError(f"{where} is not a split; allowed: {SPLIT_HELP}")
-    if sum(sizes) * groups != outputs:
-        raise ValueError(f"{where}: the sizes add up to {sum(sizes) * groups}, not to its {outputs} outputs")
-    return Rule(tuple(sizes), groups)

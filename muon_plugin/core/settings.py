@@ -12,6 +12,7 @@ from .adamw import implementations
 from .checks import BETAS, PATTERN_TABLE, PATTERNS, SWITCH, above, at_least, in_range, one_of, require, whole
 from .coefficients import coefficients_for, notes
 from .orthogonalize import METHODS, NewtonSchulz
+from .qk_clip import QKClip
 
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
 #: What a client's parameter group may set for itself.
@@ -40,6 +41,7 @@ CHECKS = {
     "betas": BETAS,
     "eps": above(0),
     "offload": SWITCH,
+    "per_head_muon": SWITCH,
     "exclude": PATTERNS,
     "split": PATTERN_TABLE,
 }
@@ -59,10 +61,14 @@ class Settings:
         betas, eps: of AdamW.
         offload: the momentum of the matrices is kept in pinned CPU memory between steps, and their gradients are
             overwritten in the step. The same bits.
+        per_head_muon: each head of query, key and value is a matrix of its own (Kimi K3, arXiv 2607.24653; GLM-5,
+            2602.15763), with the scale of its own shape.
         muon_lr, adam_lr: a learning rate of each half; lr where not given.
         exclude: patterns of names that go to AdamW.
         split: pattern of names -> how a fused projection is taken apart.
         adamw: the AdamW to use: one of `adamw.implementations`.
+        qk_clip: None, or the fields of `qk_clip.QKClip`: heads whose attention logits exceed a threshold have their
+            query and key weights scaled down after the update.
 
     Raises:
         ValueError: with the key, its value and what is allowed.
@@ -81,9 +87,11 @@ class Settings:
     muon_lr: float | None = None
     adam_lr: float | None = None
     offload: bool = False
+    per_head_muon: bool = False
     exclude: tuple[str, ...] = ()
     split: Mapping[str, Any] = field(default_factory=dict)
     adamw: str = "auto"
+    qk_clip: Any = None
 
     def __post_init__(self) -> None:
         for key in CHECKS:
@@ -91,6 +99,7 @@ class Settings:
                 _check(key, getattr(self, key))
         require(f"adamw={self.adamw!r}", self.adamw, one_of(implementations()))
         coefficients_for(self.ns_steps, self.ns_coefficients)
+        QKClip.of(self.qk_clip)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Settings:
@@ -107,11 +116,17 @@ class Settings:
     def newton_schulz(self) -> NewtonSchulz:
         return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method)
 
+    @property
+    def clip(self) -> QKClip | None:
+        return QKClip.of(self.qk_clip)
+
     def describe(self) -> str:
         """One line for the start-up table and the planner."""
         momentum = f"momentum {self.momentum:g}{' in CPU memory' if self.offload else ''}"
         named = f", {self.ns_coefficients}" if isinstance(self.ns_coefficients, str) else ""
-        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({self.ns_method}{named})"
+        by_head = ", attention head by head" if self.per_head_muon else ""
+        clip = f", QK-Clip at {self.clip.threshold:g}" if self.clip is not None else ""
+        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({self.ns_method}{named}){by_head}{clip}"
 
     @property
     def notes(self) -> tuple[str, ...]:

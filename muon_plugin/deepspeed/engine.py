@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import groups
 
+from .. import attention as attention  # the logits of QK-Clip
 from .. import watchdog
 from ..core import phases
 from ..core.agreement import agree, together, world_of
+from ..core.checks import Refusal, refuse
 from ..core.layout import Partition
 from ..core.muon import Muon
 from ..core.settings import Settings
@@ -113,7 +117,9 @@ def _configure_optimizer(
     together(lambda: tensor_parallel.compare_replicas(names, tp, matrices), own)
     found = together(lambda: calls(engine, names), own)
     held = together(lambda: holdings(found, partitions, tp, own), own)
+    together(lambda: _cut_heads(muon, partitions, tp), own)
     together(lambda: muon.attach(held, torch.device(engine.device)), own)
+    _end_steps(engine, muon)
     given = {*muon.names, *muon.left_out}
     muon.halves.outside = {n: p for p, n in engine.param_names.items() if not p.requires_grad and p not in given}
     muon.register_state_dict_post_hook(saved_like_adam)
@@ -122,6 +128,42 @@ def _configure_optimizer(
     watch(engine)
     if world_of(own)[0] == 0:
         print(muon.summary(_left_out(engine, muon)), flush=True)
+
+
+def _cut_heads(muon: Muon, partitions: Mapping[str, Partition], tp: Any) -> None:
+    """QK-Clip's heads, of which tensor parallelism leaves some on each rank.
+
+    Ulysses' attention function gets some of the tokens of all heads, and sends them to others out of QK-Clip's sight.
+    """
+    if muon.clipping is not None:
+        size = groups._get_sequence_parallel_world_size()
+        refuse([Refusal("qk_clip with a sequence parallel size", size, size > 1, "1, or no qk_clip")])
+        muon.clipping.cut(partitions, 0 if tp is None else dist.get_rank(tp))
+
+
+def _end_steps(engine: Any, muon: Muon) -> None:
+    """Ends QK-Clip's step with the engine's, which may make several calls of the inner step, or skip them all.
+
+    Raises:
+        RuntimeError: for a release without the method whose calls are followed.
+    """
+    clip = muon.halves.clip
+    if clip is None:
+        return
+    if not hasattr(engine, "_take_model_step"):
+        raise RuntimeError(
+            "unsupported DeepSpeed: its engine has no _take_model_step. Use a release that was tested, or leave "
+            "qk_clip out"
+        )
+    take = engine._take_model_step
+
+    def step(*args: Any, **kwargs: Any) -> None:
+        try:
+            take(*args, **kwargs)
+        finally:
+            clip.reset()
+
+    engine._take_model_step = step
 
 
 def _unfreezes(engine: Any) -> bool:

@@ -6,6 +6,8 @@ DeepSpeed's own ``Train/Samples/lr``, over the number of samples:
 - ``Train/Muon/update_rms/GROUP``, ``weight_rms/GROUP``, ``momentum_norm/GROUP``: over all ranks; see `measure`;
 - ``Train/Muon/gradient_norm``: of the gradients, before clipping where DeepSpeed computes it;
 - ``Train/Muon/zero_gradient_matrices``: how many matrices have a gradient of zeros alone, and are not frozen;
+- ``Train/Muon/max_logit/LAYER``, ``clipped_heads``, with ``qk_clip``: the largest attention logit of each layer, and
+  how many heads were scaled;
 - ``Train/Muon/optimizer_share``, ``exchange_share``: of the time from the end of the step before, on rank 0.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from ..core.orthogonalize import METHODS
@@ -37,6 +38,13 @@ def add_arguments(parser: Any) -> Any:
     group.add_argument(
         "--muon-offload", action="store_true", help="Keep Muon's momentum in pinned CPU memory between steps"
     )
+    if not any("--muon-split-qkv-per-head" in action.option_strings for action in parser._actions):  # of later releases
+        group.add_argument(
+            "--muon-split-qkv-per-head",
+            action="store_true",
+            help="Each head of query, key and value is a matrix of its own, also of multi-latent attention's "
+            "up-projections",
+        )
     return parser
 
 
@@ -57,9 +65,17 @@ def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs:
     """Megatron's checks refuse or rewrite every optimizer but Adam and SGD: ours is checked as its AdamW."""
     if not asks_for_muon(args):
         return original(args, *rest, **kwargs)
+    # Megatron's wants Transformer Engine for QK-Clip. Ours has the logits of the local attention, too; and where it is
+    # not installed, a plan is checked, or the model's construction fails.
+    local = getattr(args, "transformer_impl", "") == "local" or find_spec("transformer_engine") is None
+    clips_locally = getattr(args, "qk_clip", False) and local
     args.optimizer = "adam"
+    if clips_locally:
+        args.qk_clip = False
     try:
         return original(args, *rest, **kwargs)
     finally:
+        if clips_locally:
+            args.qk_clip = True
         if args.use_distributed_optimizer:  # which --freeze-all-layers turns off: then there is nothing to train
             args.optimizer = "muon"

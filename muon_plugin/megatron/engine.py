@@ -23,12 +23,15 @@ from ..core.layout import Shard
 from ..core.measure import Part
 from ..core.plan import Plan
 from ..core.process_groups import joint_groups
+from ..core.qk_clip import Clip, summary
 from ..core.report import table
-from ..core.routing import Routing
+from ..core.routing import Routing, check_heads
 from ..core.update import Update
+from . import qk_clip
 from .arguments import asks_for_muon
 from .monitor import MonitoredOptimizer, StepMonitor, arguments
 from .optimizer import MuonDistributedOptimizer
+from .qk_clip import Attentions
 from .refusals import check_supported
 from .routing import Parameter, frozen_parameters, is_expert, parameters, route
 from .settings import Settings
@@ -63,27 +66,31 @@ def build(
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     ranks = joined([_dp_group(groups), groups.tp, groups.pp])
 
-    def prepare() -> tuple[Settings, list[Parameter]]:
+    def prepare() -> tuple[Settings, list[Parameter], Attentions | None]:
         settings = Settings.from_config(config, arguments())  # OptimizerConfig takes over only the flags that it knows
         _check_model(model_chunks)
         check_supported(config, model_chunks[0].ddp_config)
         tp, expert_tp = (dist.get_world_size(group) for group in _tp_groups(groups))
-        return settings, parameters(model_chunks, tp, expert_tp)
+        found, clips = parameters(model_chunks, tp, expert_tp), qk_clip.setting_of(model_chunks[0].config)
+        return settings, found, qk_clip.find(model_chunks, found, clips) if clips else None
 
-    settings, found = together(prepare, ranks)
-    _compare(_lines(settings) + _lines(config), found, _dp_group(groups), ranks)
+    settings, found, attention = together(prepare, ranks)
+    clips = f"QK-Clip {attention.setting if attention else 'off'}"
+    _compare([*_lines(settings), *_lines(config), clips], found, _dp_group(groups), ranks)
     stock = copy.copy(config)
     stock.optimizer = "adam"
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
     together(lambda: _check_built(chained), ranks)
     overridden = _overridden(chained, found, [_dp_group(groups), getattr(groups, "expt_dp", None) or _dp_group(groups)])
-    routing = together(lambda: route(found, model_chunks, settings.split_qkv, overridden), ranks)
+    routing = together(lambda: route(found, model_chunks, settings.split_qkv, overridden, settings.per_head), ranks)
+    if settings.per_head:
+        check_heads("--muon-split-qkv-per-head", gather(routing.head_facts, ranks))
     live = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
     tp, expert_tp = _tp_groups(groups)
     experts = [any(group["is_expert_parallel"] for group in optimizer.param_groups) for optimizer in live]
-    process_groups = joint_groups(
-        [(o.data_parallel_group, expert_tp if e else tp) for o, e in zip(live, experts, strict=True)], ranks
-    )
+    pairs = [(o.data_parallel_group, expert_tp if e else tp) for o, e in zip(live, experts, strict=True)]
+    # QK-Clip's maxima are those of all optimizer instances.
+    process_groups = joint_groups(pairs + [(_dp_group(groups), tp)] * (attention is not None), ranks)
     device = next(model_chunks[0].parameters()).device
     tp_ranks = dist.get_rank(tp), dist.get_rank(expert_tp)
     frozen = frozen_parameters(model_chunks)
@@ -93,14 +100,37 @@ def build(
     def convert() -> list[Converted]:
         return [
             _convert(optimizer, found, routing, settings, group, tp_ranks, device, of_experts, frozen, first)
-            for optimizer, of_experts, group in zip(live, experts, process_groups, strict=True)
+            for optimizer, of_experts, group in zip(live, experts, process_groups)
         ]
 
     converted = together(convert, ranks)
+    clip = None
+    if attention is not None:
+        clip = _clip(attention, converted, model_chunks, found, world_of(tp), process_groups[-1], device)
+        routing = replace(routing, notes=(*routing.notes, summary(attention.layers, attention.setting)))
     together(lambda: _prove(converted, routing), ranks)
     together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)) if first else None, ranks)
-    _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device, ranks)
+    _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device, ranks, clip)
     return chained
+
+
+def _clip(
+    attention: Attentions,
+    converted: Sequence[Converted],
+    chunks: Sequence[Any],
+    found: Sequence[Parameter],
+    tp: tuple[int, int],
+    group: Any,
+    device: torch.device,
+) -> Clip | None:
+    """QK-Clip, for the optimizers that hold queries and keys."""
+    held = [shard for each in converted for shard in each.held]
+    clip = qk_clip.make(attention, chunks, held, {p.name: p.tensor for p in found}, tp, group, device)
+    wanted = {name for layer in attention.layers for name in layer.parameters}
+    for each in converted:
+        if wanted & each.trained:
+            each.halves.clip = clip
+    return clip
 
 
 def _compare(settings: list[str], found: Sequence[Parameter], dp: Any, ranks: Any) -> None:
@@ -146,6 +176,7 @@ def _watch(
     ddp: Any,
     device: Any,
     ranks: Any,
+    clip: Clip | None,
 ) -> None:
     """Measures the steps that Megatron's training loop logs."""
     copies = getattr(ddp, "num_distributed_optimizer_instances", 1)
@@ -157,7 +188,7 @@ def _watch(
         device,
         ranks,
     )
-    MonitoredOptimizer.convert(chained, monitor)
+    MonitoredOptimizer.convert(chained, monitor, clip)
 
 
 def _lines(settings: Any) -> list[str]:

@@ -6,6 +6,8 @@ Megatron's functions are wrapped only here, and the wrappers act only on that pa
   the pair (0.16.1) or shards whole layers (0.19.2). The wrapper builds the stock optimizer with AdamW and puts Muon
   inside (`engine.build`);
 - ``megatron.training.arguments.validate_args``: would reject the pair among the arguments; the wrapper accepts it;
+- ``megatron.core.optimizer.qk_clip.clip_qk`` would scale parts of matrices after the weights were gathered; the wrapper
+  leaves that to the optimizer's step (`qk_clip`);
 - ``megatron.training.arguments.add_megatron_arguments``: adds ``--muon-paper``, ``--muon-ns-method``,
   ``--muon-offload``.
 """
@@ -35,10 +37,12 @@ def register() -> None:
     if _hooks.installed:
         return
     from megatron.core import optimizer
+    from megatron.core.optimizer import qk_clip
     from megatron.core.package_info import __version__
 
     from . import arguments as ours
     from . import engine
+    from . import qk_clip as ours_qk_clip
 
     hooks = [
         Hook(
@@ -46,7 +50,8 @@ def register() -> None:
             "get_megatron_optimizer",
             [*FACTORY, "dump_param_to_param_group_map"],
             engine.get_megatron_optimizer,
-        )
+        ),
+        Hook(qk_clip, "clip_qk", ["model", "log_max_only"], ours_qk_clip.clip_qk),
     ]
     muon = importlib.import_module("megatron.core.optimizer.muon")
     if inspect.isfunction(getattr(muon, "get_megatron_muon_optimizer", None)) and __version__ < "0.17":

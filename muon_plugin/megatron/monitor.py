@@ -6,6 +6,8 @@ Only the steps that Megatron's ``--log-interval`` logs are measured. The metrics
   or ``adamw``, or one of these with ``_experts``; see `core.measure`;
 - ``muon/gradient_norm``: of all gradients, before clipping;
 - ``muon/zero_gradient_matrices``: how many matrices have a gradient of zeros alone, and are not frozen;
+- ``muon/max_logit/LAYER``, ``muon/clipped_heads``, with ``--qk-clip``: the largest attention logit of each layer (in
+  the log, of all), and how many heads were scaled;
 - ``muon/optimizer_share``, ``muon/exchange_share``: fractions of the time since the end of the step before, on the
   rank that logs.
 
@@ -24,20 +26,25 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from ..core.agreement import world_of
 from ..core.halves import Halves
 from ..core.measure import Measure, Monitor, Part
+from ..core.qk_clip import Clip
 
 
 class MonitoredOptimizer(ChainedOptimizer):  # type: ignore[misc]
     """Megatron's ChainedOptimizer, with the steps measured that Megatron's training loop logs."""
 
     @classmethod
-    def convert(cls, optimizer: ChainedOptimizer, monitor: StepMonitor) -> None:
+    def convert(cls, optimizer: ChainedOptimizer, monitor: StepMonitor, clip: Clip | None) -> None:
         """Makes a stock one, as just built, one of this class."""
         optimizer.__class__ = cls
-        optimizer._muon_monitor = monitor
+        optimizer._muon_monitor, optimizer._muon_clip = monitor, clip
 
     def step(self) -> Any:
         """Its result is Megatron's own. Collective over the optimizer's ranks when the step is measured."""
-        return self._muon_monitor.step(super().step)
+        try:
+            return self._muon_monitor.step(super().step)
+        finally:
+            if self._muon_clip is not None:
+                self._muon_clip.reset()
 
 
 class StepMonitor:
@@ -95,7 +102,11 @@ def _global_vars() -> Any:
 
 
 def _write(found: Mapping[str, float], iteration: int, args: Any) -> None:
-    values = " | ".join(f"{name} {value:.4g}" for name, value in found.items())
+    # of the layers the largest: the log has one line
+    logits = [value for name, value in found.items() if name.startswith("max_logit/")]
+    line = {name: value for name, value in found.items() if not name.startswith("max_logit/")}
+    line |= {"max_logit": max(logits)} if logits else {}
+    values = " | ".join(f"{name} {value:.4g}" for name, value in line.items())
     print(f" [muon] iteration {iteration:8d}/{getattr(args, 'train_iters', None) or 0:8d} | {values}", flush=True)
     named = {f"muon/{name}": value for name, value in found.items()}
     writer = getattr(_global_vars(), "_GLOBAL_TENSORBOARD_WRITER", None)

@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.cutting import Rule, Stored, cut
+from ..core.heads import Heads
 from ..core.layout import Matrix, Partition
-from ..core.routing import Routing, kept_whole
+from ..core.routing import Routing, kept_whole, not_cut_by_head
+from .heads import OTHERS, heads_of
 
 #: Layers whose outputs are gate, then up, in models with gated units.
 GATED = ("linear_fc1", "experts.weight1")
@@ -53,7 +55,7 @@ def parameters(chunks: Sequence[nn.Module], tp: int, expert_tp: int) -> list[Par
     found = []
     for number, chunk in enumerate(chunks):
         prefix = f"chunk{number}." if len(chunks) > 1 else ""
-        for path, module, config in _modules(chunk):
+        for path, module, config in modules_of(chunk):
             for name, p in module.named_parameters(recurse=False):
                 if p.requires_grad:
                     found.append(_parameter(f"{prefix}{path}.{name}", p, module, config, tp, expert_tp))
@@ -66,14 +68,14 @@ def frozen_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     frozen: dict[str, Tensor] = {}
     for number, chunk in enumerate(chunks):
         prefix = f"chunk{number}." if len(chunks) > 1 else ""
-        for path, module, _ in _modules(chunk):
+        for path, module, _ in modules_of(chunk):
             for name, p in module.named_parameters(recurse=False):
                 if not p.requires_grad:
                     frozen[f"{prefix}{path}.{name}"] = p
     return frozen
 
 
-def _modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+def modules_of(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """(Path without wrappers, module, the config nearest above it)."""
     configs: dict[str, Any] = {}
     for path, module in chunk.named_modules():
@@ -135,6 +137,7 @@ def route(
     chunks: Sequence[nn.Module],
     split_qkv: bool = True,
     overridden: Collection[int] = (),
+    per_head: bool = False,
 ) -> Routing:
     """Decides for every parameter.
 
@@ -143,6 +146,7 @@ def route(
         chunks: the same model chunks.
         split_qkv: take attention's fused projections apart (``--muon-no-split-qkv``: don't).
         overridden: ids of parameters that the client sends to AdamW.
+        per_head: whether each head of query, key and value is a matrix (``--muon-split-qkv-per-head``).
 
     Raises:
         ValueError: for a fused projection whose shape is not what the model's config says.
@@ -150,7 +154,7 @@ def route(
     configs = {
         id(p): config
         for chunk in chunks
-        for _, module, config in _modules(chunk)
+        for _, module, config in modules_of(chunk)
         for p in module.parameters(recurse=False)
     }
     embeddings = {
@@ -164,6 +168,8 @@ def route(
     adamw: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     whole: list[str] = []
+    by_head: dict[str, Heads] = {}
+    not_by_head: dict[str, str] = {}
     for parameter in found:
         shape = shapes[parameter.name] = parameter.partition.shape
         why = _not_a_matrix(parameter, id(parameter.tensor) in embeddings)
@@ -174,12 +180,19 @@ def route(
             continue
         *batch, rows, cols = shape
         outputs = cols if parameter.transposed else rows
-        rule = _rule(parameter, outputs, configs[id(parameter.tensor)], split_qkv)
+        owner, config = _owner(parameter.name), configs[id(parameter.tensor)]
+        rule = _rule(parameter, outputs, config, split_qkv)
+        heads = heads_of(owner, config) if per_head else None
+        if heads is not None:
+            by_head[parameter.name], rule = heads, heads.by_head
+        elif per_head and owner in OTHERS:
+            not_by_head[parameter.name] = OTHERS[owner]
         matrices += cut(parameter.name, Stored(math.prod(batch), rows, cols, parameter.transposed), rule)
-        if _owner(parameter.name) in PACKED and len(rule.sizes) == 1:
+        if owner in PACKED and len(rule.sizes) == 1:
             whole.append(parameter.name)
     notes = kept_whole("Megatron-Core does not say where its parts are", whole)
-    return Routing(tuple(matrices), adamw, shapes, tuple(notes))
+    notes += not_cut_by_head(not_by_head)
+    return Routing(tuple(matrices), adamw, shapes, tuple(notes), by_head, not_by_head)
 
 
 def _interleaved(name: str, config: Any) -> int:
@@ -231,26 +244,15 @@ def _checked(parameter: Parameter, outputs: int, rule: Rule) -> Rule:
 def _fused(owner: str, outputs: int, config: Any) -> Rule | None:
     if owner in GATED:
         return Rule((outputs // 2,) * 2) if getattr(config, "gated_linear_unit", False) else None
-    if owner == "linear_qkv":
-        return _qkv(config)
-    if owner == "linear_kv":  # cross attention: key and value of one head, then of the next
-        return Rule((config.kv_channels,) * 2, config.num_query_groups)
+    heads = heads_of(owner, config)
+    if heads is not None:
+        return heads.by_role
     if not getattr(config, "multi_latent_attention", False):
         return None
-    latent, rope, heads = config.kv_lora_rank, config.qk_pos_emb_head_dim, config.num_attention_heads
-    # DeepSeek's names: W_DQ, W_DKV, W_KR; W_UQ and W_QR head by head; W_UK and W_UV head by head.
+    latent, rope = config.kv_lora_rank, config.qk_pos_emb_head_dim
+    # DeepSeek's names: W_DQ, W_DKV, W_KR.
     rules: Mapping[str, Rule] = {
         "linear_kv_down_proj": Rule((latent, rope)),
         "linear_qkv_down_proj": Rule((config.q_lora_rank or 0, latent, rope)),
-        "linear_q_proj": Rule((config.qk_head_dim, rope), heads),
-        "linear_q_up_proj": Rule((config.qk_head_dim, rope), heads),
-        "linear_kv_up_proj": Rule((config.qk_head_dim, config.v_head_dim), heads),
     }
     return rules.get(owner)
-
-
-def _qkv(config: Any) -> Rule:
-    """Query (and its gate), key and value of one query group, then of the next."""
-    query = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    queries = (query, query) if getattr(config, "attention_output_gate", False) else (query,)
-    return Rule((*queries, config.kv_channels, config.kv_channels), config.num_query_groups)

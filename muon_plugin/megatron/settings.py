@@ -39,6 +39,7 @@ CHECKS = {
     "muon-scale-mode": one_of(SCALE_MODES),
     "muon-extra-scale-factor": above(0),
     "muon-split-qkv": SWITCH,
+    "muon-split-qkv-per-head": SWITCH,
     "muon-ns-method": one_of(METHODS),
     "muon-offload": SWITCH,
 }
@@ -50,6 +51,7 @@ OURS = (
     "muon_scalar_optimizer",
     "muon_ns_method",
     "muon_offload",
+    "muon_split_qkv_per_head",
 )
 
 
@@ -62,6 +64,7 @@ class Settings:
         steps, coefficients, method: Newton-Schulz; the method is ours (``--muon-ns-method``).
         scale_mode, extra_scale_factor: the factor on the update.
         split_qkv: attention's fused projections are taken apart.
+        per_head: each head of query, key and value is a matrix of its own (``--muon-split-qkv-per-head``).
         offload: the momentum lives in CPU memory (``--muon-offload``).
         ignored: flags that were set and do nothing here, and why.
 
@@ -78,6 +81,7 @@ class Settings:
     split_qkv: bool
     method: str
     offload: bool
+    per_head: bool = False
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,9 +95,12 @@ class Settings:
             "muon-split-qkv": self.split_qkv,
             "muon-ns-method": self.method,
             "muon-offload": self.offload,
+            "muon-split-qkv-per-head": self.per_head,
         }
         for flag, value in values.items():
             require(f"--{flag} {value!r}", value, CHECKS[flag])
+        if self.per_head and not self.split_qkv:
+            raise ValueError("--muon-split-qkv-per-head and --muon-no-split-qkv exclude each other: drop one")
 
     @classmethod
     def from_config(cls, config: Any, arguments: Any = None) -> Settings:
@@ -130,6 +137,7 @@ class Settings:
             split_qkv=config.muon_split_qkv,
             method=ours("muon_ns_method", "auto"),
             offload=ours("muon_offload", False),
+            per_head=ours("muon_split_qkv_per_head", False),
             ignored=tuple(ignored),
         )
 
@@ -159,6 +167,7 @@ class Settings:
             f"scale {self.extra_scale_factor:g} x {self.scale_mode}, momentum {self.momentum:g}"
             f"{' (Nesterov)' if self.nesterov else ''}, {self.steps} steps ({self.coefficients}, {self.method})"
             f"{', momentum in CPU memory' if self.offload else ''}"
+            f"{', attention head by head' if self.per_head else ''}"
             f"{'' if self.split_qkv else ', attention projections fused'}"
         )
         other = [f"{key.removeprefix('muon_')} {PAPER[key]}" for key, value in flags.items() if value != PAPER[key]]

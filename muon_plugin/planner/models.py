@@ -16,7 +16,7 @@ from torch import nn
 from ..core.groups import parameter_groups
 from ..core.layout import Partition
 from ..core.orthogonalize import NewtonSchulz
-from ..core.routing import route
+from ..core.routing import check_heads, route
 from ..core.settings import Settings
 from ..megatron.routing import is_expert
 from . import deepspeed_json, on_meta, shapes
@@ -106,7 +106,14 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
     extra = [text for flag, size in flags.items() if size for text in (f"--{flag}", str(size))]
     args, settings = on_meta.load([*arguments, *extra], world)
     kinds = list(on_meta.stages(args, settings))
+    if settings.per_head:
+        check_heads("--muon-split-qkv-per-head", [kind.routing.head_facts for kind in kinds])
     import megatron.core
+
+    from ..megatron.qk_clip import setting_of
+
+    clip = setting_of(args)
+    clips = f", QK-Clip at {clip.threshold:g}" if clip is not None else ""
 
     def stages(ranks: int) -> list[Stage]:
         cut = on_meta.sizes(args, ranks)
@@ -116,7 +123,7 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not (args.bf16 or args.fp16) else 2
     return Model(
         f"GPTModel under Megatron-Core {megatron.core.__version__.partition('+')[0]}",
-        settings.describe(),
+        settings.describe() + clips,
         (*settings.notes, *on_meta.assumptions(args)),
         settings.newton_schulz,
         0,
@@ -165,6 +172,9 @@ def deepspeed(
         of_stages = shapes.stages(read_json(title, "--shapes"), tp, pp, ep)
         kinds = [_stage_model(numbers, found, settings) for numbers, found in of_stages.items()]
 
+    if settings.per_head_muon:
+        check_heads("per_head_muon=True", [kind.routing.head_facts for kind in kinds])
+
     def stages(ranks: int) -> list[Stage]:
         dp = ranks // (tp * pp)
         calls = [tuple(_zero_stage_calls(kind, settings, zero, dp, tp, ep)) for kind in kinds]
@@ -193,7 +203,8 @@ def _stage_model(
     numbers: tuple[int, ...], found: Sequence[Partition], settings: Settings, model: nn.Module | None = None
 ) -> StageModel:
     whole = {p.name: p.shape for p in found}
-    return StageModel(numbers, tuple(found), route(whole, model=model, exclude=settings.exclude, split=settings.split))
+    routing = route(whole, model=model, exclude=settings.exclude, split=settings.split, per_head=settings.per_head_muon)
+    return StageModel(numbers, tuple(found), routing)
 
 
 def _hf_stage(path: str, settings: Settings, parallel: Parallel) -> tuple[str, list[StageModel]]:

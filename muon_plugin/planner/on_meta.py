@@ -175,7 +175,7 @@ def stages(args: Any, settings: Settings) -> Iterator[BuiltStage]:
         _process_groups(numbers[0], args)
         chunks = _build(args)
         found = tuple(parameters(chunks, cut["tp"], cut["etp"]))
-        routing = route(found, chunks, settings.split_qkv)
+        routing = route(found, chunks, settings.split_qkv, per_head=settings.per_head)
         partitions = tuple(p.partition for p in found)
         yield BuiltStage(tuple(numbers), partitions, routing, partial(_buffers, chunks, found, args, numbers[0]))
 

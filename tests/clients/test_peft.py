@@ -54,6 +54,38 @@ def test_peft(ranks, tmp_path, name):
     assert whole["losses"] == resumed["losses"]
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1")
+def test_qk_clip_and_adapters(ranks, tmp_path):
+    """Of a query or key they are refused; others leave QK-Clip its work."""
+    refused, clipped = ranks.clients(1, clipped_beside_adapters)[0]
+    assert "q_proj.lora_A" in refused
+    assert "is an adapter of a query or key projection" in refused
+    assert clipped == 4
+
+
+def clipped_beside_adapters(rank: int) -> tuple[str, int]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from muon_plugin import Muon
+    from tests.support.clipped import llama
+
+    words = ""
+    for target in ("q_proj", "v_proj"):
+        model = get_peft_model(llama(), LoraConfig(target_modules=[target], r=4)).train()
+        for name, p in model.named_parameters():
+            if "q_proj.weight" in name or "k_proj.weight" in name:
+                p.requires_grad_(True)
+        try:
+            muon = Muon(model.named_parameters(), model=model, qk_clip={"threshold": 1e-4})
+        except ValueError as error:
+            words = str(error)
+    tokens = torch.randint(0, 40, (2, 16))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    muon.step()
+    return words, sum(count for _, _, count in muon.halves.clip.last)
+
+
 def adapt(rank: int, out: Path, name: str, stage: int, resume: bool) -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from tests.support import ROOT
+from tests.support.combinations import FULL
 from tests.support.commands import command
 from tests.support.jobs import environment
 
@@ -45,6 +46,14 @@ def test_a_dry_run_checks_every_argument_and_prints_the_plan(dry_run, script):
 @pytest.mark.parametrize("stage", ["2a", "2b", "3"])
 def test_moonlights_later_stages(dry_run, stage):
     assert dry_run("moonlight_16b_a3b", STAGE=stage).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["kimi_k2", "moonlight_16b_a3b"] if FULL else ["kimi_k2"])
+def test_muonclip(dry_run, script):
+    """QK-Clip is Megatron's own flag, which asks for Transformer Engine: a plan is made without it."""
+    done = dry_run(script, MUONCLIP="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"QK-\s*Clip at 100", done.stdout)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.support import ROOT
 from tests.support.combinations import FULL
@@ -47,6 +48,30 @@ def test_a_patched_tree_ends_in_the_same_bits(ranks, patched):
     hooked = ranks.alone(trained, Layout(), 5, megatron=version)
     found = ranks(4, str(folder)).run(without_hooks, Layout(tp=2), 5)[0]
     assert differing(found, hooked) == []
+
+
+def clipped(rank: int, layout: Layout) -> float:
+    """What Megatron's `clip_qk` returns after a step with QK-Clip, which Megatron itself would refuse to make."""
+    import muon_plugin
+
+    muon_plugin.unregister()
+    from megatron.core.optimizer import get_megatron_optimizer, qk_clip
+    from megatron.core.transformer.attention import Attention
+
+    assert not hasattr(qk_clip.clip_qk, "__wrapped__")
+    chunks = build(layout)
+    chunks[0].config.qk_clip = True
+    optimizer = get_megatron_optimizer(config_for(layout), chunks)
+    for module in chunks[0].modules():
+        if isinstance(module, Attention):
+            module.core_attention.current_max_attn_logits = torch.full((8,), 150.0)
+    step(chunks, optimizer, layout, 0)
+    return qk_clip.clip_qk(chunks)
+
+
+def test_a_patched_clip_qk_leaves_the_weights_to_muon(ranks, patched):
+    _, folder = patched
+    assert ranks(2, str(folder)).run(clipped, Layout()) == [150.0, 150.0]
 
 
 def test_the_patched_command_line(patched):

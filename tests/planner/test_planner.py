@@ -69,7 +69,8 @@ def test_deepspeeds_counts_are_those_of_a_real_run(ranks, tmp_path, world, stage
     options: dict[str, Any] = {"sub_group_size": 5_000} if stage == 3 else {}
     if (world, stage) == (4, 1):
         options = {"round_robin_gradients": True, "parameter_alignment": True}
-    settings = config(stage, "bf16", params={"adjust_lr_fn": "update_norm"}, zero_optimization=options)
+    params = {"adjust_lr_fn": "update_norm", "per_head_muon": stage in (2, 3) and world == 2}
+    settings = config(stage, "bf16", params=params, zero_optimization=options)
     for name, content in (("config", LLAMA), ("ds", settings)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     arguments = ["--hf", str(tmp_path), "--deepspeed", str(tmp_path / "ds.json"), "--nodes", "1"]
@@ -133,10 +134,11 @@ def planned_by_megatron(rank: int, arguments: list[str]) -> dict[str, Any]:
     ("own", "extra", "layout"),
     [
         (["--tp", "2"], BUCKETS, {"tp": 2, **OVERLAP}),
+        (["--tp", "2"], ["--muon-split-qkv-per-head"], {"tp": 2, "muon": {"muon_split_qkv_per_head": True}}),
         (["--ep", "2"], MOE, {"model": "moe", "ep": 2}),
         (["--pp", "2"], [*MOE, *BUCKETS], {"model": "moe", "pp": 2, **OVERLAP}),
     ],
-    ids=["tp2-dp2", "moe-ep2", "moe-pp2-dp2"],
+    ids=["tp2-dp2", "tp2-dp2 by head", "moe-ep2", "moe-pp2-dp2"],
 )
 def test_megatrons_counts_are_those_of_a_real_run(ranks, megatron, own, extra, layout):
     planned = ranks.forked(planned_by_megatron, megatron(own, [*MODEL, *extra]), megatron="0.19.2")
@@ -371,6 +373,7 @@ def test_settings_are_told_as_a_run_tells_them(tmp_path):
         (["--shapes", "SHAPES", "--cp", "3"], "2 ranks; allowed: a multiple of 3 (TP 1, PP 1, EP 1, CP 3)"),
         (["--shapes", "SHAPES", "--zero-stage", "4"], "zero_optimization.stage=4; allowed: 0, 1, 2, 3"),
         (["--shapes", "SHAPES", "--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: allowed"),
+        (["--shapes", "SHAPES", "--deepspeed", "HEADS"], "per_head_muon=True, but of no trainable parameter"),
         (["--hf", "SHAPES"], "has no model_type; allowed: the config.json of a causal language model"),
         (["--hf", "PICTURES"], "allowed: a causal language model"),
         (["--shapes", "COMMENTED.jsonc"], "allowed: a JSON object without comments, such as "),
@@ -400,6 +403,7 @@ def test_a_bad_argument_is_one_clear_line(tmp_path, arguments, told):
         "STARS": {"l.*.w": [4, 4]},
         "KEY": {"w": {"shape": [4], "shard": 1}},
         "SHAPE": {"w": [4, 0]},
+        "HEADS": {"optimizer": {"type": "Muon", "params": {"per_head_muon": True}}},
         "ADAM": {"optimizer": {"type": "Adam"}},
         "TYPO": {"optimizer": {"type": "Muon", "params": {"momentun": 0.9}}},
         "FLAT": {"zero_optimization": 2},

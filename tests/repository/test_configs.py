@@ -58,7 +58,7 @@ def test_the_twin_is_the_commented_file_without_comments(path):
 
 
 #: files whose models need more than a JSON, each tested below
-OF_THEIR_OWN = ("autotp", "moe", "pipeline", "resume_elsewhere")
+OF_THEIR_OWN = ("autotp", "moe", "pipeline", "qk_clip", "resume_elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,12 @@ def llama(rank: int, settings: dict[str, Any]) -> tuple[list[float], str]:
         engine.step()
         losses.append(float(loss.detach()))
     return losses, engine.basic_optimizer.summary()
+
+
+def test_qk_clip_trains_a_hugging_face_model(ranks, tmp_path):
+    for losses, table in ranks(2).run(llama, settings_of("qk_clip", tmp_path)):
+        assert len(losses) == 3
+        assert "QK-Clip at 100 (alpha 0.5): 2 attention layers, 8 heads" in table
 
 
 def test_moe_and_pipeline_train(ranks, tmp_path):

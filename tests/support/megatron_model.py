@@ -92,7 +92,20 @@ def _config(layout: Layout) -> Any:
             "moe_router_topk": 2,
         },
     }
+    if layout.model not in kinds:
+        return _latent(options | swiglu, low_rank=layout.model == "latent")
     return TransformerConfig(**(options | kinds[layout.model]))
+
+
+def _latent(options: dict[str, Any], low_rank: bool) -> Any:
+    """Multi-head latent attention, with or without a low rank of the query."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    sizes = {"kv_lora_rank": 10, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}
+    mla = {"multi_latent_attention": True, "q_lora_rank": 14 if low_rank else None, "rope_type": "rope", **sizes}
+    return MLATransformerConfig(
+        **{k: v for k, v in options.items() if k not in ("num_query_groups", "kv_channels")}, **mla
+    )
 
 
 def parallel(layout: Layout) -> None:
@@ -125,6 +138,7 @@ def build(layout: Layout, freeze: str | None = None) -> list[Any]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.module import Float16Module
 
     parallel(layout)
@@ -134,6 +148,9 @@ def build(layout: Layout, freeze: str | None = None) -> list[Any]:
         vp = stage if layout.vp else None
         ends = {"ignore_virtual": False, "vp_stage": vp}
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp)
+        if layout.model.startswith("latent"):  # the local attention itself does not take its widths, and has no weights
+            for layer in spec.layer_specs:
+                layer.submodules.self_attention.submodules.core_attention = IdentityOp
         predicts = get_gpt_mtp_block_spec(config, spec, False, vp_stage=vp) if layout.predicted else None
         model = GPTModel(
             config,

@@ -5,6 +5,7 @@
 # doubles at 200B tokens, so it is 2a, then 2b. STAGE=3 up to 5.7T tokens: up to 1e-4 in 100 steps, then linearly to 0.
 # Megatron's scheduler knows one warm-up and one decay, so each stage is a run of its own that loads the last one's
 # checkpoint (--override-opt_param-scheduler). Stage 2's cosine starts anew at 2b, a few percent off the paper's.
+# MUONCLIP=1 trains with Muon head by head and QK-Clip, which came after the paper.
 set -euo pipefail
 VOCAB_SIZE=163840
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -64,5 +65,7 @@ case "${STAGE:-1}" in
     *) echo "STAGE=$STAGE: allowed are 1, 2a, 2b, 3" >&2; exit 2 ;;
 esac
 TRAINING_ARGS=(--micro-batch-size 1 "${SCHEDULE[@]}")
+# Not the paper's: MuonClip, with which its authors trained Kimi K2 (see kimi_k2.sh).
+[[ "${MUONCLIP:-0}" == 0 ]] || OPTIMIZER_ARGS+=(--muon-split-qkv-per-head --qk-clip --qk-clip-threshold 100)
 [[ "${STAGE:-1}" == 1 ]] || TRAINING_ARGS+=(--override-opt_param-scheduler)
 launch

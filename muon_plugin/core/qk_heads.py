@@ -1,0 +1,194 @@
+"""The attention layers of a model, as QK-Clip scales them: told by `heads` of the projections in one module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .cutting import Stored
+from .heads import KEY, QUERY, UNKNOWN, Head, Heads, known_heads
+from .heads import _roles as roles_of
+from .layout import Strided
+from .places import Place, places
+from .qk_clip import ROTARY, AttentionLayer, Rows
+from .routing import _stored as stored_as
+
+#: Norms of queries and keys: behind them, logits do not depend on the size of the projections.
+QK_NORMS = re.compile(
+    r"(q|k|qk|query|key)_?(rope_only_)?(layer_?)?(norms?|ln)|norm_(q|k|query|key)|(layer)?norm_(q|k)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The attention of a model.
+
+    Attributes:
+        layers: what is scaled.
+        modules: those that compute them, in the same order.
+        left: modules whose logits do not matter: what they project with is not trained.
+        notes: for the start-up table.
+    """
+
+    layers: tuple[AttentionLayer, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+    left: tuple[nn.Module, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+#: (Name, how it is stored, its heads) of a parameter.
+Projection = tuple[str, Stored, Heads]
+
+
+@dataclass
+class _Block:
+    """The projections to heads in one module."""
+
+    module: nn.Module
+    path: str
+    projections: list[Projection] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether both queries and keys are trained."""
+        return bool(_of(self.projections, QUERY) and _of(self.projections, KEY))
+
+
+def _of(projections: Sequence[Projection], role: str) -> list[tuple[str, Stored, Head]]:
+    return [(name, stored, head) for name, stored, held in projections for head in held if head.role == role]
+
+
+def attention_layers(model: nn.Module | None, shapes: Mapping[str, Sequence[int]]) -> Found:
+    """The layers of softmax attention whose query and key projections are trained.
+
+    Args:
+        model: whose modules say what their projections hold.
+        shapes: name -> whole shape, of the parameters that are trained.
+
+    Raises:
+        ValueError: where QK-Clip cannot work: no model, heads that cannot be told, norms behind the
+            projections, adapters on them.
+    """
+    if model is None:
+        raise ValueError("qk_clip needs the model, whose modules say which outputs are which head: pass model=")
+    where = places(model, list(shapes))
+    blocks: dict[int, _Block] = {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    others: list[str] = []
+    for name, shape in shapes.items():
+        place = where[name]
+        _refuse_adapter(name, place)
+        if len(shape) < 2 or place.block is None or place.tuner is not None:
+            continue
+        stored = stored_as(place, tuple(shape))
+        found = None if isinstance(stored, str) else known_heads(place, stored)
+        if found == UNKNOWN:
+            raise ValueError(
+                f"qk_clip: {name} {list(shape)} projects to attention heads, and {found}. Leave qk_clip out for this "
+                "model, or give the module num_heads, num_key_value_heads and head_dim"
+            )
+        if isinstance(found, str) or (isinstance(found, Heads) and not found.softmax):
+            others.append(name)
+        elif isinstance(found, Heads) and not isinstance(stored, str):
+            block = blocks.setdefault(id(place.block), _Block(place.block, paths.get(id(place.block), name)))
+            block.projections.append((name, stored, found))
+    layers, modules, left = [], [], _without_training(model, where)
+    for block in blocks.values():
+        if block.complete:
+            _refuse_norms(block)
+            layers.append(attention_layer(block.path, block.projections, shapes))
+            modules.append(block.module)
+        else:
+            left.append(block.module)
+    frozen = sum(not block.complete for block in blocks.values())
+    notes = [f"QK-Clip leaves {len(others)} projections that are no query or key of a softmax: {o}" for o in others[:1]]
+    notes += [f"QK-Clip leaves {frozen} layers whose query or key projection is frozen"] * bool(frozen)
+    return Found(tuple(layers), tuple(modules), tuple(left), tuple(notes))
+
+
+def attention_layer(
+    label: str, projections: Sequence[Projection], shapes: Mapping[str, Sequence[int]]
+) -> AttentionLayer:
+    """What is scaled of the projections to queries and keys of one layer.
+
+    Args:
+        label: for the log.
+        projections: of whole parameters.
+        shapes: name -> whole shape, of the parameters that are trained.
+    """
+    queries, keys = _of(projections, QUERY), _of(projections, KEY)
+    shared, rest = divmod(len(queries), len(keys))
+    if rest:
+        raise ValueError(
+            f"qk_clip: {label} has {len(queries)} query and {len(keys)} key heads, of which none is shared evenly"
+        )
+    rows: list[Rows] = []
+    for name, stored, head in sorted(queries, key=lambda found: found[2].number):
+        group = head.number // shared * shared
+        plain = head.width - head.rotary
+        parts = [(QUERY, head.start, plain), (ROTARY, head.start + plain, head.rotary)]
+        for role, start, width in parts:
+            rows += _rows(name, stored, start, width, role, group, shared, shapes)
+    for name, stored, head in keys:
+        rows += _rows(name, stored, head.start, head.width, KEY, head.number * shared, shared, shapes)
+    return AttentionLayer(label, len(queries), tuple(rows))
+
+
+def _rows(
+    name: str,
+    stored: Stored,
+    start: int,
+    width: int,
+    role: str,
+    first: int,
+    heads: int,
+    shapes: Mapping[str, Sequence[int]],
+) -> list[Rows]:
+    """Some outputs of a projection: in its weight, and in its bias if that is trained."""
+    if not width:
+        return []
+    if stored.transposed:
+        where = Strided(start, width, stored.cols, stored.rows)
+    else:
+        where = Strided(start * stored.cols, width * stored.cols)
+    bias = re.sub(r"weight$", "bias", name)
+    found = [Rows(name, where, role, first, heads)]
+    if bias != name and bias in shapes and tuple(shapes[bias]) == (stored.outputs,):
+        found.append(Rows(bias, Strided(start, width), role, first, heads))
+    return found
+
+
+def _refuse_adapter(name: str, place: Place) -> None:
+    """What an adapter adds to a frozen projection is not scaled by scaling either of them."""
+    adapted = place.adapted
+    if place.tuner is None or adapted is None or adapted.block is None:
+        return
+    roles = roles_of(adapted.attribute.lower(), type(adapted.block).__name__)
+    if {QUERY, KEY} & set(roles):
+        raise ValueError(
+            f"qk_clip: {name} is an adapter of a query or key projection; allowed: adapters of other layers, or no "
+            "qk_clip. What a head computes is the frozen projection and the adapter together"
+        )
+
+
+def _refuse_norms(block: _Block) -> None:
+    for name, child in block.module.named_children():
+        if QK_NORMS.fullmatch(name) and not isinstance(child, nn.Identity):
+            raise ValueError(
+                f"qk_clip: {block.path} norms its queries or keys ({name}) behind the projections, so that its logits "
+                "do not depend on the size of their weights, and cannot be clipped by scaling these; allowed: models "
+                "without QK-norm. The norm bounds the logits itself"
+            )
+
+
+def _without_training(model: nn.Module, where: Mapping[str, Place]) -> list[nn.Module]:
+    """The modules in which nothing is trained but adapters."""
+    trained = {""}
+    for name, place in where.items():
+        if place.tuner is None:
+            parts = name.split(".")
+            trained |= {".".join(parts[:length]) for length in range(1, len(parts))}
+    return [module for path, module in model.named_modules() if path not in trained]
