@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from . import logits
@@ -50,6 +51,8 @@ class Clipping:
         """
         if setting is None or not shapes:
             return None
+        if model is None:
+            raise ValueError("qk_clip needs the model, whose modules say which outputs are which head: pass model=")
         found = attention_layers(model, shapes)
         if not found.layers and one_of_many:
             return None
@@ -59,7 +62,6 @@ class Clipping:
                 "out"
             )
         maxima = logits.Maxima([(layer.name, layer.heads) for layer in found.layers])
-        assert model is not None
         logits.watch(model, found.modules, found.left, maxima)
         return cls(setting, found, maxima)
 
@@ -73,6 +75,7 @@ class Clipping:
         members: Sequence[Sequence[str]],
         parameters: Mapping[str, Tensor],
         one_call: bool,
+        device: torch.device | None = None,
     ) -> Clip:
         """What the halves need for these calls.
 
@@ -81,6 +84,7 @@ class Clipping:
             members: for each parameter group, the names of its parameters.
             parameters: name -> the client's parameter.
             one_call: see `Clip`.
+            device: where the model computes; by default that of the parameters.
 
         Raises:
             ValueError: where the layers are trained by several process groups, or are left out in part.
@@ -95,7 +99,8 @@ class Clipping:
         if any(group is not groups[0] for group in groups):
             raise ValueError("qk_clip: the attention layers are sharded over several process groups; leave it out")
         shards = [shard for call in calls for shard in call.shards]
-        return Clip(self.setting, self.found.layers, self.maxima, shards, parameters, groups[0], one_call)
+        where = device or shards[0].tensor.device
+        return Clip(self.setting, self.found.layers, self.maxima, shards, parameters, groups[0], where, one_call)
 
     def cut(self, partitions: Mapping[str, Partition], rank: int) -> None:
         """Tells `maxima` which heads this TP rank computes: those of which it holds the query.

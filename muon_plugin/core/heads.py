@@ -181,9 +181,9 @@ def known_heads(place: Place, stored: Stored, tp: int = 1) -> Heads | str | None
     if place.tuner is not None:
         return None
     if place.block is None:  # by names alone
-        return UNKNOWN if _roles(attribute, "Attention") else None
+        return UNKNOWN if roles_of(attribute, "Attention") else None
     kind = type(place.block).__name__.removeprefix("Parametrized")
-    if re.match(DELTA, kind) and (roles := _roles(attribute, kind)):
+    if re.match(DELTA, kind) and (roles := roles_of(attribute, kind)):
         return _checked(_by_role(place, stored, roles, tp, softmax=False), stored)
     for blocks, layers, why in OTHERS:
         if re.match(blocks, kind) and re.fullmatch(layers, attribute):
@@ -192,7 +192,7 @@ def known_heads(place: Place, stored: Stored, tp: int = 1) -> Heads | str | None
         return _checked(latent, stored)
     if attribute in ("kv_b_proj", "q_gate_proj"):
         return UNKNOWN
-    roles = _roles(attribute, kind)
+    roles = roles_of(attribute, kind)
     if not roles or not (ATTENTION.search(kind) or re.fullmatch(DISTINCT, attribute)):
         return None
     if re.fullmatch(GATED_QUERY[0], attribute) and re.match(GATED_QUERY[1], kind):
@@ -206,7 +206,7 @@ def _checked(found: Heads | None, stored: Stored) -> Heads | str:
     return VECTORS if any(part.width == 1 for part in found.parts) else found
 
 
-def _roles(attribute: str, kind: str) -> tuple[str, ...]:
+def roles_of(attribute: str, kind: str) -> tuple[str, ...]:
     """What a layer of this name, in a block of this class, projects to; nothing for other layers."""
     for role, layers in SEPARATE:
         if re.fullmatch(layers, attribute):

@@ -180,7 +180,7 @@ class Muon(Optimizer):
         parameters, left_out = ({name: p for p, name in of.items()} for of in (self.names, self.left_out))
         self.halves = Halves(muon, rest, self.calls, parameters, left_out, self.host.unfreeze)
         if self.clipping is not None:
-            self.halves.clip = self.clipping.clip(self.calls, self._members, parameters, not self._in_engine)
+            self.halves.clip = self.clipping.clip(self.calls, self._members, parameters, not self._in_engine, device)
         self._begin()
 
     def _plan(self, half: MuonHalf) -> None:

@@ -152,6 +152,8 @@ class Clip:
         shards: of whole parameters, that this rank holds.
         parameters: name -> the client's parameter. A layer with a frozen one is not clipped.
         group: all ranks that hold parts or replicas of the layers, or see other inputs or heads of them.
+        device: where the model computes: what the group's backend sends lies there, also from a rank whose source has
+            seen nothing.
         one_call: whether each call is a step of its own, which `apply` ends. Otherwise the engine calls `reset`.
 
     Attributes:
@@ -166,9 +168,11 @@ class Clip:
         shards: Iterable[Shard],
         parameters: Mapping[str, Tensor],
         group: Any,
+        device: torch.device,
         one_call: bool = False,
     ) -> None:
         self.setting, self.layers, self._source, self._group = setting, tuple(layers), source, group
+        self._device = device
         self._one_call = one_call
         self.last: list[tuple[str, float, int]] = []
         self._largest: list[list[float]] | None = None
@@ -185,7 +189,7 @@ class Clip:
         if self._largest is not None:
             return
         values = torch.nan_to_num(self._source.read(), nan=math.inf, posinf=math.inf, neginf=-math.inf)
-        values = values.to(wire_of(self._group, values.device))
+        values = values.to(wire_of(self._group, self._device))
         with phase("exchange"):
             reduce_to_largest(values, self._group)
         flat, found, begin = values.tolist(), [], 0

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .cutting import Stored
-from .heads import KEY, QUERY, UNKNOWN, Head, Heads, known_heads
-from .heads import _roles as roles_of
+from .heads import KEY, QUERY, UNKNOWN, Head, Heads, known_heads, roles_of
 from .layout import Strided
 from .places import Place, places
 from .qk_clip import ROTARY, AttentionLayer, Rows
-from .routing import _stored as stored_as
+from .routing import stored_as
 
 #: Norms of queries and keys: behind them, logits do not depend on the size of the projections.
 QK_NORMS = re.compile(
@@ -61,7 +60,7 @@ def _of(projections: Sequence[Projection], role: str) -> list[tuple[str, Stored,
     return [(name, stored, head) for name, stored, held in projections for head in held if head.role == role]
 
 
-def attention_layers(model: nn.Module | None, shapes: Mapping[str, Sequence[int]]) -> Found:
+def attention_layers(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Found:
     """The layers of softmax attention whose query and key projections are trained.
 
     Args:
@@ -69,11 +68,9 @@ def attention_layers(model: nn.Module | None, shapes: Mapping[str, Sequence[int]
         shapes: name -> whole shape, of the parameters that are trained.
 
     Raises:
-        ValueError: where QK-Clip cannot work: no model, heads that cannot be told, norms behind the
-            projections, adapters on them.
+        ValueError: where QK-Clip cannot work: heads that cannot be told, norms behind the projections, adapters on
+            them.
     """
-    if model is None:
-        raise ValueError("qk_clip needs the model, whose modules say which outputs are which head: pass model=")
     where = places(model, list(shapes))
     blocks: dict[int, _Block] = {}
     paths = {id(module): path for path, module in model.named_modules()}

@@ -177,7 +177,7 @@ def route(
         aliases = names.get(name, [name])
         reasons = (_not_a_matrix(alias, shape, known[alias], exclude, ends) for alias in aliases)
         why = tables.get(name) or next(filter(None, reasons), None)
-        stored = _stored(known[name], shape) if why is None else why
+        stored = stored_as(known[name], shape) if why is None else why
         if not isinstance(stored, str) and min(stored.rows, stored.cols) == 1:
             stored = "a vector"
         if isinstance(stored, str):
@@ -438,7 +438,7 @@ def _is_before_scores(place: Place, modules: Sequence[nn.Module]) -> bool:
     return bool(hidden and linear and place.layer is not linear[-1])
 
 
-def _stored(place: Place, shape: tuple[int, ...]) -> Stored | str:
+def stored_as(place: Place, shape: tuple[int, ...]) -> Stored | str:
     """How a parameter stores matrices, or the reason why it stores none."""
     if place.tuner is not None:
         return adapter_stored(place, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..core.agreement import agree, together, world_of
 from ..core.checks import Refusal, refuse
 from ..core.layout import Partition
 from ..core.muon import Muon
+from ..core.qk_clip import Clip
 from ..core.settings import Settings
 from . import ranks, tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
@@ -24,6 +26,7 @@ from .host import host_of, whole_shape
 from .monitor import watch
 from .refusals import check_supported
 from .shards import calls, holdings
+from .steps import follow
 
 phases.at_start(watchdog.start)
 
@@ -119,7 +122,8 @@ def _configure_optimizer(
     held = together(lambda: holdings(found, partitions, tp, own), own)
     together(lambda: _cut_heads(muon, partitions, tp), own)
     together(lambda: muon.attach(held, torch.device(engine.device)), own)
-    _end_steps(engine, muon)
+    if (clip := muon.halves.clip) is not None:
+        follow(engine, partial(_end_step, clip), "leave qk_clip out")
     given = {*muon.names, *muon.left_out}
     muon.halves.outside = {n: p for p, n in engine.param_names.items() if not p.requires_grad and p not in given}
     muon.register_state_dict_post_hook(saved_like_adam)
@@ -141,29 +145,12 @@ def _cut_heads(muon: Muon, partitions: Mapping[str, Partition], tp: Any) -> None
         muon.clipping.cut(partitions, 0 if tp is None else dist.get_rank(tp))
 
 
-def _end_steps(engine: Any, muon: Muon) -> None:
-    """Ends QK-Clip's step with the engine's, which may make several calls of the inner step, or skip them all.
-
-    Raises:
-        RuntimeError: for a release without the method whose calls are followed.
-    """
-    clip = muon.halves.clip
-    if clip is None:
-        return
-    if not hasattr(engine, "_take_model_step"):
-        raise RuntimeError(
-            "unsupported DeepSpeed: its engine has no _take_model_step. Use a release that was tested, or leave "
-            "qk_clip out"
-        )
-    take = engine._take_model_step
-
-    def step(*args: Any, **kwargs: Any) -> None:
-        try:
-            take(*args, **kwargs)
-        finally:
-            clip.reset()
-
-    engine._take_model_step = step
+def _end_step(clip: Clip, take: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Ends QK-Clip's step with the engine's, which may make several calls of the inner step, or skip them all."""
+    try:
+        take(*args, **kwargs)
+    finally:
+        clip.reset()
 
 
 def _unfreezes(engine: Any) -> bool:

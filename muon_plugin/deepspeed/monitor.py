@@ -24,6 +24,7 @@ import torch
 from ..core import phases, report
 from ..core.measure import Measure, Monitor, Part
 from ..core.muon import Muon
+from .steps import follow
 
 EVERY = 10
 TIMERS = {name: f"muon_{name}" for name in phases.PHASES}
@@ -107,9 +108,4 @@ def watch(engine: Any) -> None:
         RuntimeError: for a release without the method whose calls are measured.
     """
     if engine.monitor.enabled or engine.wall_clock_breakdown():
-        if not hasattr(engine, "_take_model_step"):
-            raise RuntimeError(
-                "unsupported DeepSpeed: its engine has no _take_model_step. Use a release that was tested, or switch "
-                "off monitors and wall_clock_breakdown"
-            )
-        engine._take_model_step = partial(StepMonitor(engine).step, engine._take_model_step)
+        follow(engine, StepMonitor(engine).step, "switch off monitors and wall_clock_breakdown")

@@ -239,7 +239,7 @@ def make(
     """
     clip = None
     if found.layers:
-        clip = Clip(found.setting, found.layers, Logits(found, tp, device), shards, parameters, group)
+        clip = Clip(found.setting, found.layers, Logits(found, tp, device), shards, parameters, group, device)
     for chunk in chunks:
         _clips[chunk] = clip
     return clip

@@ -13,22 +13,11 @@ import muon_plugin
 from muon_plugin.core.heads import GATE, KEY, QUERY, VALUE, Heads, Part, known_heads
 from muon_plugin.core.layout import Shard, pieces
 from muon_plugin.core.places import places
-from muon_plugin.core.routing import Routing, _stored, route
+from muon_plugin.core.routing import Routing, route, stored_as
+from tests.support.layers import block, outputs_of
 from tests.support.model_sweep import build
 
 pytestmark = pytest.mark.fast
-
-
-def block(kind: str, attribute: str, outputs: int, config: dict[str, Any] | None = None, **sizes: Any) -> nn.Module:
-    """A model with one module of class `kind`, in which `attribute` is a Linear with so many outputs."""
-    held = type(kind, (nn.Module,), {})()
-    setattr(held, attribute, nn.Linear(8, outputs, bias=False))
-    for name, value in sizes.items():
-        setattr(held, name, value)
-    model = nn.Module()
-    model.block = held
-    model.config = None if config is None else SimpleNamespace(**config)
-    return model
 
 
 def routed(model: nn.Module, **options: Any) -> Routing:
@@ -38,9 +27,8 @@ def routed(model: nn.Module, **options: Any) -> Routing:
 
 def rows_of(model: nn.Module, **options: Any) -> list[list[int]]:
     """For each matrix of a model with one Linear, the outputs that it holds."""
-    (shape,) = (tuple(p.shape) for p in model.parameters())
-    flat = torch.arange(shape[0])[:, None].expand(shape).reshape(-1)
-    return [m.where.view(flat).reshape(m.rows, m.cols)[:, 0].tolist() for m in routed(model, **options).matrices]
+    (found,) = outputs_of(routed(model, **options).matrices, model).values()
+    return found
 
 
 def consecutive(*widths: int) -> list[list[int]]:
@@ -204,9 +192,9 @@ def test_tensor_parallelism_may_have_divided_the_modules_numbers():
     """DeepSpeed's AutoTP writes a rank's numbers into the modules; what they say is of no whole parameter then."""
     model = block("SomeAttention", "q_proj", 6, None, head_dim=3, num_heads=2)
     place = places(model, ["block.q_proj.weight"])["block.q_proj.weight"]
-    assert known_heads(place, _stored(place, (12, 8)), tp=2) == Heads((Part(QUERY, 3, 4),))
+    assert known_heads(place, stored_as(place, (12, 8)), tp=2) == Heads((Part(QUERY, 3, 4),))
     del model.block.head_dim
-    assert isinstance(known_heads(place, _stored(place, (12, 8)), tp=2), str)  # 4 heads of 3 or 2 of 6
+    assert isinstance(known_heads(place, stored_as(place, (12, 8)), tp=2), str)  # 4 heads of 3 or 2 of 6
 
 
 def test_adapters_and_frozen_parameters_are_left_alone():

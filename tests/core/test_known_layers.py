@@ -10,6 +10,7 @@ from torch import nn
 
 from muon_plugin.core.modelling_code import split_in
 from muon_plugin.core.routing import route
+from tests.support.layers import block, outputs_of
 from tests.support.model_sweep import COMMON, build
 
 pytestmark = pytest.mark.fast
@@ -18,24 +19,8 @@ pytestmark = pytest.mark.fast
 def rows_of(model: nn.Module, name: str) -> list[list[int]]:
     """For each matrix of a Linear's weight, the outputs that it holds."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    found = []
-    for matrix in route(shapes, model=model).matrices:
-        if matrix.parameter == name:
-            rows, cols = shapes[name]
-            flat = torch.arange(rows)[:, None].expand(rows, cols).reshape(-1)
-            found.append(matrix.where.view(flat).reshape(matrix.rows, matrix.cols)[:, 0].tolist())
-    return found
-
-
-def block(kind: str, attribute: str, outputs: int, **sizes: int) -> nn.Module:
-    """A model with one module of class `kind`, in which `attribute` is a Linear with so many outputs."""
-    held = type(kind, (nn.Module,), {})()
-    setattr(held, attribute, nn.Linear(8, outputs, bias=False))
-    for name, value in sizes.items():
-        setattr(held, name, value)
-    model = nn.Module()
-    model.block = held
-    return model
+    matrices = route(shapes, model=model).matrices
+    return outputs_of([m for m in matrices if m.parameter == name], model).get(name, [])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The oldest torch that is promised, and the newest."""
+"""The oldest torch that is promised, and the newest that was at hand."""
 
 from __future__ import annotations
 
