@@ -54,7 +54,6 @@ def test_peft(ranks, tmp_path, name):
     assert whole["losses"] == resumed["losses"]
 
 
-@pytest.mark.skipif(not FULL, reason="FULL=1")
 def test_qk_clip_and_adapters(ranks, tmp_path):
     """Of a query or key they are refused; others leave QK-Clip its work."""
     refused, clipped = ranks.clients(1, clipped_beside_adapters)[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import muon_plugin
 from muon_plugin import Muon
 from muon_plugin.core import logits as kept
+from muon_plugin.core.layout import Partition
 from tests.support.clipped import CLIP, ClippedModel, llama
 
 
@@ -323,6 +324,16 @@ def test_it_needs_the_model():
     model = ClippedModel()
     with pytest.raises(ValueError, match="pass model="):
         Muon(model.named_parameters(), qk_clip=CLIP)
+
+
+def test_heads_that_tensor_parallelism_scatters_are_refused():
+    """Each of two TP ranks holds every second head: a rank's logits could not be told apart."""
+    model = llama()
+    clipping = Muon(model.named_parameters(), model=model, qk_clip=CLIP).clipping
+    name, weight = next((name, p) for name, p in model.named_parameters() if "q_proj" in name)
+    clipping.cut({name: Partition.of(name, weight.shape, 0, 2)}, 1)
+    with pytest.raises(ValueError, match=r"qk_clip: tensor parallelism leaves rank 1 the heads \[1, 3\] of"):
+        clipping.cut({name: Partition.of(name, weight.shape, 0, 2, parts=2)}, 1)
 
 
 def test_another_number_of_heads_is_an_error():
