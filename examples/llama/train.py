@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=["AdamW", "Muon"], default="Muon")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps in all (default: %(default)s)")
@@ -83,13 +84,13 @@ def deepspeed_config(args: argparse.Namespace) -> dict:
     return config
 
 
-def make_model(vocab_size: int) -> LlamaForCausalLM:
-    """A Llama with 5 million parameters and random weights; grouped-query attention as in Llama 3."""
+def make_model(vocab_size: int, hidden: int) -> LlamaForCausalLM:
+    """A Llama with random weights, 5 million parameters at hidden 256; grouped-query attention as in Llama 3."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=256,
-            intermediate_size=768,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -146,7 +147,7 @@ def train(args: argparse.Namespace, terminal: TextIO) -> None:
     info = json.loads((args.data / "info.json").read_text()) if (args.data / "info.json").exists() else {}
     config = deepspeed_config(args)
     transformers.set_seed(args.seed)  # the same initial weights on every rank and for both optimizers
-    model = make_model(info.get("vocab_size", data.VOCAB_SIZE))
+    model = make_model(info.get("vocab_size", data.VOCAB_SIZE), args.hidden)
     engine, _, _, scheduler = deepspeed.initialize(model=model, config=config)
 
     # The batch size of the config is that of all ranks together: the run is the same one for any number of them.

@@ -70,6 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--moe", action="store_true", help="four experts a layer, two a token, over --ep ranks")
     parser.add_argument("--moonlight", action="store_true", help="Moonlight, scaled down: its layers and its schedule")
     parser.add_argument("--ep", type=int, default=1, help="expert parallel size (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=400)
@@ -85,7 +86,7 @@ def make_model(args: argparse.Namespace, vocab_size: int) -> Any:
     """A GPT with grouped-query attention, SwiGLU, RMSNorm and rotary positions, in Megatron's DDP."""
     experts = {
         "num_moe_experts": 4,
-        "moe_ffn_hidden_size": 384,
+        "moe_ffn_hidden_size": args.hidden * 3 // 2,
         "moe_router_topk": 2,
         "moe_token_dispatcher_type": "allgather",
         "moe_aux_loss_coeff": 0.01,
@@ -96,8 +97,8 @@ def make_model(args: argparse.Namespace, vocab_size: int) -> Any:
     moonlight = {
         "num_moe_experts": 8,
         "moe_layer_freq": [0, 1, 1, 1],
-        "moe_ffn_hidden_size": 176,
-        "moe_shared_expert_intermediate_size": 352,
+        "moe_ffn_hidden_size": args.hidden * 11 // 16,
+        "moe_shared_expert_intermediate_size": args.hidden * 11 // 8,
         "moe_router_topk": 2,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
@@ -108,8 +109,8 @@ def make_model(args: argparse.Namespace, vocab_size: int) -> Any:
     }
     config = TransformerConfig(
         num_layers=4,
-        hidden_size=256,
-        ffn_hidden_size=768,
+        hidden_size=args.hidden,
+        ffn_hidden_size=3 * args.hidden,
         num_attention_heads=4,
         num_query_groups=2,
         gated_linear_unit=True,

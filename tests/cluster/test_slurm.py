@@ -27,7 +27,7 @@ from tests.support.ranks import release
 
 STEPS = 8
 TIMEOUT = 900  # seconds; a job that hangs must end a test, not the suite
-TRAINING = ["--steps", str(STEPS), "--eval-every", "100"]
+TRAINING = ["--steps", str(STEPS), "--eval-every", "100", "--hidden", "64"]
 FITS = ["--nodes=2", "--gpus-per-node=1", "--time=30"]
 
 

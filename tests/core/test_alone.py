@@ -28,7 +28,7 @@ def layers() -> nn.ModuleDict:
             "embed": nn.Embedding(50, 32),
             "up": nn.Linear(32, 128),
             "down": nn.Linear(128, 32),
-            "wide": nn.Linear(512, 1536),
+            "wide": nn.Linear(128, 384),
             "lm_head": nn.Linear(32, 50),
         }
     )
