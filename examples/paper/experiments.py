@@ -17,6 +17,7 @@ OPTIMIZERS = ("AdamW", "Muon")
 UPDATE_RMS = (0.05, 0.1, 0.2, 0.4, 0.8)
 SHARES = (0.4, 0.52, 0.7, 1.0)
 SCALINGS = ("baseline", "update norm", "adjusted")
+HEADS = (("whole", False), ("per-head", True))
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,14 @@ def attention(lab: Lab) -> dict[str, Any]:
     return lab.compare({o: replace(best, optimizer=o) for o in OPTIMIZERS})
 
 
+def heads(lab: Lab) -> dict[str, Any]:
+    """Not in the paper: query, key and value orthogonalized head by head (`per_head_muon`) or whole, all else alike."""
+    tuned = [replace(lab.searched(layers), optimizer="Muon") for layers in _up_to_middle(lab)]
+    return lab.compare(
+        {f"{how} {run.layers}": replace(run, per_head=per_head) for run in tuned for how, per_head in HEADS}
+    )
+
+
 def finetune(lab: Lab) -> dict[str, Any]:
     """Table 6: pretrained with one optimizer, fine-tuned on another text with either; AdamW's rate searched."""
     best = lab.searched(lab.scale.middle)
@@ -251,5 +260,6 @@ def finetune(lab: Lab) -> dict[str, Any]:
 
 
 EXPERIMENTS = {
-    f.__name__: f for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, finetune)
+    f.__name__: f
+    for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, heads, finetune)
 }

@@ -424,6 +424,26 @@ with Muon they went past 100 early in Moonlight's training, at a share of about 
 {table(["", "largest of the run", "largest at the end", "share above 100, at most"], rows)}"""
 
 
+def heads(found: Results, out: Path) -> str:
+    """Whole projections against heads."""
+    rows = []
+    for layers in sorted({int(label.split()[1]) for label in found}):
+        whole, parted = found[f"whole {layers}"], found[f"per-head {layers}"]
+        size, width = figures.short(whole[0]["parameters"]), whole[0]["config"]["hidden"]
+        heads = f"{whole[0]['config']['heads']} of {width // whole[0]['config']['heads']} x {width}"
+        behind = mean_sd(np.subtract(losses(parted), losses(whole)).tolist())
+        logits = [mean_sd([max(v) for v in last(results, "max_logit")], 1) for results in (whole, parted)]
+        rows.append([size, heads, mean_sd(losses(whole)), mean_sd(losses(parted)), behind, *logits])
+    header = ["N", "heads", "whole", "per-head", "per-head - whole, seed by seed", "largest logit: whole", "per-head"]
+    return f"""## Attention head by head (not in the paper)
+
+`per_head_muon` orthogonalizes each head of query, key and value by itself; the output projection stays whole. Learning
+rate, decay, batch, tokens and seeds are those of the scaling law. A head of h x H has the scale of H x H (Eq. 4 takes
+the longer side), so both updates have the same RMS. Validation loss; logits are those at the end.
+
+{table(header, rows)}"""
+
+
 def finetune(found: Results, out: Path) -> str:
     """Table 6."""
     rows = [
@@ -440,7 +460,8 @@ Validation loss on the second text. {_best(found, list(found))} The paper measur
 
 
 SECTIONS: dict[str, Callable[[Results, Path], str]] = {
-    f.__name__: f for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, finetune)
+    f.__name__: f
+    for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, heads, finetune)
 }
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Run:
         start: the run whose weights are the first ones; "": random ones.
         text: "main", or "shifted".
         evaluations: during the run, evenly spaced.
+        per_head: whether each head of query, key and value is a matrix of its own.
     """
 
     kind: str
@@ -72,11 +73,15 @@ class Run:
     start: str = ""
     text: str = "main"
     evaluations: int = 8
+    per_head: bool = False
 
     @property
     def name(self) -> str:
         """Readable, and another one for another run."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        said = asdict(self)
+        if not self.per_head:  # runs that were logged before this field was there keep their names
+            del said["per_head"]
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.kind}-{self.layers}x{self.hidden}-{self.optimizer}-{digest}"
 
     @property
@@ -156,7 +161,8 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     }[run.scaling]
     # The update is scaled, the decay is not: lr (factor u + wd w).
     rates = {"lr": run.lr, "muon_lr": run.lr * factor}
-    optimizer = muon_plugin.Muon(groups, weight_decay=run.weight_decay, adjust_lr_fn=rule, model=model, **rates)
+    settings = {"weight_decay": run.weight_decay, "adjust_lr_fn": rule, "per_head_muon": run.per_head}
+    optimizer = muon_plugin.Muon(groups, model=model, **settings, **rates)
     for group in optimizer.param_groups:
         if group["use_muon"]:
             group["weight_decay"] /= factor
