@@ -116,18 +116,23 @@ def _record(name: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any,
     elif mask is None and name == "eager":
         causal = False  # eager attention adds a mask, or sees everything
     else:
-        how["window"] = kwargs.get("sliding_window") if causal else None
-        if packed and mask is None:
-            how["segments"] = _segments(query, kwargs)
+        how["window"] = kwargs.get("sliding_window") if causal or packed else None
+        if packed:
+            how["segments"] = _segments(query, key, mask, kwargs)
         elif mask is None and causal and key.shape[2] > query.shape[2] > 1:
             key = key[:, :, : query.shape[2]]  # sdpa aligns the first ones
     logits.record(module, largest_logits(query, key, kwargs.get("scaling"), causal=causal, **how))
 
 
-def _segments(query: Tensor, kwargs: Any) -> Tensor | None:
-    """The sequence of each token where several are packed into one row, as flash attention is told."""
+def _segments(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Any) -> Tensor | None:
+    """The sequence of each token where several are packed into one row, as flash attention is told.
+
+    Padding is another sequence: flash attention takes it out of the queries too.
+    """
     ends, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     tokens = query.shape[2]
+    if mask is not None:
+        return mask != 0 if mask.dim() == 2 and mask.shape[1] == key.shape[2] == tokens else None
     if ends is not None:
         return torch.searchsorted(ends[1:].contiguous(), torch.arange(tokens, device=query.device), right=True)
     if positions is not None and query.shape[0] == 1 and positions.shape == (1, tokens):

@@ -6,6 +6,7 @@ What the modules of a model hand over goes to the `Maxima` that watches them.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def largest_logits(
         mask: bool (True: attends) or additive, and broadcasts to (batch, heads, queries, keys); (batch, keys) for
             padding (True or 1: a token); or a function of indices. Biases in it are no part of a logit.
         causal: a query attends only to keys that are not after it (the last ones align).
-        window: and only to so many keys up to its own.
+        window: and only to so many keys up to its own; without `causal`, also to so many from its own on.
         segments: (tokens,) or (batch, tokens): numbers of packed sequences, which do not attend to each other.
         softcap: logits are softcap tanh(logit / softcap).
         block: logits at a time.
@@ -57,6 +58,7 @@ def largest_logits(
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     (batch, heads, queries, size), (_, groups, keys, _) = query.shape, key.shape
     shared, offset = heads // groups, keys - queries
+    ahead = 0 if causal else queries if window is None else window - 1
     columns = min(keys, 2048)
     # Narrow enough that under a causal mask little is computed beside the triangle, and few launches.
     rows = max(1, min(queries, block // max(1, batch * heads * columns), max(128, -(-queries // 8))))
@@ -65,7 +67,7 @@ def largest_logits(
         for first in range(0, queries, rows):
             last = min(first + rows, queries)
             some = query[:, :, first:last].reshape(batch * groups, shared * (last - first), size)
-            seen = min(keys, last + offset) if causal else keys
+            seen = min(keys, last + offset + ahead)
             for begin in range(0, seen, columns):
                 end = min(begin + columns, seen)
                 if window is not None and end - 1 <= first + offset - window:
@@ -113,6 +115,9 @@ def _hidden(
     if window is not None and begin <= last - 1 + offset - window:
         before = to <= at - window
         found = before if found is None else found | before
+    if window is not None and not causal and end - 1 >= first + offset + window:
+        after = to >= at + window
+        found = after if found is None else found | after
     if segments is not None:
         ids = segments if segments.dim() == 2 else segments[None]
         apart = ids[:, first:last, None] != ids[:, None, begin:end]
@@ -204,7 +209,12 @@ def at_watch(watcher: Callable[[nn.Module], None]) -> None:
 
 
 def watch(model: nn.Module, layers: Sequence[nn.Module], left: Sequence[nn.Module], maxima: Maxima) -> None:
-    """From now on `maxima` keeps the logits of these modules of `model`, by their order; those of `left` are not."""
+    """From now on `maxima` keeps the logits of these modules of `model`, by their order; those of `left` are not.
+
+    Code that torch has compiled until now is compiled again: it has traced modules that nobody watched, or another one.
+    """
+    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled
+        torch.compiler.reset()
     for module in model.modules():
         _known.add(module)
         _watched.pop(module, None)

@@ -28,6 +28,7 @@ CASES = {
     "everything": {},
     "causal": {"causal": True},
     "window": {"causal": True, "window": 3},
+    "window on both sides": {"window": 3},
     "softcap": {"causal": True, "softcap": 2.0},
     "scaling": {"scaling": 0.7},
     "packed sequences": {"causal": True, "segments": torch.tensor([0] * 4 + [1] * 3 + [2] * 6)},
@@ -45,7 +46,7 @@ def test_blocks_find_the_maximum_of_the_whole_matrix(case, block):
     if how.get("causal"):
         allowed &= to <= at
     if "window" in how:
-        allowed &= to > at - how["window"]
+        allowed &= (to - at).abs() < how["window"]
     if "segments" in how:
         allowed &= how["segments"][:, None] == how["segments"][None]
     expected = full(query, key, allowed, how.get("scaling", 8**-0.5), how.get("softcap"))
@@ -102,6 +103,8 @@ def _models() -> dict[str, Any]:
         GPT2LMHeadModel,
         MistralConfig,
         MistralForCausalLM,
+        ModernBertConfig,
+        ModernBertForMaskedLM,
         Qwen2Config,
         Qwen2ForCausalLM,
     )
@@ -113,11 +116,14 @@ def _models() -> dict[str, Any]:
     experts = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
     experts |= {"topk_group": 1, "first_k_dense_replace": 2}
     latent = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+    tokens = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    local = {"local_attention": 8, "global_attn_every_n_layers": 2, "num_hidden_layers": 2, **tokens}
     gemma2 = {**grouped, "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 2.0}
     return {
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**grouped)),
         "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**grouped, sliding_window=5)),
         "gemma2, softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**gemma2)),
+        "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**sizes, **local)),
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**gpt2)),
         "deepseek": lambda: DeepseekV3ForCausalLM(
             DeepseekV3Config(**{**grouped, "num_key_value_heads": 4}, **experts, **latent)
@@ -184,6 +190,71 @@ def test_a_clipped_models_logits_shrink_to_the_threshold(name):
             after[begin : begin + count], before[begin : begin + count] * (threshold / largest), rtol=1e-4, atol=1e-5
         )
     assert sum(count for _, count in groups) == first.heads
+
+
+def flash(seen: dict[nn.Module, Tensor]) -> Any:
+    """Flash attention by definition, as transformers calls its kernels, which do not run on the CPU."""
+
+    def attend(module, query, key, value, mask, scaling, sliding_window=None, is_causal=None, **kwargs):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        at, to = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])[None]
+        allowed = (to <= at) if (module.is_causal if is_causal is None else is_causal) else at == at
+        if sliding_window is not None:
+            allowed = allowed & ((to - at).abs() < sliding_window)
+        if mask is not None:  # (batch, tokens): what is padding is taken out of queries and keys
+            allowed = allowed & (mask[:, None, :, None] & mask[:, None, None]).bool()
+        elif kwargs.get("position_ids") is not None:  # ModernBERT keeps them to itself
+            sequence = (kwargs["position_ids"][0] == 0).cumsum(0)
+            allowed = allowed & (sequence[:, None] == sequence)
+        scores = (query @ key.mT * scaling).masked_fill(~allowed, -math.inf)
+        seen[module] = scores.detach().amax((0, 2, 3))
+        return (scores.softmax(-1).nan_to_num(0) @ value).transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+@pytest.mark.parametrize("case", ["right padding", "left padding", "packed sequences"])
+@pytest.mark.parametrize("name", ["mistral, sliding window", "modernbert"])
+def test_flash_attention_leaves_out_padding_and_what_is_outside_of_a_window(name, case, monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, seen = _models()[name](), {}
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash(seen))
+    model.config._attn_implementation = "flash_attention_2"
+    muon = Muon(model.named_parameters(), model=model, qk_clip={"threshold": 1e9})
+    tokens, lengths = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(1)), (5, 7, 4)
+    batch: dict[str, Tensor] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if case == "packed sequences":
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        batch = {"input_ids": tokens[:1], "position_ids": positions}
+    else:
+        batch["attention_mask"][:, 6:] = 0
+        batch["attention_mask"] = (
+            batch["attention_mask"] if case == "right padding" else batch["attention_mask"].flip(1)
+        )
+    model.train()(**batch)
+    expected = torch.cat([seen[module] for module in muon.clipping.found.modules])
+    torch.testing.assert_close(muon.clipping.maxima.read(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_was_compiled_and_has_run_before(monkeypatch):
+    """Its compiled code has traced transformers without our function, and then another optimizer."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # the tests are run without the compiler otherwise
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    muon_plugin.unregister()
+    model, tokens = llama(1, attn_implementation="sdpa").train(), torch.randint(0, 40, (1, 8))
+    attention = model.model.layers[0].self_attn
+    attention.compile(backend="eager")
+    model(input_ids=tokens)
+    for _ in range(2):
+        maxima = Muon(model.named_parameters(), model=model, qk_clip=CLIP).clipping.maxima
+        model(input_ids=tokens)
+        found = maxima.read()
+        assert found.isfinite().all()
+    maxima.reset()
+    attention._compiled_call_impl = None
+    model(input_ids=tokens)
+    torch.testing.assert_close(maxima.read(), found)
 
 
 def test_evaluation_does_not_count_and_recomputation_does_not_disturb():

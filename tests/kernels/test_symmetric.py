@@ -1,0 +1,115 @@
+"""The Triton kernel of symmetric products: against torch in the interpreter, and compiled for GPUs ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.interpreted import interpreted, needs_triton, repair_bf16
+
+pytestmark = needs_triton
+
+#: Batch, m, k; tile and depth. One tile and several, the last of them full or not; a depth that divides k or does not.
+CASES = [
+    (1, 1, 1, 16, 16),
+    (2, 16, 32, 16, 16),
+    (3, 33, 91, 16, 32),
+    (2, 91, 33, 32, 16),
+    (1, 128, 64, 128, 64),
+    (2, 200, 130, 128, 64),
+    (1, 300, 128, 64, 32),
+]
+DTYPES = ["float16", "bfloat16"]
+
+
+def integers(largest: int, seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-largest, largest + 1, shape, generator=generator).double()
+
+
+def differing(dtype: str) -> list[str]:
+    """Where the kernel's bits are not those of the exact product, rounded once, in the interpreter.
+
+    Sums of products of small integers are exact in fp32, in any order. In bf16 they are so small here that the results
+    are exact too: the interpreter cuts where a GPU rounds.
+    """
+    from muon_plugin.kernels.symmetric import Tiling, symmetric
+
+    repair_bf16()
+    kind, found = getattr(torch, dtype), []
+    largest = 3 if dtype == "float16" else 1
+    for batch, m, k, tile, depth in CASES:
+        tiling = Tiling(tile, depth, 4, 3)
+        x, r, s = (integers(largest, i, batch, m, n) for i, n in enumerate((k, m, m)))
+        power = r.tril() + r.tril(-1).mT  # its square is symmetric; C need not be a function of it here
+        other = s.tril() + s.tril(-1).mT
+        in_kind = [each.to(kind) for each in (x, power, other)]
+        gram = symmetric(in_kind[0], in_kind[0], alpha=0.25, tiling=tiling)
+        wanted = {
+            "X X^T": (gram, 0.25 * x @ x.mT),
+            "C + A B": (symmetric(in_kind[1], *in_kind[1:], -0.5, 0.5, tiling), 0.5 * power @ power - 0.5 * other),
+            "one of the batch": (symmetric(in_kind[0][-1], in_kind[0][-1], alpha=0.25, tiling=tiling), gram[-1]),
+        }
+        for name, (ours, exact) in wanted.items():
+            assert dtype == "float16" or torch.equal(exact.to(kind).double(), exact.double())
+            if count := int((ours != exact.to(kind)).sum()):
+                found.append(f"{name}, {(batch, m, k, tile, depth)}: {count} elements")
+    return found
+
+
+def of_normal_numbers(dtype: str) -> dict[str, Any]:
+    """Of matrices of normal numbers: whether a batch has the bits of one at a time, and the largest error."""
+    from muon_plugin.kernels.symmetric import Tiling, symmetric
+
+    repair_bf16()
+    kind, tiling = getattr(torch, dtype), Tiling(64, 32, 4, 3)
+    x = torch.randn(3, 150, 200, generator=torch.Generator().manual_seed(0)).to(kind)
+    together = symmetric(x, x, tiling=tiling)
+    alone = torch.stack([symmetric(one, one, tiling=tiling) for one in x])
+    exact = x.double() @ x.double().mT
+    error = ((together.double() - exact).abs() / (x.double().abs() @ x.double().abs().mT)).max()
+    mirrored = all(torch.equal(together[:, i:, :i], together[:, :i, i:].mT) for i in (64, 128))
+    return {"batch": torch.equal(together, alone), "mirrored": mirrored, "error": float(error)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_integers_have_the_bits_of_the_exact_product_rounded_once(dtype):
+    assert interpreted(differing, dtype) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_has_the_bits_of_one_at_a_time(dtype):
+    found = interpreted(of_normal_numbers, dtype)
+    assert found["batch"]
+    assert found["mirrored"]
+    assert found["error"] < torch.finfo(getattr(torch, dtype)).eps
+
+
+@pytest.mark.parametrize(
+    ("dtype", "add", "whole"), [("fp16", False, True), ("fp16", True, True), ("bf16", True, False)]
+)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_it_compiles_for_each_gpu_to_tensor_core_instructions_without_spills(capability, dtype, add, whole):
+    from benchmarks.kernels import GPUS, compiled_symmetric
+
+    gpu = next(gpu for gpu in GPUS if gpu.capability == capability)
+    found = compiled_symmetric(gpu, dtype, add, whole)
+    assert found.products(gpu.instruction) > 0, "no tensor-core instruction"
+    assert found.spilled == 0
+    assert found.shared <= gpu.shared
+
+
+def test_tiles_of_128_are_taken_wherever_they_fit():
+    from muon_plugin.kernels.symmetric import RESERVED, TILINGS, tiling_for
+
+    bytes_of = {"A100": 166_912, "H100, B200": 232_448, "cards for desktops": 101_376}
+    taken = {name: tiling_for(shared) for name, shared in bytes_of.items()}
+    assert all(t.programs * (t.shared + RESERVED) <= bytes_of[name] for name, t in taken.items())
+    assert taken == {"A100": TILINGS[1], "H100, B200": TILINGS[0], "cards for desktops": TILINGS[1]}
+    assert {tiling.tile for tiling in taken.values()} == {128}
+    assert tiling_for(49_152).tile == 64
+    with pytest.raises(ValueError, match=r"a GPU with 1024 bytes.*allowed: \d+ or more"):
+        tiling_for(1024)
