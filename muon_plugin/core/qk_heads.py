@@ -12,7 +12,7 @@ from torch import nn
 from .cutting import Stored
 from .heads import KEY, QUERY, UNKNOWN, Head, Heads, known_heads, roles_of
 from .layout import Strided
-from .places import Place, places
+from .places import COPIES, Place, places
 from .qk_clip import ROTARY, AttentionLayer, Rows
 from .routing import stored_as
 
@@ -82,13 +82,14 @@ def attention_layers(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> F
     """
     names = _all_names(model, shapes)
     where = places(model, list(names))
+    frozen = _replaced(model, where)
     blocks: dict[int, _Block] = {}
     paths = {id(module): path for path, module in model.named_modules()}
     others: list[str] = []
     for name, known in names.items():
         place, shape = where[name], shapes[known]
         _refuse_adapter(name, place)
-        if len(shape) < 2 or place.block is None or place.tuner is not None:
+        if len(shape) < 2 or place.block is None or place.tuner is not None or name in frozen:
             continue
         stored = stored_as(place, tuple(shape))
         found = None if isinstance(stored, str) else known_heads(place, stored)
@@ -100,6 +101,7 @@ def attention_layers(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> F
         if isinstance(found, str) or (isinstance(found, Heads) and not found.softmax):
             others.append(name)
         elif isinstance(found, Heads) and not isinstance(stored, str):
+            _refuse_parametrized(name, found)
             block = blocks.setdefault(id(place.block), _Block(place.block, paths.get(id(place.block), name)))
             if (known, stored, found) not in block.projections:  # a module with several paths
                 block.projections.append((known, stored, found))
@@ -209,6 +211,24 @@ def _refuse_behind(block: _Block) -> None:
                 "do not depend on the size of their weights, and cannot be clipped by scaling these; allowed: models "
                 "without QK-norm. The norm bounds the logits itself"
             )
+
+
+def _replaced(model: nn.Module, where: Mapping[str, Place]) -> set[str]:
+    """Frozen parameters beside which there is a trained copy, which the model uses: as with PEFT's modules_to_save."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trained = {where[name].name for name in where if COPIES in name.split(".") and named[name].requires_grad}
+    return {name for name in where if where[name].name in trained and not named[name].requires_grad}
+
+
+def _refuse_parametrized(name: str, heads: Heads) -> None:
+    """A weight that is computed from the parameter, by weight or spectral norm for example, does not scale with it."""
+    parts = name.split(".")
+    made = "parametrizations" in parts or parts[-1] in ("weight_v", "weight_orig")
+    if made and any(part.role in (QUERY, KEY) for part in heads.parts):
+        raise ValueError(
+            f"qk_clip: {name} is parametrized: the weight of the query or key projection is computed from it, and need "
+            "not shrink with it; allowed: plain projections, or no qk_clip"
+        )
 
 
 def _refuse_half_tied(block: _Block, others: Sequence[_Block]) -> None:

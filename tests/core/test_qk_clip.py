@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -369,6 +370,37 @@ def test_layers_whose_weights_are_tied_are_one():
     assert len(muon.halves.clip.last) == 2
 
 
+class Saved(nn.Module):
+    """As PEFT's modules_to_save keep a layer: the frozen one, and a copy that is trained and computed with."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(layer)})
+        self.original_module = layer.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.modules_to_save["default"](x)
+
+
+def test_a_trained_copy_of_a_frozen_projection_is_clipped():
+    model, tokens = llama(1), torch.randint(0, 40, (2, 16))
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Saved(attention.q_proj)
+    muon = Muon(model.named_parameters(), model=model, lr=0.0, weight_decay=0.0, qk_clip={"threshold": 0.01})
+    model.train()(input_ids=tokens).logits.sum().backward()
+    assert float(muon.clipping.maxima.read().max()) > 0.02
+    muon.step()
+    assert muon.halves.clip.last[0][2] == 4
+    model(input_ids=tokens)
+    assert float(muon.clipping.maxima.read().max()) == pytest.approx(0.01, rel=1e-4)
+
+
+def _weight_normed() -> nn.Module:
+    model = llama(1)
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+    return model
+
+
 def _half_tied() -> nn.Module:
     model = llama(2)
     model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
@@ -422,6 +454,7 @@ REFUSED = [
     (_qwen3, "norms its queries or keys"),
     (_half_tied, r"layers\.0\.self_attn\.q_proj\.weight is tied to a projection of other heads"),
     (_query_is_key, "is tied to a projection of other heads"),
+    (_weight_normed, r"q_proj\.parametrizations\.weight\.original1 is parametrized"),
     (_zamba2, r"adds an adapter \(linear_q_adapter_list\) to its queries or keys"),
     (Unknown, "neither its module nor the config says how its outputs are heads"),
     (NoAttention, "the model has no attention"),
