@@ -7,7 +7,8 @@ The iteration (paper, Eq. 2) drives the singular values of a matrix towards 1 an
 
 Two forms compute the same polynomial.
 
-- ``standard`` multiplies the Gram matrix X X^T into X at every step, as ``torch.optim.Muon`` does, bit for bit.
+- ``standard`` multiplies the Gram matrix X X^T into X at every step, as ``torch.optim.Muon`` does. It has the same
+  bits where it is asked for by name (``"auto"`` may take other products, see products.py).
 - ``gram`` takes two steps at a time on the small square Gram matrix R = X X^T, and multiplies into X once::
 
       Z_1 = b_1 R + c_1 R^2        R' = (a_1 I + Z_1) R (a_1 I + Z_1)
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Triple
+from .products import TORCH, Products, products_on
 
 #: The most by which a pair of steps may stretch a small singular value before bf16's rounding of the product of the
 #: two polynomials shows: at 33 (Polar Express' first pair) the error doubles, at 16 (quintic's) it does not.
@@ -82,14 +84,15 @@ class NewtonSchulz:
         rows, cols = x.shape[-2:]
         if rows > cols:
             return self._iterate(x.mT).mT
+        products = TORCH if self.method == "standard" else products_on(x.device)
         if self._form(rows, cols) == "standard":
             for triple in self.coefficients:
-                x = _one_step(x, triple)
+                x = _one_step(x, triple, products)
             return x
         x = x.contiguous()  # a transposed view slows the products; the standard form keeps it, to have torch's bits
         for first, second in zip(self.coefficients[::2], self.coefficients[1::2]):
-            x = _two_steps(x, first, second)
-        return _one_step(x, self.coefficients[-1]) if len(self.coefficients) % 2 else x
+            x = _two_steps(x, first, second, products)
+        return _one_step(x, self.coefficients[-1], products) if len(self.coefficients) % 2 else x
 
     def _form(self, rows: int, cols: int) -> str:
         if self.method != "auto":
@@ -134,28 +137,21 @@ def _norm(x: Tensor) -> Tensor:
     return norm
 
 
-def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """beta C + alpha A B, for one matrix or a batch: rounded to bf16 once."""
-    product = torch.addmm if c.dim() == 2 else torch.baddbmm
-    return product(c, a, b, beta=beta, alpha=alpha)
-
-
-def _one_step(x: Tensor, triple: Triple) -> Tensor:
+def _one_step(x: Tensor, triple: Triple, products: Products) -> Tensor:
     """(..., m, n) -> (..., m, n): a X + (b R + c R^2) X with R = X X^T."""
     a, b, c = triple
-    gram = x @ x.mT
-    polynomial = _addmm(gram, gram, gram, beta=b, alpha=c)
-    return _addmm(x, polynomial, x, beta=a)
+    gram = products.gram(x)
+    return products.apply(products.symmetric(gram, gram, gram, beta=b, alpha=c), x, beta=a)
 
 
-def _two_steps(x: Tensor, first: Triple, second: Triple) -> Tensor:
+def _two_steps(x: Tensor, first: Triple, second: Triple, products: Products) -> Tensor:
     """(..., m, n) -> (..., m, n): two steps on R = X X^T, then one product with X."""
     a1, b1, c1 = first
     a2, b2, c2 = second
-    gram = x @ x.mT
-    z1 = _addmm(gram, gram, gram, beta=b1, alpha=c1)
-    half = _addmm(gram, gram, z1, beta=a1)  # R (a_1 I + Z_1)
-    gram = _addmm(half, z1, half, beta=a1)  # (a_1 I + Z_1) R (a_1 I + Z_1)
-    z2 = _addmm(gram, gram, gram, beta=b2, alpha=c2)
+    gram = products.gram(x)
+    z1 = products.symmetric(gram, gram, gram, beta=b1, alpha=c1)
+    half = products.symmetric(gram, gram, z1, beta=a1)  # R (a_1 I + Z_1)
+    gram = products.symmetric(half, z1, half, beta=a1)  # (a_1 I + Z_1) R (a_1 I + Z_1)
+    z2 = products.symmetric(gram, gram, gram, beta=b2, alpha=c2)
     z1.diagonal(dim1=-2, dim2=-1).add_(a1)
-    return _addmm(z1, z2, z1, beta=a2) @ x
+    return products.apply(products.symmetric(z1, z2, z1, beta=a2), x)

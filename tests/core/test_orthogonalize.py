@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from muon_plugin.core import products
 from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
 from muon_plugin.core.orthogonalize import NewtonSchulz
 from tests.support.combinations import FULL, covering
@@ -100,6 +101,42 @@ def test_coefficient_sets_drive_singular_values_to_one(name, low, high):
         values = a * values + b * values**3 + c * values**5
     assert low < values.min()
     assert values.max() < high
+
+
+@pytest.mark.parametrize("products", [products.TORCH, products.WIDENED])
+def test_products_are_exact_and_rounded_once(products):
+    """Sums of products of small integers are exact in fp32, in any order; the results are not in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-9, 10, (21, 40), generator=generator).bfloat16()
+    half = torch.randint(-5, 6, (21, 21), generator=generator).bfloat16()
+    r, wide = half + half.mT, x.double()
+    exact = {
+        "gram": (products.gram(x), wide @ wide.mT),
+        "symmetric": (products.symmetric(r, r, r, 0.5, 0.25), 0.5 * r.double() + 0.25 * r.double() @ r.double()),
+        "apply": (products.apply(r, x), r.double() @ wide),
+        "apply and add": (products.apply(r, x, 0.5), 0.5 * wide + r.double() @ wide),
+    }
+    for name, (found, expected) in exact.items():
+        assert torch.equal(found, expected.bfloat16()), name
+        assert not torch.equal(found.double(), expected), name
+
+
+def test_a_cpu_without_bf16_instructions_multiplies_in_fp32_but_for_torchs_bits(monkeypatch):
+    taken = []
+    monkeypatch.setattr(products.Widened, "gram", lambda self, x: (taken.append(x.dtype), products.TORCH.gram(x))[1])
+    for native, method, expected in [(True, "auto", 0), (False, "auto", 5), (False, "gram", 3), (False, "standard", 0)]:
+        monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda native=native: native)
+        taken.clear()
+        NewtonSchulz(PAPER, method)(matrix(24, 24)[None])
+        assert len(taken) == expected, (native, method)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_error_is_the_same_where_a_cpu_multiplies_bf16_in_fp32(monkeypatch, native):
+    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: native)
+    for shape in ((96, 96), (96, 300)):
+        x = matrix(*shape)
+        assert error(NewtonSchulz(PAPER)(x[None].clone())[0], exact(x, PAPER)) < 0.02
 
 
 def test_a_zero_matrix_stays_zero():
