@@ -35,7 +35,7 @@ class Widened(Products):
     """torch's products of the same numbers in fp32, rounded to the operands' dtype.
 
     For CPUs that have neither AVX-512 nor other instructions for bf16: on one of them torch multiplied bf16 at
-    1 GFLOP/s a core, fp32 at 80.
+    1 GFLOP/s a core, fp32 at 80. The same for fp16.
     """
 
     def gram(self, x: Tensor) -> Tensor:
@@ -51,15 +51,15 @@ class Widened(Products):
 TORCH, WIDENED = Products(), Widened()
 
 
-def products_on(device: torch.device) -> Products:
-    """The faster ones on a device."""
-    return WIDENED if device.type == "cpu" and not _cpu_multiplies_bf16() else TORCH
+def products_on(device: torch.device, dtype: str) -> Products:
+    """The fastest ones of matrices in "bf16" or "fp16" on a device."""
+    return WIDENED if device.type == "cpu" and not _cpu_multiplies(dtype) else TORCH
 
 
 @functools.cache
-def _cpu_multiplies_bf16() -> bool:
+def _cpu_multiplies(dtype: str) -> bool:
     """What torch itself asks before it hands a product to oneDNN."""
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    supported: bool = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")()
     return supported
 
 
