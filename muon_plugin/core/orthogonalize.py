@@ -198,6 +198,8 @@ def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device:
     """
     if device.type == "cpu" or shape[0] == 1:
         return False
+    if device.type == "meta":  # there are no bits: a step is only counted
+        return True
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).bfloat16()
     return torch.equal(newton_schulz._together(x), torch.stack([newton_schulz._alone(matrix) for matrix in x]))

@@ -26,7 +26,7 @@ from .frozen import NONE, Frozen
 from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
 from .phases import current, phase
-from .plan import make_plan
+from .plan import Plan, make_plan
 
 
 class Measurement(Protocol):
@@ -50,6 +50,7 @@ class Update:
         newton_schulz: orthogonalizes (batch, rows, cols) bf16 matrices.
         scale: returns the factor s(A, B) on the update of a matrix.
         normalize: whether the RMS of each update is first set to 1 (Eq. 6).
+        plan: of exactly these matrices, where it was made without asking the other ranks.
 
     Raises:
         ValueError: on every rank, if the shards of all ranks do not make up the matrices, or are on several devices.
@@ -64,17 +65,22 @@ class Update:
         newton_schulz: NewtonSchulz,
         scale: Callable[[Matrix], float],
         normalize: bool = False,
+        plan: Plan | None = None,
     ) -> None:
-        held = set().union(*gather(sorted({shard.parameter for shard in shards}), process_group))
-        self.matrices = [matrix for matrix in matrices if matrix.parameter in held]
+        if plan is None:
+            held = set().union(*gather(sorted({shard.parameter for shard in shards}), process_group))
+            matrices = [matrix for matrix in matrices if matrix.parameter in held]
+        self.matrices = matrices
         #: names of the parameters of which the ranks hold parts
         self.parameters = {matrix.parameter for matrix in self.matrices}
         self.tensors: list[Tensor] = list({id(shard.tensor): shard.tensor for shard in shards}.values())
-        together(lambda: _check_device(self.tensors, device), process_group)
         mine = pieces(self.matrices, shards, {id(tensor): i for i, tensor in enumerate(self.tensors)})
-        index = gather([(piece.matrix, piece.inside) for piece in mine], process_group)
-        self.plan = together(lambda: make_plan(self.matrices, index, newton_schulz.flops, 2 * normalize), process_group)
-        agree("the plan", [repr(self.plan)], "Please report this as a bug", process_group)
+        if plan is None:
+            together(lambda: _check_device(self.tensors, device), process_group)
+            index = gather([(piece.matrix, piece.inside) for piece in mine], process_group)
+            plan = together(lambda: make_plan(matrices, index, newton_schulz.flops, 2 * normalize), process_group)
+            agree("the plan", [repr(plan)], "Please report this as a bug", process_group)
+        self.plan = plan
         self._exchange = Exchange(
             self.matrices, mine, self.plan, newton_schulz, process_group, device, normalize=normalize
         )

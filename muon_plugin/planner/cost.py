@@ -164,12 +164,12 @@ def plan_call(call: PlannedCall, flops: Callable[[int, int], int], scalars: int)
     elif many:
         of_ranks = spread.counts(call, flops, scalars)
     else:
-        plan = make_plan(call.matrices, _index(call), flops, scalars)
+        plan = make_plan(call.matrices, index_of(call), flops, scalars)
         of_ranks = plan.flops, plan.bytes_sent
     return Load(call, *of_ranks, *_state(call), costliest, _most_held(call))
 
 
-def _index(call: PlannedCall) -> Index:
+def index_of(call: PlannedCall) -> Index:
     """Every rank's pieces, TP ranks of a DP rank side by side, as a real run publishes them."""
     of_parameter = by_parameter(call.matrices)
 

@@ -256,7 +256,7 @@ def test_many_ranks_are_counted_as_the_plan_counts_them(monkeypatch, stage, scal
     parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
     for world in (1, 2, 3, 7, 16, 100):
         (call,) = zero_calls("all", parameters, matrices, Zero(stage), world)
-        plan = make_plan(matrices, cost._index(call), flops, scalars)
+        plan = make_plan(matrices, cost.index_of(call), flops, scalars)
         assert tuple(map(tuple, spread.counts(call, flops, scalars))) == (plan.flops, plan.bytes_sent)
 
 
@@ -268,7 +268,7 @@ def test_the_planner_at_many_ranks_searches_for_balance_as_a_run_does(stage):
     matrices = route(shapes).matrices
     parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
     (call,) = zero_calls("all", parameters, matrices, Zero(stage), 128)
-    plan = make_plan(matrices, cost._index(call), flops, 0)
+    plan = make_plan(matrices, cost.index_of(call), flops, 0)
     found, sent = spread.counts(call, flops, 0)
     assert (tuple(found), tuple(sent)) == (plan.flops, plan.bytes_sent)
     costs = sorted((flops(m.rows, m.cols) for m in matrices), reverse=True)

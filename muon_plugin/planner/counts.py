@@ -1,0 +1,259 @@
+"""What one step costs one rank in kernels, messages and memory, counted without a device and without other ranks.
+
+The step really runs: `core.update.Update` with the plan of all ranks, on meta tensors, which have shapes and no data,
+in a process group of torch's "fake" backend, in which nobody else is. A `Counter` sees every operation that torch
+dispatches meanwhile, messages included. Tensors on meta take the same way through the code as those on CUDA.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..core.layout import Index, Shard, cut_shards
+from ..core.orthogonalize import NewtonSchulz
+from ..core.plan import Plan
+from ..core.update import Update
+from .calls import PlannedCall
+
+META = torch.device("meta")
+#: Matrix products: their time is that of their FLOPs, not of the bytes that they move.
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+#: Operations that launch nothing; views beside them are told by their schema.
+NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_unsafe_view")
+#: They write their first argument without reading it.
+FILLS = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_")
+#: What torch hands to one launch of a multi-tensor kernel: so many tensors, by the number of lists, and so many chunks
+#: of so many elements (ATen's MultiTensorApply.cuh; with CUDA 12 and recent drivers seven times as many).
+TENSORS, CHUNKS, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One step of one rank.
+
+    Attributes:
+        held: elements of matrices that this rank updates.
+        kernels: launches, those of matrix products among them.
+        views, allocations: views of tensors, which launch nothing and cost the host as much time; tensors made.
+        elementwise: bytes that all kernels but matrix products read and write in the device's memory.
+        messages: point to point, sent and received.
+        collectives: calls of torch.distributed; messages that are posted together are one.
+        batch: the most messages that are posted together.
+        sent: bytes, once for each receiver.
+        peak: the most bytes that are allocated at a time beside weights, gradients and state.
+    """
+
+    held: int = 0
+    kernels: int = 0
+    views: int = 0
+    allocations: int = 0
+    elementwise: int = 0
+    messages: int = 0
+    collectives: int = 0
+    batch: int = 0
+    sent: int = 0
+    peak: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        """One after the other."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return Counts(**{name: max(pair) if name in ("batch", "peak") else sum(pair) for name, pair in pairs.items()})
+
+    @property
+    def bytes_each(self) -> float:
+        """Elementwise traffic for each element held."""
+        return self.elementwise / max(self.held, 1)
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that are dispatched while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts = Tally[str]()
+        self._live = 0
+        self._post = dist.batch_isend_irecv
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(**self._counts)
+
+    def __enter__(self) -> Counter:
+        dist.batch_isend_irecv = self._batch  # type: ignore[assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        dist.batch_isend_irecv = self._post
+
+    def _batch(self, messages: list[Any]) -> list[Any]:
+        self._counts["messages"] += len(messages)
+        self._counts["collectives"] += 1
+        self._counts["batch"] = max(self._counts["batch"], len(messages))
+        return self._post(messages)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        if function.namespace == "c10d":
+            self._collective(name, args)
+            return function(*args, **kwargs)
+        given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        found = function(*args, **kwargs)
+        made = {id(storage): storage for t in _tensors(found) if id(storage := t.untyped_storage()) not in given}
+        self._allocate(made.values())
+        launches = _launches(name, function, args)
+        self._counts["kernels"] += launches
+        self._counts["views"] += not launches and not made
+        if launches and name not in PRODUCTS:
+            self._counts["elementwise"] += _traffic(name, function, args, kwargs, found)
+        return found
+
+    def _allocate(self, storages: Iterable[Any]) -> None:
+        for storage in storages:
+            size, key = storage.nbytes(), id(storage)
+
+            def freed(_: Any, size: int = size, key: int = key) -> None:
+                self._live -= size
+                self._storages.pop(key, None)
+
+            self._storages[key] = weakref.ref(storage, freed)
+            self._live += size
+            self._counts["allocations"] += 1
+        self._counts["peak"] = max(self._counts["peak"], self._live)
+
+    def _collective(self, name: str, args: Sequence[Any]) -> None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self._counts["collectives"] += name not in ("send", "recv_")
+        if name == "send":
+            self._counts["sent"] += args[0][0].nbytes
+        elif name == "broadcast_" and args[2] == rank:
+            self._counts["sent"] += args[0][0].nbytes * (size - 1)
+        elif name == "alltoall_base_":
+            _, tensor, _, _, splits = args[:5]
+            own = splits[rank] if splits else tensor.numel() // size
+            self._counts["sent"] += tensor.nbytes - own * tensor.element_size()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _launches(name: str, function: Any, args: Sequence[Any]) -> int:
+    if name.startswith("_foreach_"):
+        lists = [own for own in args if isinstance(own, (list, tuple)) and own and isinstance(own[0], Tensor)]
+        return _multi_tensor(name, lists)
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+    return 0 if view or name in NOTHING else 1
+
+
+def _multi_tensor(name: str, lists: Sequence[Sequence[Tensor]]) -> int:
+    """Launches of a `torch._foreach_*` operation on CUDA: one by one where torch does not take its fast path."""
+    kinds = [{(t.dtype, t.device) for t in own} for own in lists]
+    alike = all(len(kind) == 1 for kind in kinds) and (name == "_foreach_copy_" or len(set().union(*kinds)) == 1)
+    if not (alike and all(t.is_contiguous() for own in lists for t in own)):
+        return len(lists[0])
+    norm = name == "_foreach_norm"
+    most = TENSORS[len(lists) + (not norm and not name.endswith("_"))]
+    launches = tensors = chunks = 0
+    for tensor in lists[0]:
+        tensors, left = tensors + 1, -(-tensor.numel() // CHUNK)
+        while chunks + left >= CHUNKS:
+            launches, left, chunks = launches + 1, left - (CHUNKS - chunks), 0
+            tensors = int(left > 0)
+        chunks += left
+        if tensors == most:
+            launches, tensors, chunks = launches + 1, 0, 0
+    launches += chunks > 0
+    # A norm's sums of chunks: set to 0 before, added up afterwards.
+    return launches + 1 + -(-len(lists[0]) // TENSORS[1]) if norm else launches
+
+
+def _traffic(name: str, function: Any, args: Any, kwargs: Mapping[str, Any], found: Any) -> int:
+    """Bytes of the arguments that are read, and of those that are written or returned."""
+    named = [(s, args[i] if i < len(args) else kwargs.get(s.name)) for i, s in enumerate(function._schema.arguments)]
+    written = _tensors([value for s, value in named if s.alias_info is not None and s.alias_info.is_write])
+    unread = {id(t) for t in written} if name in FILLS or "out" in kwargs else set()
+    read = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) not in unread]
+    return sum(map(_bytes, read)) + sum(map(_bytes, written or _tensors(found)))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """An expanded tensor lies in memory once."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
+@contextmanager
+def as_rank(rank: int, size: int) -> Iterator[None]:
+    """torch.distributed as one of `size` ranks sees it, alone.
+
+    Raises:
+        RuntimeError: where torch.distributed runs already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError(
+            f"torch.distributed runs here ({dist.get_backend()}); allowed: a process without it, to count a step in"
+        )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        group = dist.distributed_c10d._get_default_group()
+        group._register_backend(META, group.BackendType.CUSTOM, group._get_backend(torch.device("cpu")))
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def busiest(index: Index, plan: Plan) -> int:
+    """The rank with parts of most matrices; of those with as many, the one that computes most."""
+    return max(range(len(index)), key=lambda rank: (len(index[rank]), plan.flops[rank]))
+
+
+def count(call: PlannedCall, plan: Plan, rank: int, newton_schulz: NewtonSchulz, scalars: int = 0) -> Counts:
+    """One step of a call with matrices.
+
+    Args:
+        call, plan: the plan is of the call's ranks.
+        rank: of them.
+        newton_schulz: the iteration.
+        scalars: bf16 numbers that are sent with each update.
+    """
+    shards = _shards(call, rank)
+    with as_rank(rank, call.ranks):
+        update = Update(call.matrices, shards, None, META, newton_schulz, lambda _: 0.5, bool(scalars), plan)
+        momenta = [torch.empty_like(p) for p in update.tensors]
+        for p in update.tensors:
+            p.grad = torch.empty_like(p)
+        groups = [{"lr": 0.5, "weight_decay": 0.5, "momentum": 0.5, "nesterov": True}] * len(momenta)
+        update.step(groups, momenta)  # finds what later steps keep
+        with Counter() as counter:
+            update.step(groups, momenta)
+    return replace(counter.counts, held=sum(shard.where.numel for shard in shards))
+
+
+def _shards(call: PlannedCall, rank: int) -> list[Shard]:
+    """What a rank holds of the matrices: ZeRO's parts lie in one flat tensor, others are tensors of their own."""
+    dp, tp = divmod(rank, call.tp)
+    muon = {matrix.parameter for matrix in call.matrices}
+    flat = None if call.padded is None or call.replicas else torch.empty(call.padded, device=META)
+    found: list[Shard] = []
+    for span in call.held(dp):
+        partition = call.parameters[span.number]
+        if partition.name in muon:
+            tensor, offset = (torch.empty(span.length, device=META), 0) if flat is None else (flat, span.offset)
+            found += cut_shards(partition, tp, Shard.of_range(partition.name, span.start, span.length, tensor, offset))
+    return found
