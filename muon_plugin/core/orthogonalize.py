@@ -7,8 +7,8 @@ The iteration (paper, Eq. 2) drives the singular values of a matrix towards 1 an
 
 Two forms compute the same polynomial.
 
-- ``standard`` multiplies the Gram matrix X X^T into X at every step, in bf16. It has ``torch.optim.Muon``'s bits where it
-  is asked for by name; ``"auto"`` may take other products (products.py).
+- ``standard`` multiplies the Gram matrix X X^T into X at every step, in bf16. It has ``torch.optim.Muon``'s bits
+  where it is asked for by name; ``"auto"`` may take other products (products.py).
 - ``gram`` takes a run of steps on the small square Gram matrix R = X X^T, and multiplies into X once. Two steps::
 
       Z_1 = b_1 R + c_1 R^2        R' = (a_1 I + Z_1) R (a_1 I + Z_1)
