@@ -113,29 +113,23 @@ class NewtonSchulz:
         return self._iterate(matrices / norms.view(-1, 1, 1))
 
     def _iterate(self, x: Tensor) -> Tensor:
-        """(..., rows, cols) -> the same: all steps in bf16, on the wide orientation."""
+        """(..., rows, cols) -> the same: all steps, on the wide orientation."""
         rows, cols = x.shape[-2:]
         if rows > cols:
             return self._iterate(x.mT).mT
         if self._form(rows, cols) == "gram":
             x = x.contiguous()  # a transposed view slows the products; the standard form keeps it, to have torch's bits
-        return self._steps(x)
+        products = self.products or TORCH
+        for run in self._runs(rows, cols):
+            x = _steps_on_gram(x, run, products) if len(run) > 1 else _one_step(x, run[0], products)
+        return x
 
     def _iterate_in_fp16(self, matrices: Tensor, norms: Tensor) -> Tensor:
         """(..., rows, cols) and their norms, which broadcast -> all steps in fp16, (..., rows, cols) in bf16."""
         tall = matrices.shape[-2] > matrices.shape[-1]
         wide = matrices.mT if tall else matrices
-        x = torch.empty(wide.shape, dtype=torch.float16, device=matrices.device)
-        torch.div(wide, norms.clamp_(min=self.eps), out=x)  # in fp32, and rounded once
-        x = self._steps(x)
+        x = self._iterate(_divided(wide, norms.clamp_(min=self.eps)))
         return (x.mT if tall else x).to(torch.bfloat16, memory_format=torch.contiguous_format)
-
-    def _steps(self, x: Tensor) -> Tensor:
-        """All steps of a wide matrix."""
-        products = self.products or TORCH
-        for run in self._runs(*x.shape[-2:]):
-            x = _steps_on_gram(x, run, products) if len(run) > 1 else _one_step(x, run[0], products)
-        return x
 
     def _in_fp16(self, x: Tensor) -> bool:
         return self.dtype == "fp16" and self._form(*x.shape[-2:]) == "gram"
@@ -221,6 +215,12 @@ def _fp32_norms(matrices: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm([_aligned(x) for x in matrices], dtype=torch.float32))
 
 
+def _divided(x: Tensor, norms: Tensor) -> Tensor:
+    """X / ||X||_F in fp16: divided in fp32, and rounded once."""
+    out = torch.empty(x.shape, dtype=torch.float16, device=x.device)
+    return torch.div(x, norms, out=out)
+
+
 def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
@@ -235,15 +235,15 @@ def _one_step(x: Tensor, triple: Triple, products: Products) -> Tensor:
 def _steps_on_gram(x: Tensor, run: Sequence[Triple], products: Products) -> Tensor:
     """(..., m, n) -> (..., m, n): two steps or more on R = X X^T, then one product with X."""
     gram = products.gram(x)
-    polynomial = gram  # the product of the steps' a I + Z, from the first step on
+    factors: list[Tensor] = []  # the product of the steps' a I + Z, once there is one
     for number, (a, b, c) in enumerate(run):
         z = products.symmetric(gram, gram, gram, beta=b, alpha=c)
         if number < len(run) - 1:
             half = products.symmetric(gram, gram, z, beta=a)  # R (a I + Z)
             gram = products.symmetric(half, z, half, beta=a)  # (a I + Z) R (a I + Z)
-        if number == 0:
-            z.diagonal(dim1=-2, dim2=-1).add_(a)
-            polynomial = z
+        if factors:
+            factors = [products.symmetric(factors[0], z, factors[0], beta=a)]
         else:
-            polynomial = products.symmetric(polynomial, z, polynomial, beta=a)
-    return products.apply(polynomial, x)
+            z.diagonal(dim1=-2, dim2=-1).add_(a)
+            factors = [z]
+    return products.apply(factors[0], x)
