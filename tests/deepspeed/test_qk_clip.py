@@ -139,7 +139,7 @@ def test_logits_that_would_grow_past_100_stay_below(ranks):
     without, default, lower = (
         ranks(2).run(grown, settings, clip)[0] for clip in ({"threshold": 1e9}, {}, {"threshold": 90})
     )
-    assert max(without) > 140, without
+    assert max(without) > 120, without  # 138 or more than 140, by how a CPU multiplies bf16
     assert 100 < max(default) < 110, default
     assert max(lower) < 100, lower
 
