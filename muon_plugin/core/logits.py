@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -208,8 +208,9 @@ def at_watch(watcher: Callable[[nn.Module], None]) -> None:
         _watchers.append(watcher)
 
 
-def watch(model: nn.Module, layers: Sequence[nn.Module], left: Sequence[nn.Module], maxima: Maxima) -> None:
-    """From now on `maxima` keeps the logits of these modules of `model`, by their order; those of `left` are not.
+def watch(model: nn.Module, layers: Mapping[nn.Module, int], left: Sequence[nn.Module], maxima: Maxima) -> None:
+    """From now on `maxima` keeps the logits of these modules of `model`, by the number of the layer; those of `left`
+    are not kept.
 
     Code that torch has compiled until now is compiled again: it has traced modules that nobody watched, or another one.
     """
@@ -220,7 +221,7 @@ def watch(model: nn.Module, layers: Sequence[nn.Module], left: Sequence[nn.Modul
         _watched.pop(module, None)
     for module in left:
         _watched[module] = None
-    for number, module in enumerate(layers):
+    for module, number in layers.items():
         _watched[module] = maxima, number
     for watcher in _watchers:
         watcher(model)

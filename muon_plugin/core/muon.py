@@ -200,12 +200,13 @@ class Muon(Optimizer):
             half.wait(p for p in call.tensors if p in self._waiting)
 
     def _new_update(self, call: Call, shards: Sequence[Shard]) -> Update:
+        device = self._device or call.tensors[0].device
         return Update(
             self.routing.matrices,
             shards,
             call.process_group,
-            self._device or call.tensors[0].device,
-            self.settings.newton_schulz,
+            device,
+            self.settings.newton_schulz.on(device),
             lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
             normalize=self.settings.adjust_lr_fn == "update_norm",
         )

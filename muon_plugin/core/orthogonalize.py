@@ -1,4 +1,4 @@
-"""Newton-Schulz orthogonalization of matrices, alone or in batches, in bf16. Knows no ranks and no engines.
+"""Newton-Schulz orthogonalization of matrices, alone or in batches. Knows no ranks and no engines.
 
 The iteration (paper, Eq. 2) drives the singular values of a matrix towards 1 and keeps its singular vectors::
 
@@ -7,36 +7,49 @@ The iteration (paper, Eq. 2) drives the singular values of a matrix towards 1 an
 
 Two forms compute the same polynomial.
 
-- ``standard`` multiplies the Gram matrix X X^T into X at every step, as ``torch.optim.Muon`` does, bit for bit.
-- ``gram`` takes two steps at a time on the small square Gram matrix R = X X^T, and multiplies into X once::
+- ``standard`` multiplies the Gram matrix X X^T into X at every step, in bf16. It has ``torch.optim.Muon``'s bits
+  where it is asked for by name; ``"auto"`` may take other products (products.py).
+- ``gram`` takes a run of steps on the small square Gram matrix R = X X^T, and multiplies into X once. Two steps::
 
       Z_1 = b_1 R + c_1 R^2        R' = (a_1 I + Z_1) R (a_1 I + Z_1)
       Z_2 = b_2 R' + c_2 R'^2      X  = (a_2 I + Z_2)(a_1 I + Z_1) X
 
-  That is fewer operations once the long side exceeds 1.5 times the short one. More than two steps between products
-  with X would be cheaper still, but bf16 then loses the small singular values. Relative error against float64 with
-  the paper's coefficients, 512x2048, on a Gaussian matrix and on one with singular values from 1 to 1e-4: standard
-  1.2% and 5.8%, pairs 1.4% and 5.0%, all five steps on R 1.4% and 52%. (Idea: Dao-AILab's gram-newton-schulz, which
-  restarts at one point instead, and computes in fp16.)
+  That is fewer operations once the long side exceeds 1.5 times the short one, and sooner where symmetric products cost
+  half. (Idea: Dao-AILab's gram-newton-schulz.)
+
+A run must be short, since what rounding adds to R grows in every step by as much as the small singular values do. In
+bf16 a run has two steps, in fp16, which has 3 bits more, up to three. fp16's range suffices after the normalization.
+The longer runs come first: the singular values are smaller then, and so is what rounding adds. Relative errors against
+float64 are in docs/design.md. With the paper's coefficients, 384x1536, on a Gaussian matrix and on one with singular
+values from 1 to 1e-4: standard in bf16 1.0% and 6.4%, gram in bf16 1.1% and 5.3%, in fp16 0.2% and 0.6% (two steps
+before three: 0.2% and 1.7%; all five in one run, in bf16: 1.4% and 52%).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from .coefficients import Triple
+from .products import TORCH, Products, products_on
 
-#: The most by which a pair of steps may stretch a small singular value before bf16's rounding of the product of the
-#: two polynomials shows: at 33 (Polar Express' first pair) the error doubles, at 16 (quintic's) it does not.
-MAX_GAIN = 20.0
+#: The most by which two steps may stretch a small singular value before bf16's rounding of the product of the two
+#: polynomials shows: at 33 (Polar Express' first pair) the error doubles, at 16 (quintic's) it does not. The same for
+#: fp16's runs of three, with 3 bits more.
+MAX_GAIN = {"bf16": 20.0, "fp16": 160.0}
 #: The most by which a step after the first pair may magnify the relative error of a singular value near 1, which is
-#: |p'(1) / p(1)|. Where a set starts over ("aol" 8, "quintic" 17), the error of the pairs, larger there, shows.
+#: |p'(1) / p(1)|. Where a set starts over ("aol" 8, "quintic" 17), the error of bf16's pairs, larger there, shows.
 MAX_MAGNIFICATION = 5.0
+#: The most steps in a run.
+MAX_RUN = {"bf16": 2, "fp16": 3}
 METHODS = ("auto", "standard", "gram")
+DTYPES = ("auto", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -45,34 +58,57 @@ class NewtonSchulz:
 
     Args:
         coefficients: one (a, b, c) for each step, so its length is the number of steps.
-        method: ``"standard"``, ``"gram"``, or ``"auto"``: the form with fewer FLOPs for the shape, as long as the
-            coefficients let it be as exact. The choice depends on nothing else, so every rank and every layout makes
-            the same one.
+        method: ``"standard"``, ``"gram"``, or ``"auto"``: in bf16 the form with fewer FLOPs for the shape, in fp16 the
+            Gram form, as long as the coefficients let it be as exact. The choice depends on nothing else, so every rank
+            and every layout makes the same one.
         eps: smallest Frobenius norm to divide by (``torch.optim.Muon`` has the same 1e-7).
+        dtype: of the Gram form: ``"bf16"``, ``"fp16"``, or ``"auto"``: see `on`. The standard form is in bf16.
+        products: what multiplies the matrices; None: see `on`.
     """
 
     coefficients: tuple[Triple, ...]
     method: str = "auto"
     eps: float = 1e-7
+    dtype: str = "auto"
+    products: Products | None = None
+
+    def on(self, device: torch.device) -> NewtonSchulz:
+        """The iteration as it runs on a device.
+
+        The dtype "auto" is fp16 on CUDA devices and bf16 on others ("meta", where steps are counted, stands for CUDA).
+        Products that are not given are torch's for the method "standard", and for the others the fastest on the device.
+        """
+        if self.dtype != "auto" and self.products is not None:
+            return self
+        standard, dtype = self.method == "standard", self.dtype
+        if dtype == "auto":
+            dtype = "fp16" if device.type in ("cuda", "meta") and not standard else "bf16"
+        return replace(self, dtype=dtype, products=self.products or (TORCH if standard else products_on(device, dtype)))
 
     @torch.no_grad()
-    def __call__(self, matrices: Tensor) -> list[Tensor]:
+    def __call__(self, matrices: Tensor) -> Tensor | list[Tensor]:
         """Orthogonalizes a batch; the bits of each matrix do not depend on the batch it is in.
 
         Args:
             matrices: (batch, rows, cols), bf16, contiguous: a product may round differently for another memory layout.
 
         Returns:
-            For each matrix (rows, cols), bf16: approximately U V^T of its SVD.
+            For each matrix (rows, cols), bf16: approximately U V^T of its SVD. One tensor where they were computed as
+            a batch.
         """
-        if _batch_is_exact(self, tuple(matrices.shape), matrices.device):
-            return list(self._together(matrices))
-        return [self._alone(matrix) for matrix in matrices]
+        here = self.on(matrices.device)
+        if _batch_is_exact(here, tuple(matrices.shape), matrices.device):
+            return here._together(matrices)
+        return [here._alone(matrix) for matrix in matrices]
 
     def _alone(self, matrix: Tensor) -> Tensor:
+        if self._in_fp16(matrix):
+            return self._iterate_in_fp16(matrix, _fp32_norms([matrix]).view(1, 1))
         return self._iterate(_normalized(matrix, self.eps))
 
     def _together(self, matrices: Tensor) -> Tensor:
+        if self._in_fp16(matrices):
+            return self._iterate_in_fp16(matrices, _fp32_norms(matrices.unbind()).view(-1, 1, 1))
         # One norm a matrix: a batched sum may go in another order, and one bit of the norm moves every bit after.
         norms = torch.stack([_norm(matrix) for matrix in matrices]).clamp_(min=self.eps)
         return self._iterate(matrices / norms.view(-1, 1, 1))
@@ -82,32 +118,71 @@ class NewtonSchulz:
         rows, cols = x.shape[-2:]
         if rows > cols:
             return self._iterate(x.mT).mT
-        if self._form(rows, cols) == "standard":
-            for triple in self.coefficients:
-                x = _one_step(x, triple)
-            return x
-        x = x.contiguous()  # a transposed view slows the products; the standard form keeps it, to have torch's bits
-        for first, second in zip(self.coefficients[::2], self.coefficients[1::2]):
-            x = _two_steps(x, first, second)
-        return _one_step(x, self.coefficients[-1]) if len(self.coefficients) % 2 else x
+        if self._form(rows, cols) == "gram":
+            x = x.contiguous()  # a transposed view slows the products; the standard form keeps it, to have torch's bits
+        products = self.products or TORCH
+        for run in self._runs(rows, cols):
+            x = _steps_on_gram(x, run, products) if len(run) > 1 else _one_step(x, run[0], products)
+        return x
+
+    def _iterate_in_fp16(self, matrices: Tensor, norms: Tensor) -> Tensor:
+        """(..., rows, cols) and their norms, which broadcast -> all steps in fp16, (..., rows, cols) in bf16."""
+        tall = matrices.shape[-2] > matrices.shape[-1]
+        wide = matrices.mT if tall else matrices
+        x = self._iterate(_divided(wide, norms.clamp_(min=self.eps)))
+        return (x.mT if tall else x).to(torch.bfloat16, memory_format=torch.contiguous_format)
+
+    def _in_fp16(self, x: Tensor) -> bool:
+        return self.dtype == "fp16" and self._form(*x.shape[-2:]) == "gram"
 
     def _form(self, rows: int, cols: int) -> str:
         if self.method != "auto":
             return self.method
-        # Two standard steps cost 8 m^2 n + 4 m^3, a pair on the Gram matrix 4 m^2 n + 10 m^3 (m the short side).
-        fewer = 2 * max(rows, cols) > 3 * min(rows, cols)
-        pairs = zip(self.coefficients[::2], self.coefficients[1::2])
-        exact = all(first[0] * second[0] <= MAX_GAIN for first, second in pairs) and all(
-            abs(a + 3 * b + 5 * c) <= MAX_MAGNIFICATION * abs(a + b + c) for a, b, c in self.coefficients[2:]
+        # Two standard steps cost 8 m^2 n + 4 m^3, a pair on the Gram matrix 4 m^2 n + 10 m^3 (m the short side). In
+        # fp16 the Gram form is the only one, and where symmetric products cost half it has no more for any shape.
+        chosen = self.dtype == "fp16" or 2 * max(rows, cols) > 3 * min(rows, cols)
+        return "gram" if chosen and self._gram_is_exact() else "standard"
+
+    def _gram_is_exact(self) -> bool:
+        """Whether the Gram form is as exact as the standard one with these coefficients."""
+        dtype = "fp16" if self.dtype == "fp16" else "bf16"
+        gains = [math.prod(a for a, _, _ in run) for run in runs_of(self.coefficients, MAX_RUN[dtype]) if len(run) > 1]
+        return all(gain <= MAX_GAIN[dtype] for gain in gains) and (
+            dtype == "fp16"
+            or all(abs(a + 3 * b + 5 * c) <= MAX_MAGNIFICATION * abs(a + b + c) for a, b, c in self.coefficients[2:])
         )
-        return "gram" if fewer and exact else "standard"
+
+    def _runs(self, rows: int, cols: int) -> list[tuple[Triple, ...]]:
+        """The steps between two products with X, for a matrix of this shape."""
+        if self._form(rows, cols) == "standard":
+            return runs_of(self.coefficients, 1)
+        return runs_of(self.coefficients, MAX_RUN["fp16" if self.dtype == "fp16" else "bf16"])
 
     def flops(self, rows: int, cols: int) -> int:
         """Floating-point operations of the matrix products for one rows x cols matrix (2 per multiply-add)."""
         m, n = sorted((rows, cols))
-        steps = len(self.coefficients)
-        pairs = steps // 2 if self._form(rows, cols) == "gram" else 0
-        return pairs * (4 * m * m * n + 10 * m**3) + (steps - 2 * pairs) * (4 * m * m * n + 2 * m**3)
+        return sum(4 * m * m * n + (8 * len(run) - 6) * m**3 for run in self._runs(rows, cols))
+
+
+def check_dtype(dtype: str, method: str, chosen: NewtonSchulz) -> None:
+    """Refuses the standard form in fp16. `dtype` and `method`: both settings as the user would write them.
+
+    Raises:
+        ValueError: with both, and what is allowed.
+    """
+    if chosen.method == "standard" and chosen.dtype == "fp16":
+        raise ValueError(
+            f"{dtype} with {method} is not valid: the standard form has torch.optim.Muon's bits, in bf16; allowed: "
+            "bf16 or auto, or one of the methods auto and gram"
+        )
+
+
+def runs_of(triples: Sequence[Triple], most: int) -> list[tuple[Triple, ...]]:
+    """As few runs as can be of at most so many steps, equally long or one apart, the longer ones first."""
+    runs = -(-len(triples) // most)
+    each, longer = divmod(len(triples), runs)
+    steps = iter(triples)
+    return [tuple(islice(steps, each + (number < longer))) for number in range(runs)]
 
 
 @functools.cache
@@ -132,32 +207,44 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     """||X||_F, of memory that is aligned as a matrix of its own is."""
-    norm: Tensor = (x.clone() if x.data_ptr() % 16 else x).norm()
+    norm: Tensor = _aligned(x).norm()
     return norm
 
 
-def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """beta C + alpha A B, for one matrix or a batch: rounded to bf16 once."""
-    product = torch.addmm if c.dim() == 2 else torch.baddbmm
-    return product(c, a, b, beta=beta, alpha=alpha)
+def _fp32_norms(matrices: Sequence[Tensor]) -> Tensor:
+    """||X||_F of each, in fp32: each of its own, but on CUDA in one kernel."""
+    return torch.stack(torch._foreach_norm([_aligned(x) for x in matrices], dtype=torch.float32))
 
 
-def _one_step(x: Tensor, triple: Triple) -> Tensor:
+def _divided(x: Tensor, norms: Tensor) -> Tensor:
+    """X / ||X||_F in fp16: divided in fp32, and rounded once."""
+    out = torch.empty(x.shape, dtype=torch.float16, device=x.device)
+    return torch.div(x, norms, out=out)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _one_step(x: Tensor, triple: Triple, products: Products) -> Tensor:
     """(..., m, n) -> (..., m, n): a X + (b R + c R^2) X with R = X X^T."""
     a, b, c = triple
-    gram = x @ x.mT
-    polynomial = _addmm(gram, gram, gram, beta=b, alpha=c)
-    return _addmm(x, polynomial, x, beta=a)
+    gram = products.gram(x)
+    return products.apply(products.symmetric(gram, gram, gram, beta=b, alpha=c), x, beta=a)
 
 
-def _two_steps(x: Tensor, first: Triple, second: Triple) -> Tensor:
-    """(..., m, n) -> (..., m, n): two steps on R = X X^T, then one product with X."""
-    a1, b1, c1 = first
-    a2, b2, c2 = second
-    gram = x @ x.mT
-    z1 = _addmm(gram, gram, gram, beta=b1, alpha=c1)
-    half = _addmm(gram, gram, z1, beta=a1)  # R (a_1 I + Z_1)
-    gram = _addmm(half, z1, half, beta=a1)  # (a_1 I + Z_1) R (a_1 I + Z_1)
-    z2 = _addmm(gram, gram, gram, beta=b2, alpha=c2)
-    z1.diagonal(dim1=-2, dim2=-1).add_(a1)
-    return _addmm(z1, z2, z1, beta=a2) @ x
+def _steps_on_gram(x: Tensor, run: Sequence[Triple], products: Products) -> Tensor:
+    """(..., m, n) -> (..., m, n): two steps or more on R = X X^T, then one product with X."""
+    gram = products.gram(x)
+    factors: list[Tensor] = []  # the product of the steps' a I + Z, once there is one
+    for number, (a, b, c) in enumerate(run):
+        z = products.symmetric(gram, gram, gram, beta=b, alpha=c)
+        if number < len(run) - 1:
+            half = products.symmetric(gram, gram, z, beta=a)  # R (a I + Z)
+            gram = products.symmetric(half, z, half, beta=a)  # (a I + Z) R (a I + Z)
+        if factors:
+            factors = [products.symmetric(factors[0], z, factors[0], beta=a)]
+        else:
+            z.diagonal(dim1=-2, dim2=-1).add_(a)
+            factors = [z]
+    return products.apply(factors[0], x)

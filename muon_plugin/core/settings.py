@@ -11,7 +11,7 @@ from typing import Any
 from .adamw import implementations
 from .checks import BETAS, PATTERN_TABLE, PATTERNS, SWITCH, above, at_least, in_range, one_of, require, whole
 from .coefficients import coefficients_for, notes
-from .orthogonalize import METHODS, NewtonSchulz
+from .orthogonalize import DTYPES, METHODS, NewtonSchulz, check_dtype
 from .qk_clip import QKClip
 
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
@@ -37,6 +37,7 @@ CHECKS = {
     "nesterov": SWITCH,
     "ns_steps": whole(1, 99),
     "ns_method": one_of(METHODS),
+    "ns_dtype": one_of(DTYPES),
     "adjust_lr_fn": one_of(ADJUST_LR_FNS),
     "betas": BETAS,
     "eps": above(0),
@@ -56,6 +57,7 @@ class Settings:
         momentum, nesterov: of the matrices (Eq. 1; an exponential average, as in ``torch.optim.Muon``).
         ns_steps, ns_coefficients: Newton-Schulz (Eq. 2): a triple, a list of triples, or a set's name.
         ns_method: "standard", "gram", or "auto": fewer FLOPs for the shape.
+        ns_dtype: of the Gram form: "bf16", "fp16", or "auto": fp16 on CUDA. The standard form is in bf16.
         adjust_lr_fn: "match_rms_adamw" (Eq. 4: 0.2 sqrt(max(A, B))), "original" (sqrt(max(1, A/B))), "update_norm"
             (Eq. 6: 0.2 / RMS), "none".
         betas, eps: of AdamW.
@@ -81,6 +83,7 @@ class Settings:
     ns_steps: int = 5
     ns_coefficients: Any = (3.4445, -4.7750, 2.0315)
     ns_method: str = "auto"
+    ns_dtype: str = "auto"
     adjust_lr_fn: str = "match_rms_adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -98,7 +101,7 @@ class Settings:
             if key not in ("muon_lr", "adam_lr") or getattr(self, key) is not None:
                 _check(key, getattr(self, key))
         require(f"adamw={self.adamw!r}", self.adamw, one_of(implementations()))
-        coefficients_for(self.ns_steps, self.ns_coefficients)
+        check_dtype(f"ns_dtype={self.ns_dtype!r}", f"ns_method={self.ns_method!r}", self.newton_schulz)
         QKClip.of(self.qk_clip)
 
     @classmethod
@@ -114,7 +117,7 @@ class Settings:
 
     @property
     def newton_schulz(self) -> NewtonSchulz:
-        return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method)
+        return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method, dtype=self.ns_dtype)
 
     @property
     def clip(self) -> QKClip | None:
@@ -126,7 +129,8 @@ class Settings:
         named = f", {self.ns_coefficients}" if isinstance(self.ns_coefficients, str) else ""
         by_head = ", attention head by head" if self.per_head_muon else ""
         clip = f", QK-Clip at {self.clip.threshold:g}" if self.clip is not None else ""
-        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({self.ns_method}{named}){by_head}{clip}"
+        form = self.ns_method if self.ns_dtype == "auto" else f"{self.ns_method} in {self.ns_dtype}"
+        return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({form}{named}){by_head}{clip}"
 
     @property
     def notes(self) -> tuple[str, ...]:

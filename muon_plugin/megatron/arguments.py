@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from ..core.orthogonalize import METHODS
+from ..core.orthogonalize import DTYPES, METHODS
 from .settings import PAPER
 
 
@@ -34,6 +34,12 @@ def add_arguments(parser: Any) -> Any:
         default="auto",
         choices=METHODS,
         help="Form of the Newton-Schulz iteration; auto takes the one with fewer FLOPs for each shape",
+    )
+    group.add_argument(
+        "--muon-ns-dtype",
+        default="auto",
+        choices=DTYPES,
+        help="Of Newton-Schulz' Gram form; auto takes fp16 on CUDA and bf16 on the CPU",
     )
     group.add_argument(
         "--muon-offload", action="store_true", help="Keep Muon's momentum in pinned CPU memory between steps"

@@ -244,7 +244,7 @@ def _convert(
         [shard for shard in held if shard.parameter in muon],
         process_group,
         device,
-        settings.newton_schulz,
+        settings.newton_schulz.on(device),
         settings.scale,
     )
     tensors = [p for group in optimizer.optimizer.param_groups for p in group["params"]]

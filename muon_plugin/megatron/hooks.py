@@ -9,7 +9,7 @@ Megatron's functions are wrapped only here, and the wrappers act only on that pa
 - ``megatron.core.optimizer.qk_clip.clip_qk`` would scale parts of matrices after the weights were gathered; the wrapper
   leaves that to the optimizer's step (`qk_clip`);
 - ``megatron.training.arguments.add_megatron_arguments``: adds ``--muon-paper``, ``--muon-ns-method``,
-  ``--muon-offload``, ``--muon-split-qkv-per-head``.
+  ``--muon-ns-dtype``, ``--muon-offload``, ``--muon-split-qkv-per-head``.
 """
 
 from __future__ import annotations

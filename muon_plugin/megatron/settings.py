@@ -11,7 +11,7 @@ from typing import Any
 from ..core.checks import SWITCH, above, in_range, one_of, require, whole
 from ..core.coefficients import COEFFICIENT_SETS, coefficients_for, notes
 from ..core.layout import Matrix
-from ..core.orthogonalize import METHODS, NewtonSchulz
+from ..core.orthogonalize import DTYPES, METHODS, NewtonSchulz, check_dtype
 
 #: The paper's settings in Megatron's terms (Eqs. 1, 2 and 4): what ``--muon-paper`` sets.
 PAPER: dict[str, Any] = {
@@ -41,6 +41,7 @@ CHECKS = {
     "muon-split-qkv": SWITCH,
     "muon-split-qkv-per-head": SWITCH,
     "muon-ns-method": one_of(METHODS),
+    "muon-ns-dtype": one_of(DTYPES),
     "muon-offload": SWITCH,
 }
 #: Fields that may be set on an OptimizerConfig though its release does not have them.
@@ -50,6 +51,7 @@ OURS = (
     "muon_coefficient_type",
     "muon_scalar_optimizer",
     "muon_ns_method",
+    "muon_ns_dtype",
     "muon_offload",
     "muon_split_qkv_per_head",
 )
@@ -61,7 +63,8 @@ class Settings:
 
     Attributes:
         momentum, nesterov: ``--muon-momentum``, ``--muon-nesterov`` (0.16.1: ``--muon-use-nesterov``).
-        steps, coefficients, method: Newton-Schulz; the method is ours (``--muon-ns-method``).
+        steps, coefficients, method, dtype: Newton-Schulz; the last two are ours (``--muon-ns-method``,
+            ``--muon-ns-dtype``).
         scale_mode, extra_scale_factor: the factor on the update.
         split_qkv: attention's fused projections are taken apart.
         per_head: each head of query, key and value is a matrix of its own (``--muon-split-qkv-per-head``).
@@ -82,6 +85,7 @@ class Settings:
     method: str
     offload: bool
     per_head: bool = False
+    dtype: str = "auto"
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -94,11 +98,13 @@ class Settings:
             "muon-extra-scale-factor": self.extra_scale_factor,
             "muon-split-qkv": self.split_qkv,
             "muon-ns-method": self.method,
+            "muon-ns-dtype": self.dtype,
             "muon-offload": self.offload,
             "muon-split-qkv-per-head": self.per_head,
         }
         for flag, value in values.items():
             require(f"--{flag} {value!r}", value, CHECKS[flag])
+        check_dtype(f"--muon-ns-dtype {self.dtype}", f"--muon-ns-method {self.method}", self.newton_schulz)
         if self.per_head and not self.split_qkv:
             raise ValueError("--muon-split-qkv-per-head and --muon-no-split-qkv exclude each other: drop one")
 
@@ -126,7 +132,7 @@ class Settings:
         precision = getattr(config, "muon_fp32_matmul_prec", "medium")
         require(f"--muon-fp32-matmul-prec {precision}", precision, one_of(PRECISIONS))
         if precision != "medium":
-            ignored.append(f"--muon-fp32-matmul-prec {precision} does nothing: Newton-Schulz runs in bf16")
+            ignored.append(f"--muon-fp32-matmul-prec {precision} does nothing: see --muon-ns-dtype")
         return cls(
             momentum=config.muon_momentum,
             nesterov=getattr(config, "muon_nesterov", getattr(config, "muon_use_nesterov", False)),
@@ -138,12 +144,13 @@ class Settings:
             method=ours("muon_ns_method", "auto"),
             offload=ours("muon_offload", False),
             per_head=ours("muon_split_qkv_per_head", False),
+            dtype=ours("muon_ns_dtype", "auto"),
             ignored=tuple(ignored),
         )
 
     @property
     def newton_schulz(self) -> NewtonSchulz:
-        return NewtonSchulz(coefficients_for(self.steps, self.coefficients), self.method)
+        return NewtonSchulz(coefficients_for(self.steps, self.coefficients), self.method, dtype=self.dtype)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -163,9 +170,10 @@ class Settings:
             "muon_scale_mode": self.scale_mode,
             "muon_extra_scale_factor": self.extra_scale_factor,
         }
+        form = self.method if self.dtype == "auto" else f"{self.method} in {self.dtype}"
         ours = (
             f"scale {self.extra_scale_factor:g} x {self.scale_mode}, momentum {self.momentum:g}"
-            f"{' (Nesterov)' if self.nesterov else ''}, {self.steps} steps ({self.coefficients}, {self.method})"
+            f"{' (Nesterov)' if self.nesterov else ''}, {self.steps} steps ({self.coefficients}, {form})"
             f"{', momentum in CPU memory' if self.offload else ''}"
             f"{', attention head by head' if self.per_head else ''}"
             f"{'' if self.split_qkv else ', attention projections fused'}"

@@ -250,6 +250,11 @@ BAD = [
     ({"ns_steps": 0}, "ns_steps=0"),
     ({"ns_steps": 2.5}, "ns_steps=2.5"),
     ({"ns_method": "fast"}, "ns_method='fast' is not valid; allowed: auto, standard, gram"),
+    ({"ns_dtype": "fp32"}, "ns_dtype='fp32' is not valid; allowed: auto, bf16, fp16"),
+    (
+        {"ns_dtype": "fp16", "ns_method": "standard"},
+        "ns_dtype='fp16' with ns_method='standard' is not valid.* allowed: bf16 or auto, or one of the methods",
+    ),
     ({"ns_coefficients": "best"}, "ns_coefficients='best' is not a known set"),
     ({"adjust_lr_fn": "rms"}, "adjust_lr_fn='rms' is not valid; allowed: match_rms_adamw"),
     ({"betas": [0.9]}, "betas=.0.9. is not valid; allowed: two numbers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -350,6 +351,78 @@ def test_logits_that_are_no_number_clip_nothing(bad):
     assert torch.equal(model.fused.qkv.weight, before)
 
 
+def test_layers_whose_weights_are_tied_are_one():
+    """As in Zamba: another module computes with the same weights, and may have the larger logits."""
+    model = llama(3)
+    first, second = model.model.layers[0].self_attn, model.model.layers[2].self_attn
+    second.q_proj.weight, second.k_proj.weight = first.q_proj.weight, first.k_proj.weight
+    muon = Muon(model.named_parameters(), model=model, lr=0.0, weight_decay=0.0, qk_clip={"threshold": 10.0})
+    before = first.q_proj.weight.detach().clone()
+    muon_plugin.record_logits(first, maxima=torch.tensor([1.0, 2.0, 5.0, 1.0]))
+    muon_plugin.record_logits(second, maxima=torch.tensor([40.0, 2.0, 1.0, 1.0]))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.warns(UserWarning, match=r"of 1 layers.*layers\.1"):
+        muon.step()
+    assert muon.halves.clip.last[0][1:] == (40.0, 2)
+    torch.testing.assert_close(first.q_proj.weight[:16], before[:16] / 2)
+    assert torch.equal(first.q_proj.weight[16:], before[16:])
+    assert len(muon.halves.clip.last) == 2
+
+
+class Saved(nn.Module):
+    """As PEFT's modules_to_save keep a layer: the frozen one, and a copy that is trained and computed with."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(layer)})
+        self.original_module = layer.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.modules_to_save["default"](x)
+
+
+def test_a_trained_copy_of_a_frozen_projection_is_clipped():
+    model, tokens = llama(1), torch.randint(0, 40, (2, 16))
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Saved(attention.q_proj)
+    muon = Muon(model.named_parameters(), model=model, lr=0.0, weight_decay=0.0, qk_clip={"threshold": 0.01})
+    model.train()(input_ids=tokens).logits.sum().backward()
+    assert float(muon.clipping.maxima.read().max()) > 0.02
+    muon.step()
+    assert muon.halves.clip.last[0][2] == 4
+    model(input_ids=tokens)
+    assert float(muon.clipping.maxima.read().max()) == pytest.approx(0.01, rel=1e-4)
+
+
+def _weight_normed() -> nn.Module:
+    model = llama(1)
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+    return model
+
+
+def _half_tied() -> nn.Module:
+    model = llama(2)
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+    return model
+
+
+def _query_is_key() -> nn.Module:
+    model = llama(1, num_key_value_heads=4)
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.weight = attention.q_proj.weight
+    return model
+
+
+def _zamba2() -> nn.Module:
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    layers = {"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"], "num_attention_heads": 4}
+    mamba = {"mamba_d_state": 8, "mamba_d_conv": 2, "mamba_ngroups": 1, "n_mamba_heads": 4, "chunk_size": 8}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 40, "adapter_rank": 4, "num_mem_blocks": 1}
+    return Zamba2ForCausalLM(Zamba2Config(**sizes, **layers, **mamba, use_shared_attention_adapter=True))
+
+
 class Unknown(nn.Module):
     """An attention that does not say how many heads it has."""
 
@@ -379,6 +452,10 @@ def _qwen3() -> nn.Module:
 
 REFUSED = [
     (_qwen3, "norms its queries or keys"),
+    (_half_tied, r"layers\.0\.self_attn\.q_proj\.weight is tied to a projection of other heads"),
+    (_query_is_key, "is tied to a projection of other heads"),
+    (_weight_normed, r"q_proj\.parametrizations\.weight\.original1 is parametrized"),
+    (_zamba2, r"adds an adapter \(linear_q_adapter_list\) to its queries or keys"),
     (Unknown, "neither its module nor the config says how its outputs are heads"),
     (NoAttention, "the model has no attention"),
 ]

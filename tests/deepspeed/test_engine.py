@@ -227,8 +227,9 @@ def test_bad_configs_end_in_one_error_on_every_rank(ranks):
     draw = random.Random(0)
     values = ["x", -1, None, [], {}, float("nan"), float("inf"), True, 2**70, [1], "auto"]
     keys = ["lr", "weight_decay", "momentum", "ns_steps", "ns_coefficients", "ns_method", "adjust_lr_fn", "betas"]
-    keys += ["eps", "exclude", "split", "adamw", "per_head_muon", "torch_adam", "Lr", "muon_momentum"]
+    keys += ["eps", "ns_dtype", "exclude", "split", "adamw", "per_head_muon", "torch_adam", "Lr", "muon_momentum"]
     allowed = {
+        *((setting, "auto") for setting in ("ns_method", "ns_dtype", "adamw")),
         ("exclude", "[]"),
         ("split", "{}"),
         ("weight_decay", str(2**70)),
@@ -241,7 +242,7 @@ def test_bad_configs_end_in_one_error_on_every_rank(ranks):
             test_what_is_not_supported_is_refused_before_the_first_step(ranks, sections, match)
             continue
         key, value, who = draw.choice(keys), draw.choice(values), draw.choice([(0, 1), (0,), (1,)])
-        if (key, str(value)) in allowed or (key, value) == ("ns_method", "auto") or (key, value) == ("adamw", "auto"):
+        if (key, str(value)) in allowed:
             continue
         with pytest.raises(RankError) as caught:
             ranks(2).run(bad_config, key, value, who)

@@ -122,7 +122,7 @@ def counted(rank: int, layout: Layout) -> tuple[int, int, int, int, int]:
             part.optimizer.step()
     flops = planned = most = 0
     for update in updates(optimizer):
-        mine = dist.get_rank(update._exchange.group)
+        mine = update._exchange.wire.rank
         flops += update.plan.flops[mine]
         planned += update.plan.bytes_sent[mine]
         for matrix, route in zip(update.matrices, update.plan.routes):
@@ -197,6 +197,12 @@ REFUSED = {
     "scale factor": ({"muon_extra_scale_factor": -1.0}, "--muon-extra-scale-factor -1.0", "above 0"),
     "TP mode": ({"muon_tp_mode": "sliced"}, "--muon-tp-mode sliced", "duplicated"),
     "method": ({"muon_ns_method": "fast"}, "--muon-ns-method 'fast'", "gram"),
+    "dtype": ({"muon_ns_dtype": "fp32"}, "--muon-ns-dtype 'fp32'", "fp16"),
+    "fp16 in the standard form": (
+        {"muon_ns_dtype": "fp16", "muon_ns_method": "standard"},
+        "--muon-ns-dtype fp16 with --muon-ns-method standard",
+        "bf16 or auto",
+    ),
 }
 
 

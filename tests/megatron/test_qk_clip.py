@@ -265,18 +265,19 @@ def forward(model: Any, seed: int) -> Any:
     return model(tokens, positions, hidden, labels=tokens).mean()
 
 
-def grown(rank: int, layout: Layout, clips: bool, multi_latent: bool = False) -> list[float]:
-    """The largest logit in each step of a real run, with a rate that is far too large."""
+def grown(rank: int, layout: Layout, threshold: float, multi_latent: bool = False) -> list[float]:
+    """The largest logit in each step of a real run whose attention is sharp and whose rate is too large."""
     model, config = real(layout, multi_latent)
-    config.qk_clip, config.qk_clip_threshold = True, 40.0 if clips else 1e9
-    with torch.no_grad():  # sharp from the start: the logits of small weights grow by more than half in a step
+    config.qk_clip, config.qk_clip_threshold = True, threshold
+    scale, lr, steps = (63, 0.015, 24) if multi_latent else (37, 0.03, 14)
+    with torch.no_grad():  # the logits of small weights would grow by more than half in a step
         for name, p in model.named_parameters():
-            p.mul_(25 if "linear_q" in name or "kv_up" in name else 1)
+            p.mul_(scale if "linear_q" in name or "kv_up" in name else 1)
     chunks = wrapped(model, config)
-    options = {"lr": 0.3, "weight_decay": 0.0, "muon_extra_scale_factor": 0.2, "muon_momentum": 0.95}
+    options = {"lr": lr, "weight_decay": 0.0, "muon_extra_scale_factor": 0.2, "muon_momentum": 0.95}
     optimizer = optimizer_for(chunks, dataclasses.replace(layout, dtype="fp32"), **options)
     seen = []
-    for _ in range(14):
+    for _ in range(steps):
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
         chunks[0].train()
@@ -296,12 +297,13 @@ GROWN = [("0.16.1", False), ("0.19.2", True), ("0.19.2", False)]  # 0.16.1 has n
 
 @pytest.mark.parametrize(("release", "multi_latent"), GROWN if FULL else GROWN[:1])
 def test_logits_that_would_grow_past_100_stay_below(ranks, release, multi_latent):
+    """A clipped head was above the threshold in one step, by no more than the logits grow in one."""
     layout = Layout(tp=2)
-    without = ranks(4, release).run(grown, layout, False, multi_latent)
-    clipped = ranks(4, release).run(grown, layout, True, multi_latent)
+    without, default, lower = (ranks(4, release).run(grown, layout, at, multi_latent) for at in (1e9, 100, 70))
     assert all(found == without[0] for found in without), "the maximum is that of all ranks"
     assert max(without[0]) > 130, str(without[0])
-    assert max(clipped[0]) < 100, str(clipped[0])
+    assert 100 < max(default[0]) < 125, str(default[0])
+    assert max(lower[0]) < 100, str(lower[0])
 
 
 def test_the_local_attention_keeps_what_its_softmax_gets(ranks, release):
