@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Triple
-from .products import TORCH, Products
+from .products import TORCH, Products, products_on
 
 #: The most by which two steps may stretch a small singular value before bf16's rounding of the product of the two
 #: polynomials shows: at 33 (Polar Express' first pair) the error doubles, at 16 (quintic's) it does not. The same for
@@ -72,10 +73,27 @@ class NewtonSchulz:
     products: Products = TORCH
 
     def on(self, device: torch.device) -> NewtonSchulz:
-        """The iteration as it runs on a device: ``"auto"`` is fp16 on CUDA devices and bf16 on others."""
-        if self.dtype != "auto":
-            return self
-        return replace(self, dtype="fp16" if device.type == "cuda" and self.method != "standard" else "bf16")
+        """The iteration as it runs on a device.
+
+        ``"auto"`` is fp16 on CUDA devices and bf16 on others, and symmetric products are computed as
+        `products.products_on` says.
+        """
+        fp16 = self.dtype == "fp16" or (self.dtype == "auto" and device.type == "cuda" and self.method != "standard")
+        products = products_on(device) if self.products is TORCH else self.products
+        return replace(self, dtype="fp16" if fp16 else "bf16", products=products)
+
+    @property
+    def to_agree(self) -> tuple[str, list[str], str]:
+        """What ranks must have in common, beside the settings, to compute the same bits: for `agreement.agree`."""
+        found = f"{self.dtype}, {self.products.describe() or f'products by torch {torch.__version__}'}"
+        advice = "Install the same packages on every rank, and use GPUs of one kind"
+        return "how matrices are orthogonalized", [found], advice
+
+    def describe(self, shapes: Iterable[tuple[int, int]]) -> str:
+        """For the start-up table, what computes matrices of these shapes; nothing where torch does all in bf16."""
+        on_gram = [shape for shape in shapes if self._form(*shape) == "gram"]
+        in_dtype = f"Newton-Schulz' Gram form in {self.dtype}" if self.dtype == "fp16" else ""
+        return "; ".join(part for part in (in_dtype, self.products.describe(on_gram)) if part and on_gram)
 
     @torch.no_grad()
     def __call__(self, matrices: Tensor) -> list[Tensor]:
@@ -124,8 +142,10 @@ class NewtonSchulz:
 
     def _steps(self, x: Tensor) -> Tensor:
         """All steps of a wide matrix."""
-        for run in self._runs(*x.shape[-2:]):
-            x = _steps_on_gram(x, run, self.products) if len(run) > 1 else _one_step(x, run[0], self.products)
+        m, n = x.shape[-2:]
+        products = self.products if self._form(m, n) == "gram" else self.products.plain
+        for run in self._runs(m, n):
+            x = _steps_on_gram(x, run, products) if len(run) > 1 else _one_step(x, run[0], products)
         return x
 
     def _in_fp16(self, x: Tensor) -> bool:
@@ -135,7 +155,7 @@ class NewtonSchulz:
         if self.method != "auto":
             return self.method
         # Two standard steps cost 8 m^2 n + 4 m^3, a pair on the Gram matrix 4 m^2 n + 10 m^3 (m the short side). In
-        # fp16 the Gram form is the only one, and where symmetric products cost half it has no more for any shape.
+        # fp16 the Gram form is the more exact one; where symmetric products cost half it never costs more.
         chosen = self.dtype == "fp16" or 2 * max(rows, cols) > 3 * min(rows, cols)
         return "gram" if chosen and self._gram_is_exact() else "standard"
 
@@ -157,7 +177,11 @@ class NewtonSchulz:
     def flops(self, rows: int, cols: int) -> int:
         """Floating-point operations of the matrix products for one rows x cols matrix (2 per multiply-add)."""
         m, n = sorted((rows, cols))
-        return sum(4 * m * m * n + (8 * len(run) - 6) * m**3 for run in self._runs(rows, cols))
+        products = self.products if self._form(rows, cols) == "gram" else self.products.plain
+        runs = self._runs(rows, cols)
+        # A run: X X^T, Z of each step, R twice and the polynomial once for each step but one, and one product with X.
+        square = sum(len(run) + 3 * (len(run) - 1) for run in runs) * products.flops(m, m)
+        return square + len(runs) * (products.flops(m, n) + 2 * m * m * n)
 
 
 def check_dtype(dtype: str, method: str, chosen: NewtonSchulz) -> None:
@@ -186,12 +210,21 @@ def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device:
     """Whether a batch of this shape gives the bits of one matrix at a time, tried once with random matrices.
 
     Libraries choose kernels by the batch too. On CPU torch does so for small matrices, and a batch is not faster there.
+    On other devices it is, so it is said once where it is not used.
     """
     if device.type == "cpu" or shape[0] == 1:
         return False
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).bfloat16()
-    return torch.equal(newton_schulz._together(x), torch.stack([newton_schulz._alone(matrix) for matrix in x]))
+    exact = torch.equal(newton_schulz._together(x), torch.stack([newton_schulz._alone(matrix) for matrix in x]))
+    if not exact:
+        batch, rows, cols = shape
+        warnings.warn(
+            f"muon_plugin: Newton-Schulz of {batch} matrices of {rows}x{cols} on {device} has other bits than one "
+            "matrix at a time, so they are computed one at a time, which is slower",
+            stacklevel=2,
+        )
+    return exact
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -207,7 +240,9 @@ def _norm(x: Tensor) -> Tensor:
 
 def _fp32_norms(matrices: Sequence[Tensor]) -> Tensor:
     """||X||_F of each, in fp32: each of its own, but on CUDA in one kernel."""
-    return torch.stack(torch._foreach_norm([_aligned(x) for x in matrices], dtype=torch.float32))
+    # torch's CPU sum in fp32 is off by PERCENT for 4096x16384.
+    dtype = torch.float64 if matrices[0].device.type == "cpu" else torch.float32
+    return torch.stack(torch._foreach_norm([_aligned(x) for x in matrices], dtype=dtype)).float()
 
 
 def _aligned(x: Tensor) -> Tensor:
