@@ -73,7 +73,7 @@ class Shape:
 def competitors(shape: Shape, device: torch.device) -> list[Competitor]:
     """Ours in its forms, torch's, and gram-newton-schulz's, all with our default coefficients."""
     default = Settings().newton_schulz
-    forms = [replace(default, method=method) for method in ("auto", "standard", "gram")]
+    forms = [replace(default, method=method).on(device) for method in ("auto", "standard", "gram")]
     found = [Competitor(form.method, form, shape.batch * form.flops(shape.rows, shape.cols)) for form in forms]
     for name, build, flops in ((TORCHS, _torchs, found[1].flops), ("gram-newton-schulz", _gram_package, None)):
         competitor = Competitor(name, None, flops)

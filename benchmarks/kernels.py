@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from muon_plugin.kernels.symmetric import Tiling, symmetric_kernel, tiling_for
+from muon_plugin.kernels.symmetric_triton import Tiling, symmetric_kernel, tiling_for
 
 
 @dataclass(frozen=True)

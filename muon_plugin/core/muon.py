@@ -186,9 +186,10 @@ class Muon(Optimizer):
     def _plan(self, half: MuonHalf) -> None:
         """Plans the matrices that are trained, or those of calls in which that has changed. Collective."""
         half.clear()
-        for number, call in enumerate(self.calls):
-            if not self.param_groups[call.group]["use_muon"]:
-                continue
+        planned = [(i, call) for i, call in enumerate(self.calls) if self.param_groups[call.group]["use_muon"]]
+        for call in {id(call.process_group): call for _, call in planned}.values():
+            agree(*self.settings.newton_schulz.on(self._device or call.tensors[0].device).to_agree, call.process_group)
+        for number, call in planned:
             tensors = tuple(p for p in call.tensors if p not in self._waiting)
             before = self._planned.get(number)
             if tensors and (before is None or len(before[0]) != len(tensors)):  # there are never fewer
@@ -200,13 +201,12 @@ class Muon(Optimizer):
             half.wait(p for p in call.tensors if p in self._waiting)
 
     def _new_update(self, call: Call, shards: Sequence[Shard]) -> Update:
-        device = self._device or call.tensors[0].device
         return Update(
             self.routing.matrices,
             shards,
             call.process_group,
-            device,
-            self.settings.newton_schulz.on(device),
+            self._device or call.tensors[0].device,
+            self.settings.newton_schulz.on(self._device or call.tensors[0].device),
             lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
             normalize=self.settings.adjust_lr_fn == "update_norm",
         )
@@ -483,17 +483,16 @@ class Muon(Optimizer):
             return f"muon_plugin: {NOTHING}"
         if not self.calls:
             return "muon_plugin: not attached to an engine's tensors yet"
-        plans: dict[str, list[Plan]] = {}  # experts are sharded over other ranks than the dense layers
-        for number in sorted(self._planned):
-            group = self.param_groups[self.calls[number].group]
-            plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
+        of = [(self.param_groups[self.calls[i].group], self._planned[i][1].plan) for i in sorted(self._planned)]
+        plans = [(self.host.experts(group) or "dense layers", plan) for group, plan in of]  # experts have other ranks
         routing, waiting = self._trained(), [self.names[p] for p in self._waiting]
         frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
         clipping = () if self.clipping is None else self.clipping.notes
         notes = (*clipping, *report.about_matrices(routing, self.settings, self._one_of_many), *notes)
         notes = (*self.routing.notes, *frozen, *self.settings.notes, *notes)
-        routing = replace(routing, notes=notes)
-        return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
+        computed = self.settings.newton_schulz.on(self._device or self.calls[0].tensors[0].device)
+        options = report.options(self.settings, self.param_groups)
+        return report.table(replace(routing, notes=notes), options, computed, [self.halves], plans)
 
     def _trained(self) -> Routing:
         """The ways of the parameters that are not waiting to be unfrozen."""

@@ -18,7 +18,7 @@ Two forms compute the same polynomial.
   half. (Idea: Dao-AILab's gram-newton-schulz.)
 
 A run must be short, since what rounding adds to R grows in every step by as much as the small singular values do. In
-bf16 a run has two steps, in fp16, which has 3 bits more, up to three. fp16's range suffices after the normalization.
+bf16 a run has two steps, in fp16, which has 3 bits more, up to three. `SCALE` keeps entries in the range of fp16.
 The longer runs come first: the singular values are smaller then, and so is what rounding adds. Relative errors against
 float64 are in docs/design.md. With the paper's coefficients, 384x1536, on a Gaussian matrix and on one with singular
 values from 1 to 1e-4: standard in bf16 1.0% and 6.4%, gram in bf16 1.1% and 5.3%, in fp16 0.2% and 0.6% (two steps
@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -48,6 +49,10 @@ MAX_GAIN = {"bf16": 20.0, "fp16": 160.0}
 MAX_MAGNIFICATION = 5.0
 #: The most steps in a run.
 MAX_RUN = {"bf16": 2, "fp16": 3}
+#: In fp16 the iteration runs on this multiple of X, with b and c scaled to match. Entries of X X^T are 2**-19 for a
+#: Gaussian 4096x16384, where fp16 has 5 bits left: that would cost a fifth of the accuracy, and half for 8192x32768.
+#: Singular values up to 16 have room, and the iteration keeps them below 2.
+SCALE = 16.0
 METHODS = ("auto", "standard", "gram")
 DTYPES = ("auto", "bf16", "fp16")
 
@@ -84,6 +89,21 @@ class NewtonSchulz:
         if dtype == "auto":
             dtype = "fp16" if device.type == "cuda" and not standard else "bf16"
         return replace(self, dtype=dtype, products=self.products or (TORCH if standard else products_on(device, dtype)))
+
+    @property
+    def to_agree(self) -> tuple[str, list[str], str]:
+        """What ranks must have in common, beside the settings, to compute the same bits: for `agreement.agree`."""
+        products = self.products.describe() if self.products is not None else ""
+        found = f"{self.dtype}, {products or f'products by torch {torch.__version__}'}"
+        advice = "Install the same packages on every rank, and use GPUs of one kind, or the standard form"
+        return "how matrices are orthogonalized", [found], advice
+
+    def describe(self, shapes: Iterable[tuple[int, int]]) -> str:
+        """For the start-up table, what computes matrices of these shapes; nothing where torch does all in bf16."""
+        on_gram = [shape for shape in shapes if self._form(*shape) == "gram"]
+        in_dtype = "Newton-Schulz' Gram form in fp16" if self.dtype == "fp16" else ""
+        products = self.products.describe(on_gram) if self.products is not None else ""
+        return "; ".join(part for part in (in_dtype, products) if part and on_gram)
 
     @torch.no_grad()
     def __call__(self, matrices: Tensor) -> list[Tensor]:
@@ -128,8 +148,10 @@ class NewtonSchulz:
         """(..., rows, cols) and their norms, which broadcast -> all steps in fp16, (..., rows, cols) in bf16."""
         tall = matrices.shape[-2] > matrices.shape[-1]
         wide = matrices.mT if tall else matrices
-        x = self._iterate(_divided(wide, norms.clamp_(min=self.eps)))
-        return (x.mT if tall else x).to(torch.bfloat16, memory_format=torch.contiguous_format)
+        scaled = replace(self, coefficients=tuple((a, b / SCALE**2, c / SCALE**4) for a, b, c in self.coefficients))
+        x = scaled._iterate(_divided(wide, norms.clamp_(min=self.eps).div_(SCALE)))
+        out = torch.empty(matrices.shape, dtype=torch.bfloat16, device=matrices.device)
+        return torch.mul(x.mT if tall else x, 1 / SCALE, out=out)
 
     def _in_fp16(self, x: Tensor) -> bool:
         return self.dtype == "fp16" and self._form(*x.shape[-2:]) == "gram"
@@ -138,7 +160,7 @@ class NewtonSchulz:
         if self.method != "auto":
             return self.method
         # Two standard steps cost 8 m^2 n + 4 m^3, a pair on the Gram matrix 4 m^2 n + 10 m^3 (m the short side). In
-        # fp16 the Gram form is the only one, and where symmetric products cost half it has no more for any shape.
+        # fp16 the Gram form is the more exact one; where symmetric products cost half it never costs more.
         chosen = self.dtype == "fp16" or 2 * max(rows, cols) > 3 * min(rows, cols)
         return "gram" if chosen and self._gram_is_exact() else "standard"
 
@@ -160,7 +182,10 @@ class NewtonSchulz:
     def flops(self, rows: int, cols: int) -> int:
         """Floating-point operations of the matrix products for one rows x cols matrix (2 per multiply-add)."""
         m, n = sorted((rows, cols))
-        return sum(4 * m * m * n + (8 * len(run) - 6) * m**3 for run in self._runs(rows, cols))
+        products, runs = self.products or TORCH, self._runs(rows, cols)
+        # A run: X X^T, Z of each step, R twice and the polynomial once for each step but one, and one product with X.
+        square = sum(len(run) + 3 * (len(run) - 1) for run in runs) * products.flops(m, m)
+        return square + len(runs) * (products.flops(m, n) + 2 * m * m * n)
 
 
 def check_dtype(dtype: str, method: str, chosen: NewtonSchulz) -> None:
@@ -189,6 +214,7 @@ def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device:
     """Whether a batch of this shape gives the bits of one matrix at a time, tried once with random matrices.
 
     Libraries choose kernels by the batch too. On CPU torch does so for small matrices, and a batch is not faster there.
+    On other devices it is, so it is said once where it is not used.
     """
     if device.type == "cpu" or shape[0] == 1:
         return False
@@ -196,7 +222,15 @@ def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device:
         return True
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).bfloat16()
-    return torch.equal(newton_schulz._together(x), torch.stack([newton_schulz._alone(matrix) for matrix in x]))
+    exact = torch.equal(newton_schulz._together(x), torch.stack([newton_schulz._alone(matrix) for matrix in x]))
+    if not exact:
+        batch, rows, cols = shape
+        warnings.warn(
+            f"muon_plugin: Newton-Schulz of {batch} matrices of {rows}x{cols} on {device} has other bits than one "
+            "matrix at a time, so they are computed one at a time, which is slower",
+            stacklevel=2,
+        )
+    return exact
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -212,11 +246,13 @@ def _norm(x: Tensor) -> Tensor:
 
 def _fp32_norms(matrices: Sequence[Tensor]) -> Tensor:
     """||X||_F of each, in fp32: each of its own, but on CUDA in one kernel."""
-    return torch.stack(torch._foreach_norm([_aligned(x) for x in matrices], dtype=torch.float32))
+    # torch's sum in fp32 on a CPU is off by 0.5% for 4096x16384.
+    dtype = torch.float64 if matrices[0].device.type == "cpu" else torch.float32
+    return torch.stack(torch._foreach_norm([_aligned(x) for x in matrices], dtype=dtype)).float()
 
 
 def _divided(x: Tensor, norms: Tensor) -> Tensor:
-    """X / ||X||_F in fp16: divided in fp32, and rounded once."""
+    """X / norm in fp16: divided in fp32, and rounded once."""
     out = torch.empty(x.shape, dtype=torch.float16, device=x.device)
     return torch.div(x, norms, out=out)
 

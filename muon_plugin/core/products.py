@@ -2,15 +2,39 @@
 
 A matrix X is (..., m, n) with m <= n. R = X X^T and its polynomials are (..., m, m), symmetric, and commute. Sums are
 in fp32, and a result is rounded once.
+
+On CUDA devices symmetric products are computed by half, where a library can: quack (`muon_plugin[gpu]`), or our Triton
+kernel. Which one is a function of the shape, the kind of GPU and the releases alone, so every rank makes the same
+choice: the releases are compared at start. Before a library is first used for a shape it is tried on the device, and
+torch takes its place if it fails.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import importlib.metadata
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+#: Rows and columns of a library's tiles. quack's are those of its clusters.
+TILES = {"quack": 256, "triton": 128}
+#: The oldest compute capability that a library is used on. (quack's kernels for 8.0 are newer, and untried.)
+OLDEST = {"quack": 90, "triton": 80}
+#: Sizes must be multiples of this: rows then begin where wide loads do.
+MULTIPLE = 16
+#: A library is used where its tiles on and below the diagonal make up at most this part of the product, since larger
+#: products are faster by the element.
+WORTH = 0.8
+#: quack's instructions are larger and faster; ours are taken where its larger tiles compute this much more.
+QUACK_MARGIN = 1.25
+#: The releases of quack that have `gemm_symmetric` as it is called here.
+QUACK = ((0, 6, 5), (0, 7))
 
 
 @dataclass(frozen=True)
@@ -28,6 +52,14 @@ class Products:
     def apply(self, polynomial: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
         """beta X + P X: (..., m, m) and (..., m, n) -> (..., m, n)."""
         return _addmm(x, polynomial, x, beta) if beta else polynomial @ x
+
+    def flops(self, m: int, k: int) -> int:
+        """Floating-point operations of a symmetric product of (m, k) by (k, m)."""
+        return 2 * m * m * k
+
+    def describe(self, shapes: Iterable[tuple[int, int]] = ()) -> str:
+        """What computes symmetric products, for the start-up table; and for which of these shapes."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -51,8 +83,70 @@ class Widened(Products):
 TORCH, WIDENED = Products(), Widened()
 
 
+@dataclass(frozen=True)
+class Symmetric(Products):
+    """torch's products, but symmetric ones by half where it is worth it.
+
+    Attributes:
+        capability: the GPU's compute capability, 90 for 9.0.
+        releases: of the libraries that run on it.
+    """
+
+    capability: int = 0
+    releases: tuple[tuple[str, str], ...] = field(default=())
+
+    def gram(self, x: Tensor) -> Tensor:
+        found: Tensor = self._library(x).gram(x)
+        return found
+
+    def symmetric(self, c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+        found: Tensor = self._library(a).symmetric(c, a, b, beta, alpha)
+        return found
+
+    def flops(self, m: int, k: int) -> int:
+        return m * m * k if self.chosen(m, k) != "torch" else 2 * m * m * k
+
+    def chosen(self, m: int, k: int) -> str:
+        """The library for a product of (m, k) by (k, m)."""
+        if m % MULTIPLE or k % MULTIPLE:
+            return "torch"
+        parts = {name: computed(m, TILES[name]) for name, _ in self.releases}
+        if "triton" in parts and parts.get("quack", 1.0) > QUACK_MARGIN * parts["triton"]:
+            parts.pop("quack", None)
+        return next((name for name in ("quack", "triton") if parts.get(name, 1.0) <= WORTH), "torch")
+
+    def _library(self, x: Tensor) -> Any:
+        """What computes a product of x with its transposed."""
+        m, k = x.shape[-2:]
+        name = self.chosen(m, k)
+        if name == "torch" or not works(name, dict(self.releases)[name], m, k, x.dtype, x.device):
+            return TORCH
+        return _library(name)
+
+    def describe(self, shapes: Iterable[tuple[int, int]] = ()) -> str:
+        releases = {**dict(self.releases), "torch": torch.__version__}
+        sides: dict[str, set[int]] = {}
+        for m, n in map(sorted, shapes):
+            sides.setdefault(self.chosen(m, n), set()).add(m)
+        each = [
+            f"{name} {release}" + (f" (short side {', '.join(map(str, sorted(sides[name])))})" if sides else "")
+            for name, release in releases.items()
+            if not sides or name in sides
+        ]
+        gpu = f"{self.capability // 10}.{self.capability % 10}"
+        return f"symmetric products on compute capability {gpu} by {', '.join(each)}"
+
+
+def computed(m: int, tile: int) -> float:
+    """How much of an m x m product its tiles on and below the diagonal are; tiles reach beyond its borders."""
+    tiles = -(-m // tile)
+    return tile * tile * tiles * (tiles + 1) / 2 / max(m * m, 1)
+
+
 def products_on(device: torch.device, dtype: str) -> Products:
     """The fastest ones of matrices in "bf16" or "fp16" on a device."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return symmetric_on(device)
     return WIDENED if device.type == "cpu" and not _cpu_multiplies(dtype) else TORCH
 
 
@@ -61,6 +155,75 @@ def _cpu_multiplies(dtype: str) -> bool:
     """What torch itself asks before it hands a product to oneDNN."""
     supported: bool = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")()
     return supported
+
+
+@functools.cache
+def symmetric_on(device: torch.device) -> Symmetric:
+    """Those of a CUDA device: what is installed and runs there. Says in one line what is installed and does not."""
+    major, minor = torch.cuda.get_device_capability(device)
+    capability, found = 10 * major + minor, []
+    for name, distribution in (("quack", "quack-kernels"), ("triton", "triton")):
+        release = next((d.version for d in importlib.metadata.distributions(name=distribution)), None)
+        if release is None or capability < OLDEST[name]:
+            continue
+        if name == "quack" and not QUACK[0] <= numbers(release) < QUACK[1]:
+            allowed = " and below ".join(".".join(map(str, bound)) for bound in QUACK)
+            _warn(f"{distribution} {release} is not used; supported: {allowed}")
+        elif works(name, release, 2 * TILES[name], 2 * TILES[name], torch.float16, device):
+            found.append((name, release))
+    return Symmetric(capability, tuple(found))
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    """The leading numbers of a release, to compare."""
+    return tuple(int(part) for part in re.match(r"[\d.]*\d|", release)[0].split(".") if part)  # type: ignore[index]
+
+
+def _library(name: str) -> Any:
+    """The module with `gram` and `symmetric`. Imported here, since it needs the library."""
+    if name == "quack":
+        from ..kernels import symmetric_quack
+
+        return symmetric_quack
+    from ..kernels import symmetric_triton
+
+    return symmetric_triton
+
+
+@functools.cache
+def works(name: str, release: str, m: int, k: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a library's products of (m, k) by (k, m) are right on this device: torch's up to rounding, and the same
+    bits for a matrix alone and in a batch. Tried once; a failure is one line."""
+    try:
+        why = _trial(_library(name), m, k, dtype, device)
+    except Exception as error:  # of an import, a compiler, a driver
+        why = f"fail with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if why:
+        kind = str(dtype).removeprefix("torch.")
+        _warn(f"{name} {release}'s symmetric products of {m}x{k} in {kind} on {device} {why}; torch's take their place")
+    return not why
+
+
+def _trial(library: Any, m: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What is wrong with a library's products; nothing, if they are right."""
+    x = torch.randn(2, m, k, generator=torch.Generator(device).manual_seed(0), device=device)
+    x = (x / k**0.5).to(dtype)
+    found, alone = library.gram(x), library.gram(x[0].clone())
+    wanted = TORCH.gram(x)
+    if m == k:
+        c, a = wanted, wanted / 2
+        found = torch.cat([found, library.symmetric(c, a, a, 0.5, -2.0)])
+        alone = torch.cat([alone, library.symmetric(c[0].clone(), a[0].clone(), a[0].clone(), 0.5, -2.0)])
+        wanted = torch.cat([wanted, TORCH.symmetric(c, a, a, 0.5, -2.0)])
+    # Each of both roundings is by at most half of this; sums in another order add less.
+    error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    if not error <= torch.finfo(dtype).eps:
+        return f"differ from torch's by {error:.1%}"
+    return "" if torch.equal(found[::2].flatten(0, 1), alone) else "have other bits in a batch"
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"muon_plugin: {text}", stacklevel=2)
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:

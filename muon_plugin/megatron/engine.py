@@ -21,7 +21,6 @@ from ..core.call import Call
 from ..core.halves import Halves
 from ..core.layout import Shard
 from ..core.measure import Part
-from ..core.plan import Plan
 from ..core.process_groups import joint_groups
 from ..core.qk_clip import Clip, summary
 from ..core.report import table
@@ -76,7 +75,9 @@ def build(
 
     settings, found, attention = together(prepare, ranks)
     clips = f"QK-Clip {attention.setting if attention else 'off'}"
-    _compare([*_lines(settings), *_lines(config), clips], found, _dp_group(groups), ranks)
+    device = next(model_chunks[0].parameters()).device
+    _, computed, _ = settings.newton_schulz.on(device).to_agree
+    _compare([*_lines(settings), *_lines(config), clips, *computed], found, _dp_group(groups), ranks)
     stock = copy.copy(config)
     stock.optimizer = "adam"
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
@@ -91,7 +92,6 @@ def build(
     pairs = [(o.data_parallel_group, expert_tp if e else tp) for o, e in zip(live, experts, strict=True)]
     # QK-Clip's maxima are those of all optimizer instances.
     process_groups = joint_groups(pairs + [(_dp_group(groups), tp)] * (attention is not None), ranks)
-    device = next(model_chunks[0].parameters()).device
     tp_ranks = dist.get_rank(tp), dist.get_rank(expert_tp)
     frozen = frozen_parameters(model_chunks)
     first = world_of(ranks)[0] == 0
@@ -109,7 +109,8 @@ def build(
         clip = _clip(attention, converted, model_chunks, found, world_of(tp), process_groups[-1], device)
         routing = replace(routing, notes=(*routing.notes, summary(attention.layers, attention.setting)))
     together(lambda: _prove(converted, routing), ranks)
-    together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)) if first else None, ranks)
+    stages = dist.get_world_size(groups.pp)
+    together(lambda: _report(converted, routing, settings, stages, device) if first else None, ranks)
     _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device, ranks, clip)
     return chained
 
@@ -284,14 +285,15 @@ def _check_model(model_chunks: Any) -> None:
         raise ValueError("GTP weight rematerialization is not supported with Muon: leave its group size at 1")
 
 
-def _report(converted: Sequence[Converted], routing: Routing, settings: Settings, stages: int) -> None:
+def _report(
+    converted: Sequence[Converted], routing: Routing, settings: Settings, stages: int, device: torch.device
+) -> None:
     """Prints the start-up table, of the optimizers in which this rank takes part: the first of all ranks."""
     if stages > 1:
         routing = replace(routing, notes=(*routing.notes, f"this is pipeline stage 0 of {stages}"))
-    plans: dict[str, list[Plan]] = {}
-    for each in converted:
-        plans.setdefault("experts" if each.experts else "dense layers", []).extend(each.halves.muon.plans)
-    print(table(routing, settings.describe(), [each.halves for each in converted], plans), flush=True)
+    plans = [("experts" if e.experts else "dense layers", plan) for e in converted for plan in e.halves.muon.plans]
+    computed = settings.newton_schulz.on(device)
+    print(table(routing, settings.describe(), computed, [each.halves for each in converted], plans), flush=True)
     for note in settings.notes:
         print(f"muon_plugin: {note}", flush=True)
 

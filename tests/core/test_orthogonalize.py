@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from muon_plugin.core import products
+from muon_plugin.core import orthogonalize, products
 from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
 from muon_plugin.core.orthogonalize import NewtonSchulz, runs_of
 from tests.support.combinations import FULL, covering
@@ -121,6 +122,32 @@ def test_entries_near_the_smallest_number_of_fp16_cost_nothing():
     expected = exact(x, PAPER)
     standard, fp16 = (error(f(x[None])[0], expected) for f in (NewtonSchulz(PAPER), NewtonSchulz(PAPER, dtype="fp16")))
     assert fp16 < standard
+
+
+@dataclass(frozen=True)
+class Coarse(products.Products):
+    """In fp16 with a smallest number of 2**-16 in place of 2**-24: small matrices are to it as 4096x16384 to fp16."""
+
+    def gram(self, x: Tensor) -> Tensor:
+        return self.rounded(super().gram(x.float()))
+
+    def symmetric(self, c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+        return self.rounded(super().symmetric(c.float(), a.float(), b.float(), beta, alpha))
+
+    def apply(self, polynomial: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
+        return self.rounded(super().apply(polynomial.float(), x.float(), beta))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return torch.where(x.abs() < 2**-6, (x * 2**16).round() / 2**16, x).half()
+
+
+def test_entries_below_the_range_of_fp16_are_scaled_into_it(monkeypatch):
+    x = matrix(256, 1024)
+    expected = exact(x, PAPER)
+    coarse = NewtonSchulz(PAPER, dtype="fp16", products=Coarse())
+    assert error(coarse(x[None])[0], expected) < 0.004
+    monkeypatch.setattr(orthogonalize, "SCALE", 1.0)
+    assert error(coarse(x[None])[0], expected) > 0.006
 
 
 def test_auto_is_fp16_on_cuda_and_bf16_on_the_cpu():

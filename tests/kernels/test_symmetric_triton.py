@@ -36,7 +36,7 @@ def differing(dtype: str) -> list[str]:
     Sums of products of small integers are exact in fp32, in any order. In bf16 they are so small here that the results
     are exact too: the interpreter cuts where a GPU rounds.
     """
-    from muon_plugin.kernels.symmetric import Tiling, symmetric
+    from muon_plugin.kernels.symmetric_triton import Tiling, product
 
     repair_bf16()
     kind, found = getattr(torch, dtype), []
@@ -47,11 +47,11 @@ def differing(dtype: str) -> list[str]:
         power = r.tril() + r.tril(-1).mT  # its square is symmetric; C need not be a function of it here
         other = s.tril() + s.tril(-1).mT
         in_kind = [each.to(kind) for each in (x, power, other)]
-        gram = symmetric(in_kind[0], in_kind[0], alpha=0.25, tiling=tiling)
+        gram = product(in_kind[0], in_kind[0], alpha=0.25, tiling=tiling)
         wanted = {
             "X X^T": (gram, 0.25 * x @ x.mT),
-            "C + A B": (symmetric(in_kind[1], *in_kind[1:], -0.5, 0.5, tiling), 0.5 * power @ power - 0.5 * other),
-            "one of the batch": (symmetric(in_kind[0][-1], in_kind[0][-1], alpha=0.25, tiling=tiling), gram[-1]),
+            "C + A B": (product(in_kind[1], *in_kind[1:], -0.5, 0.5, tiling), 0.5 * power @ power - 0.5 * other),
+            "one of the batch": (product(in_kind[0][-1], in_kind[0][-1], alpha=0.25, tiling=tiling), gram[-1]),
         }
         for name, (ours, exact) in wanted.items():
             assert dtype == "float16" or torch.equal(exact.to(kind).double(), exact.double())
@@ -62,13 +62,13 @@ def differing(dtype: str) -> list[str]:
 
 def of_normal_numbers(dtype: str) -> dict[str, Any]:
     """Of matrices of normal numbers: whether a batch has the bits of one at a time, and the largest error."""
-    from muon_plugin.kernels.symmetric import Tiling, symmetric
+    from muon_plugin.kernels.symmetric_triton import Tiling, product
 
     repair_bf16()
     kind, tiling = getattr(torch, dtype), Tiling(64, 32, 4, 3)
     x = torch.randn(3, 150, 200, generator=torch.Generator().manual_seed(0)).to(kind)
-    together = symmetric(x, x, tiling=tiling)
-    alone = torch.stack([symmetric(one, one, tiling=tiling) for one in x])
+    together = product(x, x, tiling=tiling)
+    alone = torch.stack([product(one, one, tiling=tiling) for one in x])
     exact = x.double() @ x.double().mT
     error = ((together.double() - exact).abs() / (x.double().abs() @ x.double().abs().mT)).max()
     mirrored = all(torch.equal(together[:, i:, :i], together[:, :i, i:].mT) for i in (64, 128))
@@ -103,7 +103,7 @@ def test_it_compiles_for_each_gpu_to_tensor_core_instructions_without_spills(cap
 
 
 def test_tiles_of_128_are_taken_wherever_they_fit():
-    from muon_plugin.kernels.symmetric import RESERVED, TILINGS, tiling_for
+    from muon_plugin.kernels.symmetric_triton import RESERVED, TILINGS, tiling_for
 
     bytes_of = {"A100": 166_912, "H100, B200": 232_448, "cards for desktops": 101_376}
     taken = {name: tiling_for(shared) for name, shared in bytes_of.items()}
