@@ -75,29 +75,30 @@ class NewtonSchulz:
     def on(self, device: torch.device) -> NewtonSchulz:
         """The iteration as it runs on a device.
 
-        The dtype "auto" is fp16 on CUDA devices and bf16 on others. Products that are not given are torch's for the
-        method "standard", and for the others the fastest on the device.
+        The dtype "auto" is fp16 on CUDA devices and bf16 on others ("meta", where steps are counted, stands for CUDA).
+        Products that are not given are torch's for the method "standard", and for the others the fastest on the device.
         """
         if self.dtype != "auto" and self.products is not None:
             return self
         standard, dtype = self.method == "standard", self.dtype
         if dtype == "auto":
-            dtype = "fp16" if device.type == "cuda" and not standard else "bf16"
+            dtype = "fp16" if device.type in ("cuda", "meta") and not standard else "bf16"
         return replace(self, dtype=dtype, products=self.products or (TORCH if standard else products_on(device, dtype)))
 
     @torch.no_grad()
-    def __call__(self, matrices: Tensor) -> list[Tensor]:
+    def __call__(self, matrices: Tensor) -> Tensor | list[Tensor]:
         """Orthogonalizes a batch; the bits of each matrix do not depend on the batch it is in.
 
         Args:
             matrices: (batch, rows, cols), bf16, contiguous: a product may round differently for another memory layout.
 
         Returns:
-            For each matrix (rows, cols), bf16: approximately U V^T of its SVD.
+            For each matrix (rows, cols), bf16: approximately U V^T of its SVD. One tensor where they were computed as
+            a batch.
         """
         here = self.on(matrices.device)
         if _batch_is_exact(here, tuple(matrices.shape), matrices.device):
-            return list(here._together(matrices))
+            return here._together(matrices)
         return [here._alone(matrix) for matrix in matrices]
 
     def _alone(self, matrix: Tensor) -> Tensor:
