@@ -430,10 +430,11 @@ def heads(found: Results, out: Path) -> str:
     for layers in sorted({int(label.split()[1]) for label in found}):
         whole, parted = found[f"whole {layers}"], found[f"per-head {layers}"]
         size, width = figures.short(whole[0]["parameters"]), whole[0]["config"]["hidden"]
-        heads = f"{whole[0]['config']['heads']} of {width // whole[0]['config']['heads']} x {width}"
+        count = whole[0]["config"]["heads"]
         behind = mean_sd(np.subtract(losses(parted), losses(whole)).tolist())
         logits = [mean_sd([max(v) for v in last(results, "max_logit")], 1) for results in (whole, parted)]
-        rows.append([size, heads, mean_sd(losses(whole)), mean_sd(losses(parted)), behind, *logits])
+        shapes = f"{count} of {width // count} x {width}"
+        rows.append([size, shapes, mean_sd(losses(whole)), mean_sd(losses(parted)), behind, *logits])
     header = ["N", "heads", "whole", "per-head", "per-head - whole, seed by seed", "largest logit: whole", "per-head"]
     return f"""## Attention head by head (not in the paper)
 

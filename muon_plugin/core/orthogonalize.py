@@ -14,15 +14,12 @@ Two forms compute the same polynomial.
       Z_1 = b_1 R + c_1 R^2        R' = (a_1 I + Z_1) R (a_1 I + Z_1)
       Z_2 = b_2 R' + c_2 R'^2      X  = (a_2 I + Z_2)(a_1 I + Z_1) X
 
-  That is fewer operations once the long side exceeds 1.5 times the short one, and sooner where symmetric products cost
-  half. (Idea: Dao-AILab's gram-newton-schulz.)
+  That is fewer operations once the long side exceeds 1.5 times the short one. (Idea: Dao-AILab's gram-newton-schulz.)
 
 A run must be short, since what rounding adds to R grows in every step by as much as the small singular values do. In
-bf16 a run has two steps, in fp16, which has 3 bits more, up to three. fp16's range suffices after the normalization.
-The longer runs come first: the singular values are smaller then, and so is what rounding adds. Relative errors against
-float64 are in docs/design.md. With the paper's coefficients, 384x1536, on a Gaussian matrix and on one with singular
-values from 1 to 1e-4: standard in bf16 1.0% and 6.4%, gram in bf16 1.1% and 5.3%, in fp16 0.2% and 0.6% (two steps
-before three: 0.2% and 1.7%; all five in one run, in bf16: 1.4% and 52%).
+bf16 a run has two steps, in fp16, which has 3 bits more, up to three. The longer runs come first: the singular values
+are smaller then, and so is what rounding adds. Errors against float64 are in benchmarks/results/accuracy.md
+(`python benchmarks/accuracy.py`).
 """
 
 from __future__ import annotations
@@ -49,7 +46,7 @@ MAX_MAGNIFICATION = 5.0
 #: The most steps in a run.
 MAX_RUN = {"bf16": 2, "fp16": 3}
 METHODS = ("auto", "standard", "gram")
-DTYPES = ("auto", "bf16", "fp16")
+DTYPES = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -62,28 +59,21 @@ class NewtonSchulz:
             Gram form, as long as the coefficients let it be as exact. The choice depends on nothing else, so every rank
             and every layout makes the same one.
         eps: smallest Frobenius norm to divide by (``torch.optim.Muon`` has the same 1e-7).
-        dtype: of the Gram form: ``"bf16"``, ``"fp16"``, or ``"auto"``: see `on`. The standard form is in bf16.
+        dtype: of the Gram form: ``"bf16"`` or ``"fp16"``. The standard form is in bf16.
         products: what multiplies the matrices; None: see `on`.
     """
 
     coefficients: tuple[Triple, ...]
     method: str = "auto"
     eps: float = 1e-7
-    dtype: str = "auto"
+    dtype: str = "bf16"
     products: Products | None = None
 
     def on(self, device: torch.device) -> NewtonSchulz:
-        """The iteration as it runs on a device.
-
-        The dtype "auto" is fp16 on CUDA devices and bf16 on others. Products that are not given are torch's for the
-        method "standard", and for the others the fastest on the device.
-        """
-        if self.dtype != "auto" and self.products is not None:
+        """The iteration with its products: torch's for the method "standard", for others the fastest on the device."""
+        if self.products is not None:
             return self
-        standard, dtype = self.method == "standard", self.dtype
-        if dtype == "auto":
-            dtype = "fp16" if device.type == "cuda" and not standard else "bf16"
-        return replace(self, dtype=dtype, products=self.products or (TORCH if standard else products_on(device, dtype)))
+        return replace(self, products=TORCH if self.method == "standard" else products_on(device, self.dtype))
 
     @torch.no_grad()
     def __call__(self, matrices: Tensor) -> list[Tensor]:
@@ -137,17 +127,18 @@ class NewtonSchulz:
     def _form(self, rows: int, cols: int) -> str:
         if self.method != "auto":
             return self.method
-        # Two standard steps cost 8 m^2 n + 4 m^3, a pair on the Gram matrix 4 m^2 n + 10 m^3 (m the short side). In
-        # fp16 the Gram form is the only one, and where symmetric products cost half it has no more for any shape.
+        # Two standard steps cost 8 m^2 n + 4 m^3, a pair on the Gram matrix 4 m^2 n + 10 m^3 (m the short side).
+        # Whoever asks for fp16 gets it for every shape, and with it the Gram form.
         chosen = self.dtype == "fp16" or 2 * max(rows, cols) > 3 * min(rows, cols)
-        return "gram" if chosen and self._gram_is_exact() else "standard"
+        return "gram" if chosen and self.gram_is_exact else "standard"
 
-    def _gram_is_exact(self) -> bool:
+    @property
+    def gram_is_exact(self) -> bool:
         """Whether the Gram form is as exact as the standard one with these coefficients."""
-        dtype = "fp16" if self.dtype == "fp16" else "bf16"
-        gains = [math.prod(a for a, _, _ in run) for run in runs_of(self.coefficients, MAX_RUN[dtype]) if len(run) > 1]
-        return all(gain <= MAX_GAIN[dtype] for gain in gains) and (
-            dtype == "fp16"
+        runs = runs_of(self.coefficients, MAX_RUN[self.dtype])
+        gains = [math.prod(a for a, _, _ in run) for run in runs if len(run) > 1]
+        return all(gain <= MAX_GAIN[self.dtype] for gain in gains) and (
+            self.dtype == "fp16"
             or all(abs(a + 3 * b + 5 * c) <= MAX_MAGNIFICATION * abs(a + b + c) for a, b, c in self.coefficients[2:])
         )
 
@@ -155,7 +146,7 @@ class NewtonSchulz:
         """The steps between two products with X, for a matrix of this shape."""
         if self._form(rows, cols) == "standard":
             return runs_of(self.coefficients, 1)
-        return runs_of(self.coefficients, MAX_RUN["fp16" if self.dtype == "fp16" else "bf16"])
+        return runs_of(self.coefficients, MAX_RUN[self.dtype])
 
     def flops(self, rows: int, cols: int) -> int:
         """Floating-point operations of the matrix products for one rows x cols matrix (2 per multiply-add)."""
@@ -164,15 +155,23 @@ class NewtonSchulz:
 
 
 def check_dtype(dtype: str, method: str, chosen: NewtonSchulz) -> None:
-    """Refuses the standard form in fp16. `dtype` and `method`: both settings as the user would write them.
+    """Refuses fp16 where the standard form would be taken. `dtype` and `method`: the settings as the user writes them.
 
     Raises:
         ValueError: with both, and what is allowed.
     """
-    if chosen.method == "standard" and chosen.dtype == "fp16":
+    if chosen.dtype != "fp16":
+        return
+    if chosen.method == "standard":
         raise ValueError(
             f"{dtype} with {method} is not valid: the standard form has torch.optim.Muon's bits, in bf16; allowed: "
-            "bf16 or auto, or one of the methods auto and gram"
+            "bf16, or one of the methods auto and gram"
+        )
+    if chosen.method == "auto" and not chosen.gram_is_exact:
+        raise ValueError(
+            f"{dtype} with {method} is not valid with these Newton-Schulz coefficients: they stretch small singular "
+            "values so much in three steps that the Gram form is not as exact as the standard one, which is in bf16; "
+            "allowed: bf16, or the method gram"
         )
 
 
@@ -235,15 +234,15 @@ def _one_step(x: Tensor, triple: Triple, products: Products) -> Tensor:
 def _steps_on_gram(x: Tensor, run: Sequence[Triple], products: Products) -> Tensor:
     """(..., m, n) -> (..., m, n): two steps or more on R = X X^T, then one product with X."""
     gram = products.gram(x)
-    factors: list[Tensor] = []  # the product of the steps' a I + Z, once there is one
+    polynomial: Tensor  # the product of the steps' a I + Z
     for number, (a, b, c) in enumerate(run):
         z = products.symmetric(gram, gram, gram, beta=b, alpha=c)
         if number < len(run) - 1:
             half = products.symmetric(gram, gram, z, beta=a)  # R (a I + Z)
             gram = products.symmetric(half, z, half, beta=a)  # (a I + Z) R (a I + Z)
-        if factors:
-            factors = [products.symmetric(factors[0], z, factors[0], beta=a)]
-        else:
+        if number == 0:
             z.diagonal(dim1=-2, dim2=-1).add_(a)
-            factors = [z]
-    return products.apply(factors[0], x)
+            polynomial = z
+        else:
+            polynomial = products.symmetric(polynomial, z, polynomial, beta=a)
+    return products.apply(polynomial, x)

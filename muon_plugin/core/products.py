@@ -58,7 +58,9 @@ def products_on(device: torch.device, dtype: str) -> Products:
 
 @functools.cache
 def _cpu_multiplies(dtype: str) -> bool:
-    """What torch itself asks before it hands a product to oneDNN."""
+    """What torch itself asks before it hands a product to oneDNN, which not every build of torch has."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
     supported: bool = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")()
     return supported
 

@@ -37,9 +37,9 @@ def add_arguments(parser: Any) -> Any:
     )
     group.add_argument(
         "--muon-ns-dtype",
-        default="auto",
+        default="bf16",
         choices=DTYPES,
-        help="Of Newton-Schulz' Gram form; auto takes fp16 on CUDA and bf16 on the CPU",
+        help="Of the Gram form of Newton-Schulz, which fp16 takes for every shape",
     )
     group.add_argument(
         "--muon-offload", action="store_true", help="Keep Muon's momentum in pinned CPU memory between steps"

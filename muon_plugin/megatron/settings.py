@@ -85,7 +85,7 @@ class Settings:
     method: str
     offload: bool
     per_head: bool = False
-    dtype: str = "auto"
+    dtype: str = "bf16"
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class Settings:
             method=ours("muon_ns_method", "auto"),
             offload=ours("muon_offload", False),
             per_head=ours("muon_split_qkv_per_head", False),
-            dtype=ours("muon_ns_dtype", "auto"),
+            dtype=ours("muon_ns_dtype", "bf16"),
             ignored=tuple(ignored),
         )
 
@@ -170,7 +170,7 @@ class Settings:
             "muon_scale_mode": self.scale_mode,
             "muon_extra_scale_factor": self.extra_scale_factor,
         }
-        form = self.method if self.dtype == "auto" else f"{self.method} in {self.dtype}"
+        form = self.method if self.dtype == "bf16" else f"{self.method} in {self.dtype}"
         ours = (
             f"scale {self.extra_scale_factor:g} x {self.scale_mode}, momentum {self.momentum:g}"
             f"{' (Nesterov)' if self.nesterov else ''}, {self.steps} steps ({self.coefficients}, {form})"

@@ -125,7 +125,7 @@ def grown(rank: int, settings: dict[str, Any], clip: dict[str, float]) -> list[f
             p.mul_(38 if "q_proj" in name or "k_proj" in name else 1)
     engine = build(rank, settings, model)
     seen, tokens = [], torch.randint(0, 40, (2, 16), generator=torch.Generator().manual_seed(rank))
-    for _ in range(24):
+    for _ in range(40):
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
         seen.append(largest(engine.basic_optimizer.halves.clip))
@@ -139,7 +139,7 @@ def test_logits_that_would_grow_past_100_stay_below(ranks):
     without, default, lower = (
         ranks(2).run(grown, settings, clip)[0] for clip in ({"threshold": 1e9}, {}, {"threshold": 90})
     )
-    assert max(without) > 120, without  # 138 or more than 140, by how a CPU multiplies bf16
+    assert max(without) > 150, without
     assert 100 < max(default) < 110, default
     assert max(lower) < 100, lower
 
