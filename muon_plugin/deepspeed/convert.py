@@ -61,7 +61,7 @@ def translate(folder: Path, into: Path) -> str:
     files = _optimizer_files(folder)
     for other in set(folder.iterdir()) - set(files):
         (into / other.name).symlink_to(other.absolute())
-    zero = (_load(files[0]).get("ds_config") or {}).get("zero_optimization", {})
+    zero = (load(files[0]).get("ds_config") or {}).get("zero_optimization", {})
     if zero.get("round_robin_gradients") and zero.get("stage") != 3:
         raise ValueError(
             f"{folder} was saved with round_robin_gradients, whose table of parameters DeepSpeed saves wrongly; "
@@ -71,7 +71,7 @@ def translate(folder: Path, into: Path) -> str:
     scaled = False
     seen: dict[tuple[str, str], int] = {}  # (model parallel rank, parameter) -> its elements on the ranks before
     for file in files:
-        loaded = _load(file)
+        loaded = load(file)
         saved = loaded[OPTIMIZER_STATE_DICT]
         states, cut = _states(saved), saved.get(PARAM_SLICE_MAPPINGS)
         scaled |= saved["loss_scaler"].dynamic or saved["loss_scaler"].cur_scale != 1
@@ -127,21 +127,21 @@ def _optimizer_files(folder: Path) -> list[Path]:
 
 
 def _is_of_built_in(files: Sequence[Path]) -> bool:
-    saved = _load(files[0])[OPTIMIZER_STATE_DICT]
+    saved = load(files[0])[OPTIMIZER_STATE_DICT]
     return any("momentum_buffer" in state for state in _states(saved).values())
 
 
 def _check_experts(folder: Path) -> None:
     """The converter takes the experts of all EP ranks, which have equal names, for parts of one."""
     auto_ep = getattr(ds_to_universal, "_get_autoep_metadata", lambda state: None)
-    if list(folder.glob("layer_*_expert_*")) and not auto_ep(_load(next(folder.glob("*mp_rank_*_model_states.pt")))):
+    if list(folder.glob("layer_*_expert_*")) and not auto_ep(load(next(folder.glob("*mp_rank_*_model_states.pt")))):
         raise ValueError(
             f"--input_folder {folder} has experts of deepspeed.moe, which DeepSpeed's converter does not know; "
             "allowed: checkpoints without. These resume at the world size and ZeRO stage that saved them"
         )
 
 
-def _load(file: Path) -> Any:
+def load(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(file))
 
 
@@ -155,7 +155,7 @@ def _mp_rank(file: Path) -> str:
 
 
 def _shapes(folder: Path, mp: str) -> dict[str, torch.Size]:
-    groups = _load(next(folder.glob(f"*mp_rank_{mp}_model_states.pt")))[PARAM_SHAPES]
+    groups = load(next(folder.glob(f"*mp_rank_{mp}_model_states.pt")))[PARAM_SHAPES]
     return {name: shape for group in groups for name, shape in group.items()}
 
 

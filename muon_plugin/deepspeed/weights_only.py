@@ -17,8 +17,11 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+from ..core.agreement import together
 from ..core.muon import Muon
+from . import ranks
 from .host import BEFORE
+from .other_layouts import check_layout
 
 
 def load_checkpoint(
@@ -35,10 +38,12 @@ def load_checkpoint(
     """In the place of the engine's, with its arguments and results.
 
     Raises:
-        ValueError: where DeepSpeed cannot load weights alone.
+        ValueError: where DeepSpeed cannot load weights alone, or not at this run's stage and number of ranks.
     """
     ours = isinstance(getattr(engine, "basic_optimizer", None), Muon)
     weights_only = ours and (load_module_only or not load_optimizer_states)
+    if ours:
+        together(lambda: check_layout(engine, load_dir, tag, weights_only), ranks.of(engine))
     if weights_only:
         _check(engine, "load_module_only=True" if load_module_only else "load_optimizer_states=False")
     if weights_only and engine.zero_optimization():

@@ -38,6 +38,16 @@ def save(rank: int, settings: dict[str, Any], folder: Path, steps: int) -> None:
     engine.destroy()
 
 
+def save_only(rank: int, settings: dict[str, Any], folder: Path, steps: int) -> dict[str, Tensor]:
+    """Saves without converting; the weights, whole."""
+    engine = build(rank, settings)
+    train(engine, rank, steps)
+    engine.save_checkpoint(str(folder), tag="tag")
+    found = whole(engine)
+    engine.destroy()
+    return found
+
+
 def resume(rank: int, settings: dict[str, Any], folder: Path, first: int, steps: int) -> dict[str, Tensor]:
     engine = build(rank, {**settings, "checkpoint": {"load_universal": True}})
     engine.load_checkpoint(str(folder))
