@@ -24,6 +24,7 @@ from . import ranks, tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
 from .host import host_of, whole_shape
 from .monitor import watch
+from .pipeline import even_out_norms
 from .refusals import check_supported
 from .shards import calls, holdings
 from .steps import follow
@@ -75,16 +76,7 @@ def _configure_basic_optimizer(original: Callable[..., Any], engine: Any, model_
     options |= {"process_group": own, "stage": ranks.same_weights(engine) if engine.pipeline_parallelism else None}
     options |= {"host": host_of(engine), "shapes": shapes, "unfreezes": unfreezes}
     # The ranks of one stage may fail in it, while those of the others do not.
-    muon = together(lambda: Muon(params, model=engine.module, **options), own)
-    if engine.pipeline_parallelism and engine.zero_optimization():
-        agree(
-            "the parameter groups of the pipeline's stages",
-            [f"group {group['name']}" for group in muon.param_groups],
-            "ZeRO adds up the gradient norm group by group over the stages, and would hang. Use fewer stages or "
-            "another partition_method, so that every stage has a matrix and another parameter; or use ZeRO stage 0",
-            own,
-        )
-    return muon
+    return together(lambda: Muon(params, model=engine.module, **options), own)
 
 
 def _configure_optimizer(
@@ -128,6 +120,7 @@ def _configure_optimizer(
     muon.halves.outside = {n: p for p, n in engine.param_names.items() if not p.requires_grad and p not in given}
     muon.register_state_dict_post_hook(saved_like_adam)
     right_slices(engine.optimizer, found)
+    even_out_norms(engine, own)
     check_before_loading(engine.optimizer, muon)
     watch(engine)
     if world_of(own)[0] == 0:

@@ -125,7 +125,10 @@ def with_experts(rank: int, settings: dict[str, Any], ep: int, handed_over: bool
 
 
 class Stage(nn.Module):
-    """A layer of a pipeline: hands on the loss so far, and which step and micro-batch this is."""
+    """A layer of a pipeline: hands on the loss so far, and which step and micro-batch this is.
+
+    The first has no matrix, the third nothing else.
+    """
 
     def __init__(self, number: int, *shape: int) -> None:
         super().__init__()
@@ -134,7 +137,7 @@ class Stage(nn.Module):
         if number == 0:
             self.embed = nn.Embedding(*shape)
         else:
-            self.linear = nn.Linear(*shape)
+            self.linear = nn.Linear(*shape, bias=number != 2)
 
     def forward(self, x: Tensor) -> Tensor:
         from deepspeed.utils import groups
@@ -152,6 +155,28 @@ class Stage(nn.Module):
 
 def in_a_pipeline(rank: int, settings: dict[str, Any], stages: int) -> dict[str, Tensor]:
     """Five steps of two micro-batches: the weights of this rank's stage."""
+    engine = _pipeline(rank, settings, stages)
+    for step in range(5):
+        _train_batch(engine, step)
+    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def norms_in_a_pipeline(rank: int, settings: dict[str, Any], stages: int) -> list[float]:
+    """The gradient norms of two steps, and of one with inf in the gradients of the first stage."""
+    engine = _pipeline(rank, settings, stages)
+    found = []
+    for step in range(2):
+        _train_batch(engine, step)
+        found.append(float(engine.get_global_grad_norm()))
+    first = next(iter(engine.module.named_parameters()))[1]
+    if engine.is_first_stage():
+        first.register_hook(lambda grad: grad * float("inf"))
+    _train_batch(engine, 2)
+    assert engine.skipped_steps == 1
+    return found
+
+
+def _pipeline(rank: int, settings: dict[str, Any], stages: int) -> Any:
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule
 
@@ -159,11 +184,12 @@ def in_a_pipeline(rank: int, settings: dict[str, Any], stages: int) -> dict[str,
     shapes = [(10, 16), (16, 24), (24, 20), (20, 33)]
     layers = [LayerSpec(Stage, number, *shape) for number, shape in enumerate(shapes)]
     model = PipelineModule(layers, num_stages=stages, loss_fn=lambda x, _: x[0, 0], partition_method="uniform")
-    engine = build(rank, settings, model, model_parameters=list(model.parameters()))
-    for step in range(5):
-        rows = [(torch.tensor([[0.0, step, micro]]).requires_grad_(), torch.zeros(1)) for micro in range(2)]
-        engine.train_batch(iter(rows))
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return build(rank, settings, model, model_parameters=list(model.parameters()))
+
+
+def _train_batch(engine: Any, step: int) -> None:
+    rows = [(torch.tensor([[0.0, step, micro]]).requires_grad_(), torch.zeros(1)) for micro in range(2)]
+    engine.train_batch(iter(rows))
 
 
 class NamedLikeHeads(nn.Module):
