@@ -1,111 +1,83 @@
 """Sends shards of each matrix to its owner, orthogonalizes it there, and sends the update back. Knows no engine.
 
-Both directions use bf16 messages, point to point between ranks that share a matrix. Where every rank holds the whole
-matrix (stage 0, DDP), nothing is gathered and the update is broadcast. Matrices that have to be sent are grouped in
-rounds. While the messages of one round are in flight, matrices that are whole on their owner are orthogonalized::
+Both directions use bf16 messages. Where every rank holds the whole matrix (stage 0, DDP), nothing is gathered and the
+update is broadcast. Matrices that have to be sent are grouped in rounds. While the messages of one round are in flight,
+matrices that are whole on their owner are orthogonalized::
 
     gather 0 | local | compute 0, send back 0 | local | compute 1, send back 1 | ... | local
                gather 1 in flight ............ gather 2 in flight ..
 
-Shapes: a matrix is assembled as (rows, cols) in a batch (batch, rows, cols) of equal ones. A message is flat: the parts
-of one or more matrices, each a (count, run) block of a `Strided`, one after the other in an order that both sides
-derive from the plan (`_Parts`). An update is flat too; where it has a scale of its own (paper, Eq. 6), the two bf16
-numbers behind the last element are the bits of that fp32 scale, and it is sent along as one more part.
+Shapes: a matrix is assembled as (rows, cols) in a batch (batch, rows, cols) of equal ones. Messages and updates are
+flat (`messages`); what this rank's tensors have of a flat buffer are `Run`s, which are found once. Where an update has
+a scale of its own (paper, Eq. 6), its owner computes it in fp32 and sends it along.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import world_of
+from .elementwise import Run, copy
 from .layout import Block, Matrix, Piece, Strided
+from .messages import SCALAR, Leg, Part, Transfer, Wire, legs
 from .orthogonalize import NewtonSchulz
-from .phases import phase, waiting_for
+from .phases import phase
 from .plan import Plan, Route, travels
 
 #: Elements of the matrices of one batch: bounds the iteration's working memory (about 5 times 2 bytes each).
 BATCH_ELEMENTS = 32 * 2**20
-#: Stands for the receiver of a broadcast.
-EVERYONE = -1
 
-#: (tensor number, elements of the tensor, view): fills the (count, run) bf16 view with their direction (momentum,
-#: Nesterov).
-Read = Callable[[int, Strided, Tensor], None]
-#: (tensor number, elements of the tensor, matrix number, update, scale): applies the (count, run) bf16 part of the
-#: matrix's update, times its fp32 scale where it has one.
-Write = Callable[[int, Strided, int, Tensor, "Tensor | None"], None]
-
-#: What a message holds, in this order: the number of a matrix -> which of its elements.
-_Parts = dict[int, tuple[Strided, ...]]
-#: By (sender, receiver): those that this rank sends or receives.
-_Messages = dict[tuple[int, int], _Parts]
-#: Parts of one matrix: its number, which of its elements, and for each part a (count, run) view of a message or update.
-_Views = tuple[int, Sequence[Strided], Sequence[Tensor]]
-#: For each matrix what was received: (which of its elements, their values).
-_Arrived = dict[int, list[tuple[Strided, Tensor]]]
-#: Writes one matrix's parts into the views of a message.
-_Fill = Callable[[int, Sequence[Strided], Sequence[Tensor]], None]
+#: (runs, buffer): fills runs of a flat bf16 buffer with their directions (momentum, Nesterov).
+Read = Callable[[Sequence[Run], Tensor], None]
+#: (runs, buffer, factors): applies the updates in runs of a flat bf16 buffer; times the fp32 factors of the matrices,
+#: by their numbers, where updates have one.
+Write = Callable[[Sequence[Run], Tensor, "Mapping[int, Tensor] | None"], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Round:
     """What this rank does in one round.
 
     Attributes:
-        gather: messages to the owners of matrices.
+        gather: directions, to the owners of matrices.
+        read: what of its tensors it sends.
         computed: the matrices that it orthogonalizes once these messages have arrived.
-        update: messages from the owners.
+        update: updates, from the owners.
+        written: for each of these legs, what of its tensors it receives.
         local: batches of matrices that are whole on this rank, orthogonalized while messages are in flight.
     """
 
-    gather: _Messages = field(default_factory=lambda: defaultdict(dict))
-    computed: list[int] = field(default_factory=list)
-    update: _Messages = field(default_factory=lambda: defaultdict(dict))
-    local: list[list[int]] = field(default_factory=list)
-
-
-@dataclass
-class _Transfer:
-    """Messages that were posted together: one to and one from each peer, or a broadcast.
-
-    Attributes:
-        works: (work handle, its peer's global rank; None where one handle covers all messages).
-        sent: buffers that must outlive the sends.
-        received: (a message for this rank, filled once all works are done; what it holds).
-    """
-
-    works: list[tuple[Any, int | None]]
-    sent: list[Tensor]
-    received: list[tuple[Tensor, _Parts]]
+    gather: Leg | None = None
+    read: tuple[Run, ...] = ()
+    computed: tuple[int, ...] = ()
+    update: tuple[Leg, ...] = ()
+    written: tuple[tuple[Run, ...], ...] = ()
+    local: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What this rank holds of one parameter's matrices of a batch, as far as it lies evenly in both.
+class _Updates:
+    """Of the matrices of a batch.
 
     Attributes:
-        matrix: the number of the first of these matrices; all have its scale.
-        tensor: the number of a tensor.
-        local: where in the tensor.
-        inside: the same elements in the flat batch.
+        each: by number, flat.
+        whole: all of them as one flat tensor, where they were computed as one.
+        factors: the scale of each that is normalized.
     """
 
-    matrix: int
-    tensor: int
-    local: Strided
-    inside: Strided
+    each: Mapping[int, Tensor]
+    whole: Tensor | None
+    factors: Mapping[int, Tensor] | None
 
 
 class Exchange:
-    """Runs a plan on one rank.
+    """Runs a plan on one rank. Constructing one is collective over the group.
 
     Args:
         matrices: all matrices of the call; the plan's routes are in the same order.
@@ -127,204 +99,172 @@ class Exchange:
         device: torch.device,
         normalize: bool = False,
     ) -> None:
-        self.matrices, self.group, self.device = matrices, group, device
+        self.matrices, self.device, self.wire = matrices, device, Wire(group, device)
         self.orthogonalize, self.normalize = orthogonalize, normalize
-        self.rank, size = world_of(group)
-        self._global = [dist.get_global_rank(group, r) if group is not None else r for r in range(size)]
-        # gloo moves CPU memory only; every other backend moves the device's own.
-        gloo = size > 1 and device.type != "cpu" and dist.get_backend(group) == "gloo"
-        self.wire = torch.device("cpu") if gloo else device
         # By matrix: (the number of a tensor, a block of it), in the order of this rank's parts in the routes.
         self.held: dict[int, list[tuple[int, Block]]] = defaultdict(list)
         for piece in pieces:
             self.held[piece.matrix] += [(piece.tensor, block) for block in piece.blocks]
         #: by batch; equal in every step
-        self._runs: dict[tuple[int, ...], list[_Run]] = {}
-        self._rounds = [_Round() for _ in range(plan.rounds + 1)]  # in the last one nothing is sent
+        self._found: dict[tuple[int, ...], tuple[tuple[Run, ...], tuple[Run, ...]]] = {}
+        of_round: list[list[tuple[int, Route]]] = [[] for _ in range(plan.rounds)]
         local = []
         for number, route in enumerate(plan.routes):
             if travels(route):
-                self._add(self._rounds[route.round], number, route)
-            elif route.owner == self.rank:
+                of_round[route.round].append((number, route))
+            elif route.owner == self.wire.rank:
                 local.append(number)
+        self._rounds = [self._round(routes) for routes in of_round] + [_Round()]  # in the last one nothing is sent
         batches, slots = self._batches(local), len(self._rounds)
         for i, this in enumerate(self._rounds):
-            this.local = batches[i * len(batches) // slots : (i + 1) * len(batches) // slots]
+            some = batches[i * len(batches) // slots : (i + 1) * len(batches) // slots]
+            self._rounds[i] = replace(this, local=tuple(some))
+        self.wire.connect(leg for this in self._rounds for leg in (this.gather, *this.update) if leg is not None)
 
-    def _add(self, into: _Round, number: int, route: Route) -> None:
-        owner = route.owner
-        if owner == self.rank:
-            into.computed.append(number)
-        for rank, inside in route.sources:
-            if rank != owner and self.rank in (rank, owner):
-                into.gather[rank, owner][number] = inside
-        for rank, inside in route.holders:
-            if rank != owner and self.rank in (rank, owner):
-                # Where it is broadcast, `inside` is the same for all of them.
-                into.update[owner, EVERYONE if route.everywhere else rank][number] = self._with_scale(number, inside)
+    def _round(self, routes: Sequence[tuple[int, Route]]) -> _Round:
+        gather, update = legs(routes, self.wire.rank, self.wire.size, self.normalize)
+        return _Round(
+            gather,
+            tuple(self._joined(self._runs(gather.sent.parts))),
+            tuple(number for number, route in routes if route.owner == self.wire.rank),
+            tuple(update),
+            tuple(tuple(self._joined(self._runs(leg.received.parts), written=True)) for leg in update),
+        )
 
-    def _with_scale(self, number: int, inside: Iterable[Strided]) -> tuple[Strided, ...]:
-        """Parts of an update, its scale among them where it has one."""
-        return (*inside, Strided(self.matrices[number].numel, 2)) if self.normalize else tuple(inside)
-
-    def _batches(self, numbers: Iterable[int]) -> list[list[int]]:
+    def _batches(self, numbers: Iterable[int]) -> list[tuple[int, ...]]:
         """Matrices of one shape together, up to BATCH_ELEMENTS. `numbers` ascend."""
 
         def shape(number: int) -> tuple[int, int]:
             return self.matrices[number].rows, self.matrices[number].cols
 
-        batches: list[list[int]] = []
+        batches: list[tuple[int, ...]] = []
         for (rows, cols), same in groupby(sorted(numbers, key=shape), shape):
-            alike, most = list(same), max(BATCH_ELEMENTS // max(rows * cols, 1), 1)
+            alike, most = tuple(same), max(BATCH_ELEMENTS // max(rows * cols, 1), 1)
             batches += [alike[i : i + most] for i in range(0, len(alike), most)]
         return batches
 
     def run(self, read: Read, write: Write) -> None:
         """One step: every shard is read once, every part of the update is written once. Collective over the group."""
         gathering = self._gather(0, read)
-        returning: list[_Transfer] = []
+        returning: list[tuple[Leg, tuple[Run, ...], Transfer]] = []
         for number, this in enumerate(self._rounds):
             arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's are in flight meanwhile
             for batch in this.local:
-                self._write_own(batch, self._compute(batch, read, {}), write)
-            arrived: _Arrived = defaultdict(list)
-            for matrix, inside, views in self._arrived(arriving):
-                arrived[matrix] += zip(inside, views)
-            updates: dict[int, Tensor] = {}
-            computed = self._batches(this.computed)
-            for batch in computed:
-                updates |= self._compute(batch, read, arrived)
-            sent = self._return(number, updates)
-            for batch in computed:
-                self._write_own(batch, updates, write)
-            self._write(self._arrived(returning), write)  # the updates of the round before
+                self._write_own(self._compute(batch, read), write)
+            directions = None if arriving is None else self.wire.arrived(arriving)
+            computed = [self._compute(batch, read, this.gather, directions) for batch in self._batches(this.computed)]
+            sent = self._return(number, computed)
+            for updates in computed:
+                self._write_own(updates, write)
+            for leg, runs, transfer in returning:  # of the round before
+                arrived = self.wire.arrived(transfer)
+                if runs:
+                    write(runs, arrived, self._factors(leg, arrived))
             returning = sent
 
-    def _gather(self, number: int, read: Read) -> list[_Transfer]:
-        """Posts a round's messages to the owners."""
-        messages = self._rounds[number].gather if number < len(self._rounds) else {}
-        return self._post(messages, lambda matrix, _, views: self._read(matrix, views, read), tag=2 * number)
+    def _gather(self, number: int, read: Read) -> Transfer | None:
+        """Posts a round's directions to the owners."""
+        this = self._rounds[number] if number < len(self._rounds) else _Round()
+        if this.gather is None or this.gather.idle:
+            return None
+        sent = torch.empty(this.gather.sent.numel, dtype=torch.bfloat16, device=self.device)
+        read(this.read, sent)
+        return self.wire.post(this.gather, sent, tag=2 * number)
 
-    def _return(self, number: int, updates: Mapping[int, Tensor]) -> list[_Transfer]:
+    def _return(self, number: int, computed: Iterable[_Updates]) -> list[tuple[Leg, tuple[Run, ...], Transfer]]:
         """Posts a round's updates to their holders."""
+        updates = {number: update for of in computed for number, update in of.each.items()}
+        factors = {number: factor for of in computed for number, factor in (of.factors or {}).items()}
+        posted = []
+        for leg, runs in zip(self._rounds[number].update, self._rounds[number].written):
+            if not leg.idle:
+                sent = torch.empty(leg.sent.numel, dtype=torch.bfloat16, device=self.device)
+                copy((part.at.view(sent), part.inside.view(updates[part.matrix])) for part in leg.sent.parts)
+                for matrix, start in leg.sent.scalars:
+                    sent[start : start + SCALAR].copy_(factors[matrix].view(1).view(torch.bfloat16))
+                posted.append((leg, runs, self.wire.post(leg, sent, tag=2 * number + 1)))
+        return posted
 
-        def fill(matrix: int, inside: Sequence[Strided], views: Sequence[Tensor]) -> None:
-            for part, view in zip(inside, views):
-                view.copy_(part.view(updates[matrix]))
+    def _factors(self, leg: Leg, received: Tensor) -> dict[int, Tensor] | None:
+        """The scales that came with updates."""
+        if not self.normalize:
+            return None
+        # A copy: two bf16 numbers may not be aligned for an fp32 view.
+        return {n: received[at : at + SCALAR].clone().view(torch.float32)[0] for n, at in leg.received.scalars}
 
-        return self._post(self._rounds[number].update, fill, tag=2 * number + 1)
-
-    def _compute(self, batch: list[int], read: Read, arrived: _Arrived) -> dict[int, Tensor]:
+    def _compute(
+        self, batch: tuple[int, ...], read: Read, leg: Leg | None = None, directions: Tensor | None = None
+    ) -> _Updates:
         """Assembles the matrices of a batch from what this rank holds and what arrived; their updates."""
         first = self.matrices[batch[0]]
         x = torch.empty(len(batch), first.rows, first.cols, dtype=torch.bfloat16, device=self.device)
-        for run in self._runs_of(batch):
-            read(run.tensor, run.local, run.inside.view(x.view(-1)))
-        for number, flat in zip(batch, x.view(len(batch), -1)):
-            for part, view in arrived.get(number, ()):
-                part.view(flat).copy_(view)
+        read(self._runs_of(batch)[0], x.view(-1))
+        if leg is not None and directions is not None:
+            flats = dict(zip(batch, x.view(len(batch), -1)))
+            arrived = [part for part in leg.received.parts if part.matrix in flats]
+            copy((part.inside.view(flats[part.matrix]), part.at.view(directions)) for part in arrived)
         with phase("orthogonalize"):
-            updates = [update.reshape(-1) for update in self.orthogonalize(x)]
-        if self.normalize:
-            updates = [torch.cat([u, _one_over_rms(u).view(1).view(torch.bfloat16)]) for u in updates]
-        return dict(zip(batch, updates))
+            found = self.orthogonalize(x)
+        whole = found.reshape(-1) if isinstance(found, Tensor) else None
+        each = [update.reshape(-1) for update in found] if whole is None else list(whole.view(len(batch), -1))
+        factors = {n: _one_over_rms(u) for n, u in zip(batch, each)} if self.normalize else None
+        return _Updates(dict(zip(batch, each)), whole, factors)
 
-    def _read(self, number: int, views: Iterable[Tensor], read: Read) -> None:
-        """Fills in what this rank holds of a matrix."""
-        for (tensor, block), view in zip(self.held[number], views):
-            read(tensor, block.local, view)
+    def _write_own(self, updates: _Updates, write: Write) -> None:
+        """Applies to what this rank holds of a batch that it orthogonalized."""
+        batch = tuple(updates.each)
+        runs, whole = self._runs_of(batch)[1], updates.whole
+        if whole is None and len(runs) == sum(len(self.held[number]) for number in batch):
+            for number, update in updates.each.items():
+                write(self._runs_of((number,))[1], update, updates.factors)
+        elif runs:
+            write(runs, torch.cat(list(updates.each.values())) if whole is None else whole, updates.factors)
 
-    def _runs_of(self, batch: Sequence[int]) -> list[_Run]:
-        """What this rank holds of a batch, in few runs: hundreds of heads would be hundreds of kernels to read."""
-        key = tuple(batch)
-        if key not in self._runs:
-            first, found = self.matrices[batch[0]].numel, []
-            for place, number in enumerate(batch):
-                for tensor, block in self.held[number]:
-                    inside = replace(block.inside, start=block.inside.start + place * first)
-                    found.append(_Run(number, tensor, block.local, inside))
-            self._runs[key] = self._joined(self._joined(found), apart=True)
-        return self._runs[key]
+    def _runs(self, parts: Iterable[Part]) -> Iterator[Run]:
+        """What this rank holds of the parts of a buffer, which are in the order of `held` for each matrix."""
+        seen = Counter[int]()
+        for part in parts:
+            tensor, block = self.held[part.matrix][seen[part.matrix]]
+            seen[part.matrix] += 1
+            yield Run(part.matrix, tensor, block.local, part.at)
 
-    def _joined(self, runs: Iterable[_Run], apart: bool = False) -> list[_Run]:
-        """Neighbours of one parameter as one run where they follow each other; or where all are equally far `apart`."""
-        found: list[_Run] = []
+    def _runs_of(self, batch: tuple[int, ...]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+        """What this rank holds of a flat batch: as it is read, and as it is written."""
+        if batch not in self._found:
+            numel = self.matrices[batch[0]].numel
+            found = [
+                Run(number, tensor, block.local, replace(block.inside, start=block.inside.start + place * numel))
+                for place, number in enumerate(batch)
+                for tensor, block in self.held[number]
+            ]
+            self._found[batch] = tuple(self._joined(found)), tuple(self._joined(found, written=True))
+        return self._found[batch]
+
+    def _joined(self, runs: Iterable[Run], written: bool = False) -> list[Run]:
+        """The same in few runs: hundreds of heads would be hundreds of kernels. Neighbours become one run, then those
+        that are equally far apart."""
+        for apart in (False, True):
+            runs = self._joined_once(runs, written, apart)
+        return list(runs)
+
+    def _joined_once(self, runs: Iterable[Run], written: bool, apart: bool) -> list[Run]:
+        found: list[Run] = []
         for run in runs:
             last = found[-1] if found else run
-            same = found and last.tensor == run.tensor and run.local.count == run.inside.count == 1
-            if same and self.matrices[last.matrix].parameter == self.matrices[run.matrix].parameter:
-                local, inside = (
-                    _continued(a, b, apart) for a, b in ((last.local, run.local), (last.inside, run.inside))
-                )
-                if local is not None and inside is not None:
-                    found[-1] = replace(last, local=local, inside=inside)
+            same = bool(found) and last.tensor == run.tensor and run.local.count == run.at.count == 1
+            if same and (not written or self._written_alike(last.matrix, run.matrix)):
+                local, at = (_continued(a, b, apart) for a, b in ((last.local, run.local), (last.at, run.at)))
+                if local is not None and at is not None:
+                    found[-1] = replace(last, local=local, at=at)
                     continue
             found.append(run)
         return found
 
-    def _write_own(self, batch: Sequence[int], updates: Mapping[int, Tensor], write: Write) -> None:
-        """Applies to what this rank holds of a batch that it orthogonalized."""
-        runs = self._runs_of(batch)
-        if self.normalize or len(runs) == sum(len(self.held[number]) for number in batch):
-            self._write(self._own({number: updates[number] for number in batch}), write)
-            return
-        flat = torch.cat([updates[number] for number in batch])
-        for run in runs:
-            write(run.tensor, run.local, run.matrix, run.inside.view(flat), None)
-
-    def _own(self, updates: Mapping[int, Tensor]) -> Iterator[_Views]:
-        """What this rank holds of the matrices that it orthogonalized."""
-        for number, update in updates.items():
-            inside = self._with_scale(number, [block.inside for _, block in self.held[number]])
-            yield number, inside, [part.view(update) for part in inside]
-
-    def _write(self, updates: Iterable[_Views], write: Write) -> None:
-        """Applies this rank's parts of updates."""
-        for number, _, views in updates:
-            # A copy: the scale's two bf16 numbers may not be aligned for an fp32 view.
-            scale = views[-1].clone().view(torch.float32)[0, 0] if self.normalize else None
-            for (tensor, block), view in zip(self.held[number], views):
-                write(tensor, block.local, number, view, scale)
-
-    def _post(self, messages: _Messages, fill: _Fill, tag: int) -> list[_Transfer]:
-        """Fills this rank's messages and posts all: broadcasts, sender by sender, then those from and to each peer.
-
-        Returns:
-            in the order in which they are waited for: the messages of the peers, the broadcasts.
-        """
-        receives, sends, received, broadcasts = [], [], [], []
-        for (sender, receiver), parts in sorted(messages.items()):
-            mine = sender == self.rank
-            size = sum(part.numel for inside in parts.values() for part in inside)
-            buffer = torch.empty(size, dtype=torch.bfloat16, device=self.device if mine else self.wire)
-            if mine:
-                for of_matrix in _views(buffer, parts):
-                    fill(*of_matrix)
-                buffer = buffer.to(self.wire)
-            arriving = [] if mine else [(buffer, parts)]
-            if receiver == EVERYONE:
-                work = dist.broadcast(buffer, self._global[sender], group=self.group, async_op=True)
-                broadcasts.append(_Transfer([(work, None if mine else self._global[sender])], [buffer], arriving))
-            elif mine:
-                sends.append(dist.P2POp(dist.isend, buffer, self._global[receiver], self.group, tag))
-            else:
-                receives.append(dist.P2POp(dist.irecv, buffer, self._global[sender], self.group, tag))
-                received += arriving
-        ops = [*receives, *sends]
-        works = dist.batch_isend_irecv(ops) if ops else []
-        # NCCL returns one handle for all; only the device waits for it, not this process.
-        peers = [op.peer for op in ops] if len(works) == len(ops) else [None] * len(works)
-        return [_Transfer(list(zip(works, peers)), [op.tensor for op in sends], received), *broadcasts]
-
-    def _arrived(self, transfers: Iterable[_Transfer]) -> Iterator[_Views]:
-        """Waits for messages, transfer by transfer."""
-        for transfer in transfers:
-            for work, peer in transfer.works:
-                with waiting_for(peer):
-                    work.wait()
-            transfer.sent.clear()
-            for message, parts in transfer.received:
-                yield from _views(message.to(self.device), parts)
+    def _written_alike(self, a: int, b: int) -> bool:
+        """Whether both matrices are of one parameter and have one scale."""
+        one, other = self.matrices[a], self.matrices[b]
+        same = one.parameter == other.parameter and one.out_in == other.out_in
+        return a == b or (same and not self.normalize)
 
 
 def _continued(a: Strided, b: Strided, apart: bool) -> Strided | None:
@@ -334,13 +274,6 @@ def _continued(a: Strided, b: Strided, apart: bool) -> Strided | None:
     stride = a.stride if a.count > 1 else b.start - a.start
     fits = a.run == b.run <= stride and b.start == a.start + a.count * stride
     return Strided(a.start, a.run, stride, a.count + 1) if fits else None
-
-
-def _views(message: Tensor, parts: _Parts) -> Iterator[_Views]:
-    """Cuts a message into its parts, matrix by matrix."""
-    flats = iter(torch.split(message, [part.numel for inside in parts.values() for part in inside]))
-    for number, inside in parts.items():
-        yield number, inside, [next(flats).view(part.count, part.run) for part in inside]
 
 
 def _one_over_rms(update: Tensor) -> Tensor:

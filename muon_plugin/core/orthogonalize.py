@@ -76,18 +76,19 @@ class NewtonSchulz:
         return replace(self, products=TORCH if self.method == "standard" else products_on(device, self.dtype))
 
     @torch.no_grad()
-    def __call__(self, matrices: Tensor) -> list[Tensor]:
+    def __call__(self, matrices: Tensor) -> Tensor | list[Tensor]:
         """Orthogonalizes a batch; the bits of each matrix do not depend on the batch it is in.
 
         Args:
             matrices: (batch, rows, cols), bf16, contiguous: a product may round differently for another memory layout.
 
         Returns:
-            For each matrix (rows, cols), bf16: approximately U V^T of its SVD.
+            For each matrix (rows, cols), bf16: approximately U V^T of its SVD. One tensor where they were computed as
+            a batch.
         """
         here = self.on(matrices.device)
         if _batch_is_exact(here, tuple(matrices.shape), matrices.device):
-            return list(here._together(matrices))
+            return here._together(matrices)
         return [here._alone(matrix) for matrix in matrices]
 
     def _alone(self, matrix: Tensor) -> Tensor:

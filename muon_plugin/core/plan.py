@@ -22,10 +22,10 @@ SLACKS = (1.0, 1.02, 1.05, 1.1, 1.25, 2.0)
 TOLERANCE = 1.02
 #: If none of these is within TOLERANCE of the bound, this many capacities in between are tried (best fit).
 SEARCH = 6
-#: Elements of the matrices sent in a round that one rank holds (2 bytes each, twice): bounds the buffers, and leaves
-#: rounds to overlap.
+#: Elements of the matrices sent in a round that one rank holds (2 bytes each, twice): bounds the buffers.
 ROUND_ELEMENTS = 64 * 2**20
-ROUNDS = 4
+#: Rounds of broadcasts, with which nothing overlaps but what their sender computes for the next.
+BROADCASTS = 4
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,11 @@ def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> int:
             of_owner.setdefault(routes[number].owner, []).append(number)
     # A rank holds its own matrices of a round, and, where updates are broadcast, those of all owners.
     loads = [sum(matrices[i].numel for i in mine) for mine in of_owner.values()]
-    most = sum(loads) if any(route.everywhere for route in routes) else max(loads, default=0)
-    rounds = max(-(-most // ROUND_ELEMENTS), min(ROUNDS, max(map(len, of_owner.values()), default=0)))
+    broadcast = any(route.everywhere for route in routes)
+    most = sum(loads) if broadcast else max(loads, default=0)
+    # One round of what is gathered, if it fits: more matrices of one shape at a time, and fewer messages.
+    least = min(BROADCASTS, max(map(len, of_owner.values()), default=0)) if broadcast else 1
+    rounds = max(-(-most // ROUND_ELEMENTS), least) if loads else 0
     for mine, total in zip(of_owner.values(), loads):
         done = 0
         for number in mine:

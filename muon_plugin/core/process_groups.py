@@ -30,6 +30,8 @@ def joint_groups(pairs: Sequence[tuple[Any, Any]], ranks: Any = None) -> list[An
         group = _new_group(members, ranks, _timeout(pairs[0][0]))
         if dist.get_rank() in members:
             known[members] = group
+            # torch leaves undefined what NCCL does in a group whose first messages are between some of its ranks.
+            gather(None, group)
     return [known[members] for members in everyone]
 
 

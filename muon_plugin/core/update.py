@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .agreement import agree, gather, together, world_of
+from .elementwise import Run, Source, Target, apply, average, pack
 from .exchange import Exchange
 from .frozen import NONE, Frozen
 from .layout import Matrix, Shard, Strided, pieces
@@ -112,53 +113,61 @@ class Update:
         current.step = max(current.step, self.steps)
         if measure is not None:
             measure.zero_gradients(self._without_gradient(frozen), world_of(self._group)[1])
-        flat = [p.view(-1) for p in self.tensors]
         trained = [frozen.trained(p) for p in self.tensors]
-        # A parameter without a gradient is skipped, as in torch's optimizers. (The engines fill in zeros.)
         with phase("momentum"):
-            directions = [
-                None
-                if p.grad is None or not parts
-                else _direction(p.grad.reshape(-1).float(), momentum.view(-1), group, offloaded, parts)
-                for p, momentum, group, parts in zip(self.tensors, momenta, groups, trained)
-            ]
-        rates = [float(group["lr"]) for group in groups]
-        with phase("apply"):
-            for p, direction, rate, group, parts in zip(flat, directions, rates, groups, trained):
-                if direction is not None:
-                    for part in parts:
-                        part.view(p).mul_(1 - rate * group["weight_decay"])
+            sources = self._sources(groups, momenta, trained, offloaded)
+        # A parameter without a gradient is skipped, as in torch's optimizers. (The engines fill in zeros.)
+        targets = [
+            Target(p.view(-1), float(of["lr"]), 1 - float(of["lr"]) * of["weight_decay"]) if source else None
+            for p, of, source in zip(self.tensors, groups, sources)
+        ]
 
-        def read(tensor: int, local: Strided, out: Tensor) -> None:
-            direction = directions[tensor]
-            with phase("momentum"):
-                if direction is None:
-                    out.zero_()
-                else:
-                    direction(local, out)
-
-        def write(tensor: int, local: Strided, matrix: int, update: Tensor, scale: Tensor | None) -> None:
-            parameter = self.matrices[matrix].parameter
-            if directions[tensor] is None or parameter in frozen.names:
-                return
-            # Always in this order: u to fp32, times its scale, times the learning rate. Other orders round differently.
-            here = flat[tensor].device
-            with phase("apply"):
-                change = update.to(here).float().mul_(self._scales[matrix])
-                if scale is not None:
-                    change.mul_(scale.to(here))
-                local.view(flat[tensor]).add_(change, alpha=-rates[tensor])
+        def seen(run: Run, change: Tensor) -> None:
+            parameter = self.matrices[run.matrix].parameter
             if measure is not None:
                 measure.update(parameter, change)
             if applied is not None:
-                applied(self.tensors[tensor], parameter, local.numel)
+                applied(self.tensors[run.tensor], parameter, run.local.numel)
+
+        def read(runs: Sequence[Run], flat: Tensor) -> None:
+            with phase("momentum"):
+                pack(runs, sources, flat)
+
+        def write(runs: Sequence[Run], flat: Tensor, factors: Mapping[int, Tensor] | None) -> None:
+            if frozen.names:
+                runs = [run for run in runs if self.matrices[run.matrix].parameter not in frozen.names]
+            with phase("apply"):
+                apply(runs, targets, flat, self._scales, factors, seen if measure or applied else None)
 
         with phase("exchange"):
             self._exchange.run(read, write)
 
+    def _sources(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        momenta: Sequence[Tensor],
+        trained: Sequence[Sequence[Strided]],
+        offloaded: bool,
+    ) -> list[Source | None]:
+        """Updates the momenta; what the direction of each tensor is made of, None without a gradient."""
+        found: list[Source | None] = []
+        averages = []
+        for p, momentum, group, parts in zip(self.tensors, momenta, groups, trained):
+            if p.grad is None or not parts:
+                found.append(None)
+                continue
+            grad, flat, mu = p.grad.reshape(-1).float(), momentum.view(-1), group["momentum"]
+            if offloaded:
+                found.append(_offloaded(grad, flat, mu, group["nesterov"], parts))
+                continue
+            averages += [(part.view(flat), part.view(grad), 1 - mu) for part in parts]
+            found.append(Source(grad, flat, mu) if group["nesterov"] else Source(flat))
+        average(averages)
+        return found
+
     def _without_gradient(self, frozen: Frozen) -> int:
         """How many of the matrices that are not frozen have a gradient of zeros alone. Collective."""
-        seen = torch.zeros(len(self.matrices), device=self._exchange.wire)
+        seen = torch.zeros(len(self.matrices), device=self._exchange.wire.moves)
         for number, parts in self._exchange.held.items():
             for tensor, block in parts:
                 grad = self.tensors[tensor].grad
@@ -170,27 +179,13 @@ class Update:
         return sum(none and m.parameter not in frozen.names for none, m in zip(zero, self.matrices))
 
 
-def _direction(
-    grad: Tensor, momentum: Tensor, group: Mapping[str, Any], offloaded: bool, parts: Sequence[Strided]
-) -> Callable[[Strided, Tensor], Any]:
-    """Updates these parts of the momentum in place; returns a function that writes the direction of some elements into
-    a bf16 view."""
-    mu, nesterov = group["momentum"], group["nesterov"]
-    # offloaded: no momentum stays on the device, and the direction overwrites the gradient
-    here = momentum.to(grad.device, non_blocking=True, copy=True) if offloaded else momentum
-    for part in parts:
-        part.view(here).lerp_(part.view(grad), 1 - mu)
-    if offloaded:
-        momentum.copy_(here)
-        whole = grad.lerp_(here, mu) if nesterov else grad.copy_(here)
-        return lambda local, out: _fill(out, local.view(whole))
-    if nesterov:
-        return lambda local, out: _fill(out, local.view(grad).lerp(local.view(momentum), mu))
-    return lambda local, out: _fill(out, local.view(momentum))
-
-
-def _fill(out: Tensor, values: Tensor) -> None:
-    out.copy_(values if values.device == out.device else values.bfloat16())  # copies between devices are bf16
+def _offloaded(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool, parts: Sequence[Strided]) -> Source:
+    """Updates these parts of a momentum in CPU memory. None stays on the device: the direction overwrites the
+    gradient."""
+    here = momentum.to(grad.device, non_blocking=True, copy=True)
+    average([(part.view(here), part.view(grad), 1 - mu) for part in parts])
+    momentum.copy_(here)
+    return Source(grad.lerp_(here, mu) if nesterov else grad.copy_(here))
 
 
 def _check_device(tensors: Sequence[Tensor], device: torch.device) -> None:

@@ -234,7 +234,7 @@ def count(call: PlannedCall, plan: Plan, rank: int, newton_schulz: NewtonSchulz,
     """
     shards = _shards(call, rank)
     with as_rank(rank, call.ranks):
-        update = Update(call.matrices, shards, None, META, newton_schulz, lambda _: 0.5, bool(scalars), plan)
+        update = Update(call.matrices, shards, None, META, newton_schulz.on(META), lambda _: 0.5, bool(scalars), plan)
         momenta = [torch.empty_like(p) for p in update.tensors]
         for p in update.tensors:
             p.grad = torch.empty_like(p)

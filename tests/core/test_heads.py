@@ -275,11 +275,11 @@ def test_many_heads_are_few_kernels():
         (update,) = optimizer.halves.muon.updates
         counts = {"read": 0, "write": 0}
 
-        def read(*_: Any) -> None:
-            counts["read"] += 1
+        def read(runs: Any, *_: Any) -> None:
+            counts["read"] += len(runs)
 
-        def write(*_: Any) -> None:
-            counts["write"] += 1
+        def write(runs: Any, *_: Any) -> None:
+            counts["write"] += len(runs)
 
         update._exchange.run(read, write)
         assert len(update.matrices) == (3 * heads if per_head else 3)

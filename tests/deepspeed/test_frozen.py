@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -164,13 +165,13 @@ def left_out_of_the_plan(rank: int, settings: dict[str, Any], what: str) -> None
     if what == "a matrix":
         (update,) = muon.halves.muon.updates
         number = next(i for i, matrix in enumerate(update.matrices) if matrix.name == "down.weight")
-        for this in update._exchange._rounds:
-            this.local = [[i for i in batch if i != number] for batch in this.local]
-            this.local = [batch for batch in this.local if batch]
-            this.computed = [i for i in this.computed if i != number]
-            for messages in (this.gather, this.update):
-                for parts in messages.values():
-                    parts.pop(number, None)
+        exchange = update._exchange
+        for i, this in enumerate(exchange._rounds):
+            local = (tuple(i for i in batch if i != number) for batch in this.local)
+            written = (tuple(run for run in runs if run.matrix != number) for runs in this.written)
+            exchange._rounds[i] = replace(this, local=tuple(filter(None, local)), written=tuple(written))
+        exchange.held[number] = []
+        exchange._found.clear()
     elif rank == 1:  # on one rank alone
         half = muon.halves.adamw
         half._tensors.pop(next(p for p in half.tensors if p.numel()))

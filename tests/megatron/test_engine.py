@@ -122,7 +122,7 @@ def counted(rank: int, layout: Layout) -> tuple[int, int, int, int, int]:
             part.optimizer.step()
     flops = planned = most = 0
     for update in updates(optimizer):
-        mine = dist.get_rank(update._exchange.group)
+        mine = update._exchange.wire.rank
         flops += update.plan.flops[mine]
         planned += update.plan.bytes_sent[mine]
         for matrix, route in zip(update.matrices, update.plan.routes):

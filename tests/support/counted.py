@@ -12,9 +12,9 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def bytes_sent() -> Iterator[dict[str, int]]:
-    """What this rank sends point to point and by broadcast, filled in as it happens."""
-    sent = {"p2p": 0, "broadcast": 0}
-    p2p, broadcast = dist.batch_isend_irecv, dist.broadcast
+    """What this rank sends point to point, by broadcast and by all-to-all, filled in as it happens."""
+    sent = {"p2p": 0, "broadcast": 0, "all_to_all": 0}
+    p2p, broadcast, all_to_all = dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single
 
     def count_p2p(ops: Any) -> Any:
         sent["p2p"] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
@@ -25,8 +25,12 @@ def bytes_sent() -> Iterator[dict[str, int]]:
             sent["broadcast"] += tensor.nbytes * (dist.get_world_size(group) - 1)
         return broadcast(tensor, src, group=group, **kwargs)
 
-    dist.batch_isend_irecv, dist.broadcast = count_p2p, count_broadcast
+    def count_all_to_all(output: Tensor, tensor: Tensor, come: Any, go: Any, group: Any = None, **kwargs: Any) -> Any:
+        sent["all_to_all"] += (tensor.numel() - go[dist.get_rank(group)]) * tensor.element_size()
+        return all_to_all(output, tensor, come, go, group=group, **kwargs)
+
+    dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single = count_p2p, count_broadcast, count_all_to_all
     try:
         yield sent
     finally:
-        dist.batch_isend_irecv, dist.broadcast = p2p, broadcast
+        dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single = p2p, broadcast, all_to_all
