@@ -7,6 +7,8 @@ matrices that are whole on their owner are orthogonalized::
     gather 0 | local | compute 0, send back 0 | local | compute 1, send back 1 | ... | local
                gather 1 in flight ............ gather 2 in flight ..
 
+Several exchanges can run in turns (`in_turns`): while the messages of one are in flight, another computes.
+
 Shapes: a matrix is assembled as (rows, cols) in a batch (batch, rows, cols) of equal ones. Messages and updates are
 flat (`messages`); what this rank's tensors have of a flat buffer are `Run`s, which are found once. Where an update has
 a scale of its own (paper, Eq. 6), its owner computes it in fp32 and sends it along.
@@ -33,6 +35,8 @@ from .plan import Plan, Route, travels
 #: Elements of the matrices of one batch: bounds the iteration's working memory (about 5 times 2 bytes each).
 BATCH_ELEMENTS = 32 * 2**20
 
+#: Goes on at each `next`, to where it would wait for messages.
+Turns = Iterator[None]
 #: (runs, buffer): fills runs of a flat bf16 buffer with their directions (momentum, Nesterov).
 Read = Callable[[Sequence[Run], Tensor], None]
 #: (runs, buffer, factors): applies the updates in runs of a flat bf16 buffer; times the fp32 factors of the matrices,
@@ -74,6 +78,20 @@ class _Updates:
     each: Mapping[int, Tensor]
     whole: Tensor | None
     factors: Mapping[int, Tensor] | None
+
+
+def in_turns(running: Iterable[Turns]) -> Turns:
+    """Advances several in turns, until all have ended."""
+    left = list(running)
+    while left:
+        left = [each for each in left if next(each, left) is None]
+        yield
+
+
+def ended(turns: Turns) -> None:
+    """Runs it to its end."""
+    for _ in turns:
+        pass
 
 
 class Exchange:
@@ -143,14 +161,20 @@ class Exchange:
             batches += [alike[i : i + most] for i in range(0, len(alike), most)]
         return batches
 
-    def run(self, read: Read, write: Write) -> None:
-        """One step: every shard is read once, every part of the update is written once. Collective over the group."""
+    def run(self, read: Read, write: Write) -> Turns:
+        """One step: every shard is read once, every part of the update is written once. Collective over the group.
+
+        A message is posted in an earlier turn than the one that waits for it. So exchanges of several groups that all
+        ranks run in the same order never wait for each other in a circle.
+        """
         gathering = self._gather(0, read)
+        yield
         returning: list[tuple[Leg, tuple[Run, ...], Transfer]] = []
         for number, this in enumerate(self._rounds):
             arriving, gathering = gathering, self._gather(number + 1, read)  # the next round's are in flight meanwhile
             for batch in this.local:
                 self._write_own(self._compute(batch, read), write)
+            yield
             directions = None if arriving is None else self.wire.arrived(arriving)
             computed = [self._compute(batch, read, this.gather, directions) for batch in self._batches(this.computed)]
             sent = self._return(number, computed)

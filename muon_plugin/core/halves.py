@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .adamw import AdamWHalf
 from .call import Call
+from .exchange import Turns, in_turns
 from .frozen import FROZEN, NONE, Frozen, Watch
 from .measure import Measure
 from .plan import Plan
@@ -97,32 +98,33 @@ class MuonHalf:
         kept = {key: state[p][key].clone() for key in self.beside(p)}
         state[p] = {**kept, self.momentum: self._placed(saved[self.momentum].to(p.device, torch.float32, copy=True))}
 
-    def step(
+    def turns(
         self,
         groups: Groups,
         state: State,
         frozen: Frozen = NONE,
         measure: Measure | None = None,
         applied: Callable[[Tensor, str, int], None] | None = None,
-    ) -> None:
+    ) -> Turns:
         """Steps the updates of these groups' tensors, and those in which this rank has no tensors. Collective.
 
         Args:
             groups: parameter groups; tensors of the other half are passed over.
             state: of the optimizer.
             frozen: what stays as it is.
-            measure, applied: see `Update.step`.
+            measure, applied: see `Update.turns`.
         """
         group_of = {p: group for group in groups for p in group["params"] if self._update_of.get(p) is not None}
         called = {id(self._update_of[p]) for p in group_of}
         idle = {id(update) for update in self.updates} - {id(update) for update in self._update_of.values()}
+        running = []
         for update in self.updates:
             if id(update) not in called | idle:
                 continue
             for p in update.tensors:
                 if not state[p]:  # the tensor was on NVMe when the optimizer was attached
                     state[p] = self.new_state(p)
-            update.step(
+            step = update.turns(
                 [{**group_of[p], **self.options} for p in update.tensors],
                 [state[p][self.momentum] for p in update.tensors],
                 self.offload,
@@ -130,6 +132,8 @@ class MuonHalf:
                 measure,
                 applied,
             )
+            running.append(step)
+        yield from in_turns(running)
         for p in group_of:
             if "step" in state[p]:
                 state[p]["step"] += 1
@@ -194,8 +198,10 @@ class Halves:
             if p.numel() and p not in self.waiting and not state.get(p):
                 state[p] = half.new_state(p)
 
-    def step(self, groups: Groups, state: State) -> None:
+    def turns(self, groups: Groups, state: State) -> Turns:
         """Updates the tensors of these groups, except for parameters that are frozen now. Collective.
+
+        A generator: several optimizers may be stepped in turns (`exchange.in_turns`).
 
         Raises:
             RuntimeError: for a parameter that requires gradients, and that the engine does not train.
@@ -212,7 +218,7 @@ class Halves:
         if self.clip is not None:
             self.clip.begin()
         with nullcontext() if measure is None else measure.step(groups, state, self.muon.momentum, frozen):
-            self.muon.step(groups, state, frozen, measure, proof.applied if proof else None)
+            yield from self.muon.turns(groups, state, frozen, measure, proof.applied if proof else None)
             stepped = self.adamw.step(groups, state, frozen)
             if self.clip is not None:
                 self.clip.apply(tensors)

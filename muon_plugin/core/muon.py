@@ -20,6 +20,7 @@ from .adamw import AdamWHalf
 from .agreement import agree, checksum, gather, together, world_of
 from .call import Call
 from .clipping import Clipping
+from .exchange import ended
 from .frozen import FROZEN
 from .groups import Halved, Host, check_parameter, is_usable, layout_digest, named_groups, no_engine
 from .halves import Halves, MuonHalf
@@ -342,7 +343,7 @@ class Muon(Optimizer):
         if self._check_replicas:
             self._check_replicas = False
             self._compare_replicas(p for p in self.names if p not in self._waiting)
-        self.halves.step([group for group in self.param_groups if group["params"]], self.state)
+        ended(self.halves.turns([group for group in self.param_groups if group["params"]], self.state))
         return loss
 
     def _compare_replicas(self, parameters: Iterable[Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .agreement import agree, gather, together, world_of
 from .elementwise import Run, Source, Target, apply, average, pack
-from .exchange import Exchange
+from .exchange import Exchange, Turns
 from .frozen import NONE, Frozen
 from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
@@ -90,7 +90,7 @@ class Update:
         #: how many steps it has made; a plan that takes the place of another one goes on counting
         self.steps = 0
 
-    def step(
+    def turns(
         self,
         groups: Sequence[Mapping[str, Any]],
         momenta: Sequence[Tensor],
@@ -98,8 +98,8 @@ class Update:
         frozen: Frozen = NONE,
         measure: Measurement | None = None,
         applied: Callable[[Tensor, str, int], None] | None = None,
-    ) -> None:
-        """Updates `tensors` from their gradients. Collective.
+    ) -> Turns:
+        """Updates `tensors` from their gradients, in turns: see `exchange.Turns`. Collective.
 
         Args:
             groups: for each of `tensors`, its "lr", "weight_decay", "momentum" and "nesterov".
@@ -139,8 +139,12 @@ class Update:
             with phase("apply"):
                 apply(runs, targets, flat, self._scales, factors, seen if measure or applied else None)
 
-        with phase("exchange"):
-            self._exchange.run(read, write)
+        running = self._exchange.run(read, write)
+        while True:
+            with phase("exchange"):
+                if next(running, self) is self:
+                    return
+            yield
 
     def _sources(
         self,

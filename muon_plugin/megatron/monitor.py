@@ -30,7 +30,11 @@ from ..core.qk_clip import Clip
 
 
 class MonitoredOptimizer(ChainedOptimizer):  # type: ignore[misc]
-    """Megatron's ChainedOptimizer, with the steps measured that Megatron's training loop logs."""
+    """Megatron's ChainedOptimizer, with the steps measured that Megatron's training loop logs.
+
+    Its optimizers (of the dense layers, of the experts) are stepped in turns: while the messages of one are in flight,
+    the other one computes.
+    """
 
     @classmethod
     def convert(cls, optimizer: ChainedOptimizer, monitor: StepMonitor, clip: Clip | None) -> None:
@@ -45,6 +49,14 @@ class MonitoredOptimizer(ChainedOptimizer):  # type: ignore[misc]
         finally:
             if self._muon_clip is not None:
                 self._muon_clip.reset()
+
+    def step_with_ready_grads(self) -> bool:
+        """The gradients of all its optimizers are ready."""
+        if not self.config.overlap_param_gather_with_optimizer_step:  # which gathers after the first one's step
+            live = [optimizer.optimizer for optimizer in self.chained_optimizers if not optimizer.is_stub_optimizer]
+            if live:  # a pipeline stage may have nothing to train
+                live[0].beside = live[1:]
+        return bool(super().step_with_ready_grads())
 
 
 class StepMonitor:

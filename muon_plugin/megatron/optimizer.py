@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..core import adamw
 from ..core.adamw import AdamWHalf
 from ..core.call import Call
+from ..core.exchange import Turns, ended, in_turns
 from ..core.halves import Halves, MuonHalf
 from ..core.proof import FirstStep
 from ..core.update import Update
@@ -73,6 +74,9 @@ class InnerOptimizer(Optimizer):
         self.halves = Halves(matrices, half, [call], parameters, left_out, UNFREEZE)
         self.halves.first_step = FirstStep([call])
         self.halves.new_states(self.state)
+        #: others that the next step of this one steps with it, in turns
+        self.beside: Sequence[InnerOptimizer] = ()
+        self._stepped = False
         self._mark()
 
     def _mark(self) -> None:
@@ -82,8 +86,17 @@ class InnerOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every shard. Collective over DP and TP."""
+        if self._stepped:
+            self._stepped = False
+            return
+        others, self.beside = self.beside, ()
+        for other in others:
+            other._stepped = True
+        ended(in_turns(each._turns() for each in (self, *others)))
+
+    def _turns(self) -> Turns:
         before = max((group.get("step", 0) for group in self.param_groups), default=0)
-        self.halves.step(self.param_groups, self.state)
+        yield from self.halves.turns(self.param_groups, self.state)
         if not self._in_tensors:  # FusedAdam counts in its groups, but skips groups without a tensor of its own
             for group in self.param_groups:
                 group["step"] = before + 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..core.exchange import ended
 from ..core.layout import Index, Shard, cut_shards
 from ..core.orthogonalize import NewtonSchulz
 from ..core.plan import Plan
@@ -239,9 +240,9 @@ def count(call: PlannedCall, plan: Plan, rank: int, newton_schulz: NewtonSchulz,
         for p in update.tensors:
             p.grad = torch.empty_like(p)
         groups = [{"lr": 0.5, "weight_decay": 0.5, "momentum": 0.5, "nesterov": True}] * len(momenta)
-        update.step(groups, momenta)  # finds what later steps keep
+        ended(update.turns(groups, momenta))  # finds what later steps keep
         with Counter() as counter:
-            update.step(groups, momenta)
+            ended(update.turns(groups, momenta))
     return replace(counter.counts, held=sum(shard.where.numel for shard in shards))
 
 

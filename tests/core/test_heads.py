@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import muon_plugin
+from muon_plugin.core.exchange import ended
 from muon_plugin.core.heads import GATE, KEY, QUERY, VALUE, Heads, Part, known_heads
 from muon_plugin.core.layout import Shard, pieces
 from muon_plugin.core.places import places
@@ -281,7 +282,7 @@ def test_many_heads_are_few_kernels():
         def write(runs: Any, *_: Any) -> None:
             counts["write"] += len(runs)
 
-        update._exchange.run(read, write)
+        ended(update._exchange.run(read, write))
         assert len(update.matrices) == (3 * heads if per_head else 3)
         return counts["read"] + counts["write"]
 

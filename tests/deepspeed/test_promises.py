@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from muon_plugin.core.exchange import ended
 from tests.support.combinations import covering
 from tests.support.counted import bytes_sent
 from tests.support.deepspeed_runs import interrupted, overflow
@@ -131,7 +132,7 @@ def counted_bytes(rank: int, settings: dict[str, Any]) -> tuple[int, tuple[int, 
     engine.backward(engine(0, 0, rank, dist.get_world_size(), 1))
     with bytes_sent() as sent:
         for exchange in (update._exchange for update in muon.halves.muon.updates):
-            exchange.run(lambda *_: None, lambda *_: None)
+            ended(exchange.run(lambda *_: None, lambda *_: None))
     (plan,) = muon.plans
     matrices = muon.halves.muon.updates[0].matrices
     cut = sum(m.numel for m, r in zip(matrices, plan.routes) if any(rank != r.owner for rank, _ in r.holders))
