@@ -24,8 +24,9 @@ TOLERANCE = 1.02
 SEARCH = 6
 #: Elements of the matrices sent in a round that one rank holds (2 bytes each, twice): bounds the buffers.
 ROUND_ELEMENTS = 64 * 2**20
-#: Rounds of broadcasts, with which nothing overlaps but what their sender computes for the next.
-BROADCASTS = 4
+#: Rounds to overlap, where each of them gathers so many elements: smaller ones cost more in latency than they hide, and
+#: have fewer matrices of one shape at a time. Broadcasts overlap with what their owner computes for the next one.
+ROUNDS, WORTHWHILE = 4, 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,10 @@ def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> int:
     loads = [sum(matrices[i].numel for i in mine) for mine in of_owner.values()]
     broadcast = any(route.everywhere for route in routes)
     most = sum(loads) if broadcast else max(loads, default=0)
-    # One round of what is gathered, if it fits: more matrices of one shape at a time, and fewer messages.
-    least = min(BROADCASTS, max(map(len, of_owner.values()), default=0)) if broadcast else 1
-    rounds = max(-(-most // ROUND_ELEMENTS), least) if loads else 0
+    rounds = min(ROUNDS, max(map(len, of_owner.values()), default=0))
+    if not broadcast:
+        rounds = min(rounds, -(-most // WORTHWHILE))
+    rounds = max(rounds, -(-most // ROUND_ELEMENTS))
     for mine, total in zip(of_owner.values(), loads):
         done = 0
         for number in mine:
