@@ -87,9 +87,7 @@ def average(momenta: Sequence[tuple[Tensor, Tensor, float]], together: bool | No
             torch._foreach_lerp_(into, gradients, weight)
 
 
-def pack(
-    runs: Iterable[Run], sources: Sequence[Source | None], flat: Tensor, together: bool | None = None
-) -> None:
+def pack(runs: Iterable[Run], sources: Sequence[Source | None], flat: Tensor, together: bool | None = None) -> None:
     """Writes the direction of each run to its place in a bf16 buffer; zeros for tensors without a source.
 
     Args:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from muon_plugin.core import messages, plan
 from tests.support.combinations import covering
 from tests.support.integers import IntegerModel, build, config, differing, train, trained, weights
 
@@ -24,6 +26,25 @@ def reference(ranks):
 def test_ten_steps_end_in_the_same_bits(ranks, reference, dtype, stage, world, gas):
     for rank, found in enumerate(ranks(world).run(trained, config(stage, dtype, gas))):
         assert differing(found, reference[dtype]) == [], f"rank {rank}"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_rounds_and_batches_of_messages_change_no_bit(ranks, reference, stage):
+    """Models as small as this one are exchanged in one round, and no rank has more than 256 messages."""
+    everyone = ranks(4).run(in_small_rounds, config(stage))
+    assert max(rounds for _, rounds in everyone) == 4
+    for found, _ in everyone:
+        assert differing(found, reference["fp32"]) == []
+
+
+def in_small_rounds(rank: int, settings: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    with mock.patch.object(plan, "WORTHWHILE", 1), mock.patch.object(messages, "MOST", 2):
+        engine = build(rank, settings, IntegerModel())
+        train(engine, rank, 10)
+    rounds = max(plan.rounds for plan in engine.basic_optimizer.plans)
+    found = weights(engine)
+    engine.destroy()
+    return found, rounds
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
