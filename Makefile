@@ -50,12 +50,8 @@ bench-megatron: .venv/emerging_optimizers  ## Megatron 0.19.2's own Muon, ours a
 	$(BIN)/python benchmarks/megatron_muon.py
 	$(BIN)/python benchmarks/into_readme.py
 
-gpu: .venv/gpu  ## the checks and the benchmarks on CUDA devices
-	env -u DS_ACCELERATOR REQUIRE_RELEASES=1 $(BIN)/python -m pytest tests/gpu
-	env -u DS_ACCELERATOR $(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.md
-	env -u DS_ACCELERATOR $(BIN)/python benchmarks/deepspeed_muon.py --device cuda
-	env -u DS_ACCELERATOR $(BIN)/python benchmarks/megatron_muon.py --device cuda
-	$(BIN)/python benchmarks/into_readme.py
+gpu: .venv/gpu  ## the checks and the measurements on CUDA devices, in parts that resume (docs/gpu.md); PART=bits for one
+	$(BIN)/python benchmarks/gpu.py $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf .venv runs build *.egg-info

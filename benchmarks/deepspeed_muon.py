@@ -11,6 +11,7 @@ operators that really run; peak memory on the CPU comes from separate runs, one 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -19,19 +20,34 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import device
 import torch
 import torch.distributed as dist
-from device import DEVICE, shown
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-HIDDEN, LAYERS, VOCABULARY, TOKENS = (512, 8, 8192, 128) if DEVICE == "cpu" else (2048, 8, 32768, 2048)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.device import finish, machine, result, shown
+from benchmarks.parts.profiles import profiled
+
+
+@dataclass(frozen=True)
+class Sizes:
+    hidden: int
+    layers: int
+    vocabulary: int
+    tokens: int
+
+
+SIZES = {"cpu": Sizes(512, 8, 8192, 128), "cuda": Sizes(2048, 8, 32768, 2048), "tiny": Sizes(32, 1, 64, 8)}
 KINDS = {
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "built-in Muon": {"type": "Muon", "params": {"lr": 1e-3}},
@@ -41,12 +57,12 @@ KINDS = {
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.o = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.up = nn.Linear(HIDDEN, 4 * HIDDEN, bias=False)
-        self.down = nn.Linear(4 * HIDDEN, HIDDEN, bias=False)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.o = nn.Linear(hidden, hidden, bias=False)
+        self.up = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.down = nn.Linear(4 * hidden, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
@@ -57,10 +73,10 @@ class Layer(nn.Module):
 class GPT(nn.Module):
     """29.4M parameters, on a GPU 470M; the embedding is the output head too."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.embed = nn.Embedding(sizes.vocabulary, sizes.hidden)
+        self.layers = nn.ModuleList(Layer(sizes.hidden) for _ in range(sizes.layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -108,7 +124,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def build(kind: str) -> Any:
+def build(kind: str, sizes: Sizes) -> Any:
     import deepspeed
 
     import muon_plugin
@@ -121,9 +137,9 @@ def build(kind: str) -> Any:
         "steps_per_print": 10**9,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 1},
-        "optimizer": KINDS[kind],
+        "optimizer": copy.deepcopy(KINDS[kind]),  # DeepSpeed removes torch_adam
     }
-    engine, *_ = deepspeed.initialize(model=GPT(), config=settings)
+    engine, *_ = deepspeed.initialize(model=GPT(sizes), config=settings)
     return engine
 
 
@@ -131,12 +147,17 @@ def step(engine: Any, tokens: Tensor) -> float:
     """One forward, backward and step; seconds of backward and step."""
     loss = engine(tokens)
     dist.barrier()
-    device.finish()
+    finish()
     start = time.perf_counter()
     engine.backward(loss)
     engine.step()
-    device.finish()
+    finish()
     return time.perf_counter() - start
+
+
+def backward(engine: Any, tokens: Tensor) -> None:
+    engine.backward(engine(tokens))
+    finish()
 
 
 def state_bytes(engine: Any) -> int:
@@ -157,30 +178,46 @@ def counts(engine: Any, tokens: Tensor) -> dict[str, Any]:
     return {"sent": dict(sent.sent), "flops": flops.get_total_flops()}
 
 
-def worker(kinds: list[str], rounds: int, out: Path) -> None:
-    torch.set_num_threads(1)
-    import deepspeed
+def measure(rank: int, kinds: Sequence[str], sizes: Sizes, device: str, rounds: int, trace: Path | None = None) -> Any:
+    """Every engine once a round, in turn; then what a step counts, and a profile of the engine's step.
 
-    if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if DEVICE == "cuda" else "gloo")
-    tokens = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(dist.get_rank()))
-    tokens = tokens.to(DEVICE)
+    Args:
+        trace: a folder for rank 0's traces.
+    """
+    tokens = torch.randint(sizes.vocabulary, (1, sizes.tokens), generator=torch.Generator().manual_seed(rank))
+    tokens = tokens.to(device)
     engines, peaks = {}, {}
     for kind in kinds:
-        before = _allocated()
-        engines[kind] = build(kind)
+        before = _allocated(device)
+        engines[kind] = build(kind, sizes)
         for _ in range(2):  # compile, allocate
             step(engines[kind], tokens)
-        peaks[kind] = _peak() - before
+        peaks[kind] = _peak(device) - before
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, engine in engines.items():
             times[kind].append(step(engine, tokens))
-    mine = {
-        kind: {"times": times[kind], "state": state_bytes(engine), "peak": peaks[kind], **counts(engine, tokens)}
-        for kind, engine in engines.items()
-    }
+    found = {}
+    for kind, engine in engines.items():
+        found[kind] = {
+            "times": times[kind],
+            "state": state_bytes(engine),
+            "peak": peaks[kind],
+            **counts(engine, tokens),
+        }
+        file = trace / f"deepspeed {kind}.json.gz".replace(" ", "_") if trace is not None and rank == 0 else None
+        found[kind]["profile"] = profiled(engine.step, device, file, before=partial(backward, engine, tokens))
+    return found
+
+
+def worker(kinds: list[str], rounds: int, out: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    import deepspeed
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo")
+    mine = measure(dist.get_rank(), kinds, SIZES[device], device, rounds)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
@@ -188,32 +225,34 @@ def worker(kinds: list[str], rounds: int, out: Path) -> None:
     dist.barrier()
 
 
-def _allocated() -> int:
+def _allocated(device: str) -> int:
     """Bytes on the GPU that are not the next engine's, whose peak counts from here."""
-    if DEVICE == "cpu":
+    if device == "cpu":
         return 0
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 
 
-def _peak() -> int:
+def _peak(device: str) -> int:
     """Bytes at most: on the GPU since `_allocated`, on the CPU of the process."""
     on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else on_cpu
+    return torch.cuda.max_memory_allocated() if device == "cuda" else on_cpu
 
 
-def launch(ranks: int, kinds: list[str], rounds: int, out: Path) -> list[dict[str, Any]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": DEVICE}
+def launch(ranks: int, kinds: list[str], rounds: int, out: Path, device: str) -> list[dict[str, Any]]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__]
-    command += ["--worker", *kinds, "--rounds", str(rounds), "--out", str(out)]
+    command += ["--worker", *kinds, "--rounds", str(rounds), "--out", str(out), "--device", device]
     subprocess.run(command, env=environment, check=True)
     return json.loads(out.read_text())
 
 
-def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int]) -> list[str]:
+def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int], device: str) -> list[str]:
     """Markdown: the slowest rank's medians, and what Muon adds to AdamW as a share of what the built-in adds."""
-    seconds = {kind: max(statistics.median(rank[kind]["times"]) for rank in found) for kind in KINDS}
-    added = {kind: seconds[kind] - seconds["AdamW"] for kind in KINDS}
+    kinds = list(found[0])
+    seconds = {kind: max(statistics.median(rank[kind]["times"]) for rank in found) for kind in kinds}
+    added = {kind: seconds[kind] - seconds["AdamW"] for kind in kinds}
+    rival = added.get("built-in Muon")
     forward_backward = min(rank["AdamW"]["flops"] for rank in found)
     rows = [
         f"**{ranks} ranks**",
@@ -222,52 +261,54 @@ def table(ranks: int, found: list[dict[str, Any]], peaks: dict[str, int]) -> lis
         "Newton-Schulz, all ranks (busiest) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for kind in KINDS:
+    for kind in kinds:
         flops = [rank[kind]["flops"] - forward_backward for rank in found]
         sent = max(sum(rank[kind]["sent"].values()) for rank in found)
-        extra = [shown(added[kind]), f"{added[kind] / added['built-in Muon']:.2f}"] if kind != "AdamW" else ["", ""]
+        extra = ["", ""]
+        if kind != "AdamW":
+            extra = [shown(added[kind], device), f"{added[kind] / rival:.2f}" if rival else ""]
         newton_schulz = f"{sum(flops) / 1e9:.1f} ({max(flops) / 1e9:.1f}) GFLOP" if kind != "AdamW" else ""
         state = max(rank[kind]["state"] for rank in found)
         rows.append(
-            f"| {kind} | {shown(seconds[kind])} | {extra[0]} | {extra[1]} | {sent / 1e6:.2f} MB | "
+            f"| {kind} | {shown(seconds[kind], device)} | {extra[0]} | {extra[1]} | {sent / 1e6:.2f} MB | "
             f"{state / 1e6:.1f} MB | {peaks[kind] / 2**20:.0f} MiB | {newton_schulz} |"
         )
-    operations = sorted({name for kind in KINDS for name in found[0][kind]["sent"] if found[0][kind]["sent"][name]})
+    operations = sorted({name for kind in kinds for name in found[0][kind]["sent"] if found[0][kind]["sent"][name]})
     rows += ["", f"Sent by rank 0 a step, MB, by operation ({', '.join(operations)}):"]
-    for kind in KINDS:
+    for kind in kinds:
         rows.append(f"{kind}: " + ", ".join(f"{found[0][kind]['sent'].get(o, 0) / 1e6:.2f}" for o in operations) + ".")
     return [*rows, ""]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, nargs="+", help="(default: 2 and 4; on CUDA as many as there are GPUs)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="(default: deepspeed_muon.md or deepspeed_muon_gpu.md in results)")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    device = options.device
     if options.worker:
-        worker(options.worker, options.rounds, options.out)
+        worker(options.worker, options.rounds, options.out, device)
         return
-    device.on(options.device)
     import deepspeed
 
-    options.out = options.out or device.result("deepspeed_muon")
-    options.ranks = options.ranks or ([2, 4] if DEVICE == "cpu" else [torch.cuda.device_count()])
+    options.out = options.out or result("deepspeed_muon", device)
+    options.ranks = options.ranks or ([2, 4] if device == "cpu" else [torch.cuda.device_count()])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = options.out.with_suffix(".json")
-    machine = f"{device.machine()}, torch {torch.__version__}, DeepSpeed {deepspeed.__version__}"
+    where = f"{machine(device)}, torch {torch.__version__}, DeepSpeed {deepspeed.__version__}"
     rows = [
-        f"{time.strftime('%Y-%m-%d')}, {machine}, bf16, ZeRO-1, one thread a rank, median of {options.rounds} rounds.",
+        f"{time.strftime('%Y-%m-%d')}, {where}, bf16, ZeRO-1, one thread a rank, median of {options.rounds} rounds.",
         "",
     ]
     raw = {}
     for ranks in options.ranks:
-        found = raw[str(ranks)] = launch(ranks, list(KINDS), options.rounds, scratch)
-        alone = {kind: found if DEVICE == "cuda" else launch(ranks, [kind], 2, scratch) for kind in KINDS}
+        found = raw[str(ranks)] = launch(ranks, list(KINDS), options.rounds, scratch, device)
+        alone = {kind: found if device == "cuda" else launch(ranks, [kind], 2, scratch, device) for kind in KINDS}
         peaks = {kind: max(rank[kind]["peak"] for rank in alone[kind]) for kind in KINDS}
-        rows += table(ranks, found, peaks)
+        rows += table(ranks, found, peaks, device)
     scratch.write_text(json.dumps(raw))
     options.out.write_text("\n".join(rows))
     print("\n".join(rows))

@@ -1,299 +1,251 @@
-"""Newton-Schulz on one device: time against others' iterations, share of the device's own matrix rate, accuracy.
+"""The checks and measurements on a GPU, in parts; docs/gpu.md says what each gives.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu.md
-    python benchmarks/gpu.py --device cpu        # the same code on small shapes
+    python benchmarks/gpu.py                                # all parts, 8 minutes each at most
+    python benchmarks/gpu.py --part bits --minutes 5
+    python benchmarks/gpu.py --device cpu --size tiny       # the same code in seconds, without a GPU
 
-All competitors run in one process on the same bf16 matrices, in alternating rounds: a drifting clock touches them all.
+Each part writes what it finds to OUT/PART.jsonl while it runs, and goes on there when it is started again. A case that
+fails, or ends its process, is written down and does not stop the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import hashlib
+import importlib
 import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from functools import partial
+import traceback
+from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from muon_plugin.core.settings import Settings
+from benchmarks.parts.record import FINAL, Case, Progress, Record, Setup, pending  # noqa: E402
 
-#: ROWSxCOLS or ROWSxCOLSxBATCH
-SHAPES = {"cuda": "1024x1024,2048x1408x64,2048x8192,4096x4096,4096x16384", "cpu": "64x64,48x40x4,64x256,256x64"}
-RATE_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (256, 512, 1024)}
-SMALL = (256, 640)  # where the device's result is compared with the CPU's
-TORCHS = "torch.optim.Muon"
-ROUNDS = 7
-#: torch.compile with CUDA graphs, in gram-newton-schulz, compiles at the first call and records at the next two.
-WARM_UP = 4
-#: SVDs in float64 are taken up to this short side, and as long as one is foretold to take no longer than this.
-SVD_SHORT_SIDE, SVD_SECONDS = 4096, 15.0
-
-Iteration = Callable[[Tensor], Any]  # (batch, rows, cols) to (batch, rows, cols) or a list of matrices
+#: In the order of their value. Each module has `cases(setup, opened)`, where `opened` is closed when all have
+#: run, and `report(setup, found, on)`: Markdown.
+PARTS = {name: f"benchmarks.parts.{name}" for name in ("bits", "newton_schulz", "steps", "paper")}
+MINUTES = 8.0
+#: Exit code of a worker whose device can no longer be used: a new process goes on.
+BROKEN_DEVICE = 75
+#: Releases on which results depend.
+PACKAGES = ("torch", "triton", "deepspeed", "quack-kernels", "gram-newton-schulz", "transformers")
 
 
-@dataclass
-class Competitor:
-    """One implementation at one shape; `run` is None, or `why` is set later, where it cannot run."""
+def environment(setup: Setup) -> dict[str, Any]:
+    """What results depend on: those of another one do not count."""
+    there = {name: _release(name) for name in PACKAGES}
+    name, gpus = f"{platform.machine()}, CPU", 0
+    if setup.device == "cuda":
+        import torch
 
-    name: str
-    run: Iteration | None
-    flops: int | None = None
-    why: str = ""
-    seconds: list[float] = field(default_factory=list)
-
-    def fail(self, error: Exception) -> None:
-        """Says in a few words why there is no number."""
-        text = " ".join(str(error).split()).replace("|", "/")[:60]
-        missing = error.name if isinstance(error, ImportError) else None
-        self.run, self.why = None, f"not installed: {missing}" if missing else f"{type(error).__name__}: {text}"
-
-
-@dataclass(frozen=True)
-class Shape:
-    rows: int
-    cols: int
-    batch: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.cols}" + (f", batch of {self.batch}" if self.batch > 1 else "")
-
-    def draw(self, device: torch.device) -> Tensor:
-        generator = torch.Generator(device).manual_seed(0)
-        size = (self.batch, self.rows, self.cols)
-        return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
+        name, gpus = torch.cuda.get_device_name(), torch.cuda.device_count()
+    return {
+        "device": name,
+        "gpus": gpus,
+        "size": setup.size,
+        "python": platform.python_version(),
+        **{name: release for name, release in there.items() if release},
+        "muon_plugin": _digest(ROOT / "muon_plugin"),
+    }
 
 
-def competitors(shape: Shape, device: torch.device) -> list[Competitor]:
-    """Ours in its forms, torch's, and gram-newton-schulz's, all with our default coefficients."""
-    default = Settings().newton_schulz
-    forms = [replace(default, method=method) for method in ("auto", "standard", "gram")]
-    found = [Competitor(form.method, form, shape.batch * form.flops(shape.rows, shape.cols)) for form in forms]
-    for name, build, flops in ((TORCHS, _torchs, found[1].flops), ("gram-newton-schulz", _gram_package, None)):
-        competitor = Competitor(name, None, flops)
+def _release(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _digest(folder: Path) -> str:
+    """Of the source code in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def work(part: ModuleType, setup: Setup, record: Record, until: float, again: bool = False) -> int:
+    """Runs what is left of a part's cases, as long as there is time to begin one; the worker's exit code.
+
+    Args:
+        until: in the time of `time.time()`.
+        again: those that failed too.
+    """
+    on = environment(setup)
+    if record.last_run() != on:
+        record.write(run=on)
+    for name, one in record.found(on).items():
+        if again and one.state in FINAL[1:]:
+            record.write(case=name, state="again")
+    with ExitStack() as opened:
+        cases = list(part.cases(setup, opened))
+        while (left := pending(cases, found := record.found(on))) and time.time() < until:
+            before = found[left[0].name].partial if left[0].name in found else []
+            if not attempt(left[0], record, before) and setup.device == "cuda" and not usable():
+                return BROKEN_DEVICE
+    record.write(left=[case.name for case in left])
+    return 0
+
+
+def attempt(case: Case, record: Record, before: list[dict[str, Any]]) -> bool:
+    """Runs a case and writes down how it ended; whether it passed."""
+    record.write(case=case.name, state="began")
+    print(f"  {case.name} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    try:
+        found = case.run(Progress(lambda value: record.write(case=case.name, state="partial", value=value), before))
+    except Exception as error:
+        value = {"error": f"{type(error).__name__}: {error}"[:4000], "trace": traceback.format_exc()[-2000:]}
+        state = "failed"
+    else:
+        value, state = found, "passed"
+    seconds = round(time.perf_counter() - start, 2)
+    record.write(case=case.name, state=state, seconds=seconds, value=value)
+    print(f"{state} in {seconds:.1f} s" + (f": {value['error'][:300]}" if state == "failed" else ""), flush=True)
+    return state == "passed"
+
+
+def usable() -> bool:
+    """Whether this process can still use its GPU: after an illegal access it cannot."""
+    import torch
+
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run_part(name: str, setup: Setup, minutes: float, again: bool = False) -> Record:
+    """Runs a part in processes of its own, and stops it at the time limit."""
+    record = Record(setup.out / f"{name}.jsonl")
+    until = time.time() + 60 * minutes
+    print(f"{name}:", flush=True)
+    while time.time() < until:
+        command = [sys.executable, __file__, "--worker", PARTS[name], "--device", setup.device, "--size", setup.size]
+        command += ["--out", str(setup.out), "--until", str(until), *(["--again"] if again else [])]
+        again = False  # once
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
         try:
-            competitor.run = build(default.coefficients, device)
-        except Exception as error:  # not installed, or not for this device
-            competitor.fail(error)
-        found.append(competitor)
-    return found
+            code = process.wait(timeout=until - time.time())
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+        if code == 0:
+            break
+        if code == BROKEN_DEVICE:
+            continue
+        running = record.running()
+        if code is None:
+            if running is not None:
+                record.write(case=running, state="late")
+            print(f"  stopped after {minutes:g} minutes; start it again to go on", flush=True)
+            break
+        why = f"the process ended with {-code and signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        print(f"  {why}", flush=True)
+        if running is None:  # not a case: the part itself
+            record.write(part=name, state="failed", value={"error": why})
+            break
+        record.write(case=running, state="died", value={"error": why})
+    _report(name, setup, record)
+    return record
 
 
-def _torchs(coefficients: Sequence[tuple[float, float, float]], device: torch.device) -> Iteration:
-    from torch.optim._muon import _zeropower_via_newtonschulz
-
-    (triple,) = set(coefficients)  # torch's iteration has one triple for all steps
-    return lambda x: [_zeropower_via_newtonschulz(matrix, triple, len(coefficients), 1e-7) for matrix in x]
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _gram_package(coefficients: Sequence[tuple[float, float, float]], device: torch.device) -> Iteration:
-    from gram_newton_schulz import GramNewtonSchulz
-
-    # A new one for each shape, and nothing left of the last: else torch.compile goes over to kernels for any shape.
-    torch._dynamo.reset()
-    options: dict[str, Any] = {"ns_coefficients": [list(triple) for triple in coefficients]}
-    if device.type == "cpu":
-        options |= {"ns_use_kernels": False, "compile_kwargs": None}  # its kernels are for Hopper and Blackwell
-    return GramNewtonSchulz(**options)
+def _end(process: subprocess.Popen) -> None:
+    """With all that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
 
 
-def elapsed(run: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Seconds a call, over `calls` calls one after the other."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-    begin = time.perf_counter()
-    if events:
-        torch.cuda.synchronize()
-        events[0].record()
-    for _ in range(calls):
-        run()
-    if not events:
-        return (time.perf_counter() - begin) / calls
-    events[1].record()
-    events[1].synchronize()
-    return events[0].elapsed_time(events[1]) / 1e3 / calls
+def _report(name: str, setup: Setup, record: Record) -> None:
+    """OUT/PART.md; an error there must not cost what was measured, nor the next part."""
+    try:
+        if record.found():
+            text = importlib.import_module(PARTS[name]).report(setup, record.found(), record.last_run() or {})
+            (setup.out / f"{name}.md").write_text(text)
+    except Exception:
+        traceback.print_exc()
 
 
-def calls_for(run: Callable[[], Any], seconds: float, device: torch.device) -> int:
-    """How many calls of a round make all rounds take about `seconds`; warms up on the way."""
-    for _ in range(WARM_UP):
-        run()
-    return max(1, int(seconds / ROUNDS / max(elapsed(run, 1, device), 1e-7)))
+def summary(names: list[str], setup: Setup) -> tuple[str, bool]:
+    """What the parts have come to, in a few lines, and whether everything has passed."""
+    lines, good = [], True
+    for name in names:
+        record = Record(setup.out / f"{name}.jsonl")
+        found = record.found()
+        last = next(reversed(list(record.lines())), {})
+        bad = {case: one for case, one in found.items() if one.state in FINAL[1:]}
+        passed = sum(one.state == "passed" for one in found.values())
+        left = f"{len(last['left'])} left" if "left" in last else "stopped before the end"
+        lines.append(f"{name}: {passed} passed, {len(bad)} failed, {left}")
+        lines += [f"    {case}: {one.state}: {one.value.get('error', '')[:200]}" for case, one in bad.items()]
+        lines += [f"    {last['value']['error']}"] if "part" in last else []
+        good = good and not bad and last.get("left") == []
+    return "\n".join(lines), good
 
 
-def time_all(entrants: Sequence[Competitor], x: Tensor, seconds: float) -> None:
-    """Times those that can run, in alternating rounds. Ours and torch's scale x in place, to norm 1: harmless."""
-    calls: dict[str, int] = {}
-    for one in entrants:
-        if (run := one.run) is not None:
-            try:
-                calls[one.name] = calls_for(partial(run, x), seconds, x.device)
-            except Exception as error:  # a package that does not know this device, or a lack of memory
-                one.fail(error)
-    for _ in range(ROUNDS):
-        for one in entrants:
-            if (run := one.run) is not None:
-                one.seconds.append(elapsed(partial(run, x), calls[one.name], x.device))
-
-
-def matrix_rate(device: torch.device, seconds: float) -> tuple[float, int]:
-    """The best bf16 FLOP/s of torch.mm over a few sizes, and the size."""
-    rates = []
-    for size in RATE_SIZES[device.type]:
-        a, b = (Shape(size, size).draw(device)[0] for _ in range(2))
-        run = partial(torch.mm, a, b, out=torch.empty_like(a))
-        calls = calls_for(run, seconds, device)
-        rates.append((2 * size**3 / median(elapsed(run, calls, device) for _ in range(ROUNDS)), size))
-    return max(rates)
-
-
-def polynomial(matrix: Tensor) -> Tensor:
-    """The iteration in float64, on the matrix's device."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.mT if tall else matrix).double()
-    x = x / x.norm()
-    for a, b, c in Settings().newton_schulz.coefficients:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
-
-
-def polar_factor(matrix: Tensor) -> Tensor:
-    """U V^T in float64. A long matrix is made square by QR first: the polar factor of Q R is Q times that of R."""
-    wide = matrix.shape[0] < matrix.shape[1]
-    q, r = torch.linalg.qr((matrix.mT if wide else matrix).double())
-    u, _, vh = torch.linalg.svd(r)
-    return (q @ u @ vh).mT if wide else q @ u @ vh
-
-
-class Polars:
-    """Polar factors while they are affordable; the cost of an SVD is foretold from the last one's, cubically."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0  # of the last SVD, over its short side cubed
-
-    def of(self, matrix: Tensor) -> Tensor | str:
-        """The factor, or why there is none."""
-        short = min(matrix.shape)
-        foretold = self._seconds * short**3
-        if short > SVD_SHORT_SIDE or foretold > SVD_SECONDS:
-            return f"left out: short side over {SVD_SHORT_SIDE}, or SVD over {SVD_SECONDS:.0f} s"
-        begin = time.perf_counter()
-        try:
-            found = polar_factor(matrix)
-            float(found[0, 0])  # waits for the device
-        except RuntimeError as error:  # out of memory, or no convergence
-            return f"left out: {type(error).__name__}"
-        self._seconds = (time.perf_counter() - begin) / short**3
-        return found
-
-
-def accuracies(entrants: Sequence[Competitor], x: Tensor, polars: Polars) -> list[list[str]]:
-    """For each that can run: its error on the first matrix against the polynomial and against the polar factor."""
-    references = [polynomial(x[0]), polars.of(x[0])]
-    rows = []
-    for one in entrants[1:]:  # auto is one of the two after it
-        cells = [one.why, "-"]
-        if one.run is not None:
-            found = one.run(x.clone())[0].double()
-            cells = [r if isinstance(r, str) else f"{float((found - r).norm() / r.norm()):.2%}" for r in references]
-        rows.append([one.name, *cells])
-    return rows
-
-
-def against_cpu(device: torch.device) -> str:
-    """The largest difference between the device's result and the CPU's."""
-    x = Shape(*SMALL).draw(torch.device("cpu"))
-    parts = []
-    for method in ("standard", "gram"):
-        form = replace(Settings().newton_schulz, method=method)
-        there, here = form(x.to(device, copy=True))[0].cpu().float(), form(x.clone())[0].float()
-        parts.append(f"{method} {float((there - here).abs().max()):.1e}, entries up to {float(here.abs().max()):.2f}")
-    return f"Largest difference between {device.type} and CPU at {SMALL[0]}x{SMALL[1]}: {'; '.join(parts)}."
-
-
-def time_row(shape: Shape, entrants: Sequence[Competitor], rate: float) -> list[str]:
-    cells = [str(shape)]
-    for one in entrants:
-        seconds = median(one.seconds or [1.0])  # no seconds: `why` is shown
-        share = f", {one.flops / seconds / rate:.0%}" if one.flops is not None else ""
-        cells.append(f"{seconds * 1e3:.3f} ms{share}" if one.seconds else one.why)
-    ours, torchs = (next(one.seconds for one in entrants if one.name == name) for name in ("auto", TORCHS))
-    return [*cells, f"{median(torchs) / median(ours):.2f}" if ours and torchs else "-"]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def device_line(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    package = next(iter(importlib.metadata.distributions(name="gram-newton-schulz")), None)
-    rival = f"gram-newton-schulz {package.version if package else 'not installed'}"
-    return f"{name}; torch {torch.__version__}; {rival}; {datetime.now(timezone.utc).date()}"
-
-
-def measure(shapes: Sequence[Shape], device: torch.device, seconds: float) -> str:
-    """The whole report, in Markdown."""
-    rate, size = matrix_rate(device, seconds)
-    polars, times, errors, spreads = Polars(), [], [], []
-    for shape in shapes:
-        entrants = competitors(shape, device)
-        time_all(entrants, shape.draw(device), seconds)
-        times.append(time_row(shape, entrants, rate))
-        spreads += [(max(s) - min(s)) / median(s) for one in entrants if (s := one.seconds)]
-        errors += [[str(shape), *row] for row in accuracies(entrants, shape.draw(device), polars)]
-        print(" | ".join(times[-1]), flush=True)
-        del entrants  # with what they compiled and recorded
-        torch.cuda.empty_cache()  # nothing, on CPU
-    columns = ["auto", "standard", "gram", TORCHS, "gram-newton-schulz"]
-    return f"""# Newton-Schulz on one device
-
-{device_line(device)}
-
-Written by `benchmarks/gpu.py`; bf16, {Settings().ns_steps} steps, default coefficients, matrices of normal numbers.
-
-## Time
-
-A call on the whole batch: median of {ROUNDS} alternating rounds (within a cell they spread by up to \
-{max(spreads, default=0):.0%}). Ours: auto (the form with fewer FLOPs), standard, gram. Percent: FLOPs of the form's \
-products over time, as a share of this device's own bf16 rate, {rate / 1e12:.3g} TFLOP/s (best torch.mm: \
-{size}x{size}). torch's counts as the standard form; gram-newton-schulz has symmetric kernels and is not counted.
-
-{table(["shape", *columns, f"{TORCHS} / auto"], times)}
-
-## Accuracy
-
-Relative error (Frobenius) of one matrix. The polynomial: the same iteration in float64. The polar factor: U V^T of \
-the SVD in float64, which these coefficients come near to and do not reach.
-
-{table(["shape", "iteration", "against the polynomial", "against the polar factor"], errors)}
-
-{against_cpu(device)}
-"""
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="(default: all, in this order)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--size", choices=("full", "tiny"), help="(default: full on cuda, tiny on the CPU)")
+    parser.add_argument("--out", type=Path, help="(default: benchmarks/results/gpu; runs/gpu_on_cpu on the CPU)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of each part at most (default: %(default)g)")
+    parser.add_argument("--again", action="store_true", help="run again what has failed, too")
+    parser.add_argument("--new", action="store_true", help="remove the results that are there, and begin anew")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.size = args.size or ("full" if args.device == "cuda" else "tiny")
+    default = "benchmarks/results/gpu" if args.device == "cuda" else "runs/gpu_on_cpu"
+    args.out = (args.out or ROOT / default).resolve()
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shapes", help="ROWSxCOLS or ROWSxCOLSxBATCH, comma-separated")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each measurement, all rounds together")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks/gpu.py: there is no CUDA device here, so nothing was measured")
-        return
-    shapes = [Shape(*map(int, shape.split("x"))) for shape in (args.shapes or SHAPES[args.device]).split(",")]
-    report = measure(shapes, torch.device(args.device), args.seconds)
-    print("\n" + report)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(report)
+    args = parse_args()
+    setup = Setup(args.device, args.size, args.out)
+    if args.worker:
+        # A hang of ranks costs four minutes and not the part; a release that is missing is an error and not skipped.
+        os.environ |= {"DS_ACCELERATOR": args.device, "RANKS_TIMEOUT": "240", "REQUIRE_RELEASES": "1"}
+        name = args.worker.rpartition(".")[2]
+        part = importlib.import_module(args.worker)
+        sys.exit(work(part, setup, Record(args.out / f"{name}.jsonl"), args.until, args.again))
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("benchmarks/gpu.py: there is no CUDA device here; --device cpu runs the same code on small sizes")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.new:
+        for name in args.part:
+            (args.out / f"{name}.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(args.out / name, ignore_errors=True)
+    for name in args.part:
+        run_part(name, setup, args.minutes, args.again)
+    text, good = summary(args.part, setup)
+    print("\n" + text)
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

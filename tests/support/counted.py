@@ -1,4 +1,4 @@
-"""Bytes counted at the collectives that really run."""
+"""What is counted at the operators that really run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextlib.contextmanager
@@ -34,3 +35,16 @@ def bytes_sent() -> Iterator[dict[str, int]]:
         yield sent
     finally:
         dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single = p2p, broadcast, all_to_all
+
+
+class Products(TorchDispatchMode):
+    """On which devices matrices are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] in ("mm", "bmm", "addmm", "baddbmm"):
+            self.devices.add(args[-1].device.type)
+        return func(*args, **(kwargs or {}))

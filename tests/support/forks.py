@@ -80,22 +80,28 @@ class Engine:
         deepspeed: the folder of a DeepSpeed, or None for the installed one.
         device: "cpu" or "cuda".
         clients: the folder of the libraries in `CLIENTS`, or None.
+        beside: a folder of further packages, which are found after all others, or None.
     """
 
     megatron: str | None = None
     deepspeed: str | None = None
     device: str = "cpu"
     clients: str | None = None
+    beside: str | None = None
 
     def prepare(self) -> None:
         """Imports all that ranks will need, and starts no thread."""
         sys.path[:0] = [folder for folder in (self.megatron, self.deepspeed, self.clients) if folder]
+        sys.path += [self.beside] if self.beside else []
         if self.clients:
             os.environ |= {"HF_HUB_OFFLINE": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}  # Arrow's own has a thread
         import torch
 
         torch.set_num_threads(1)
+        # On CUDA "auto" takes DeepSpeed's AdamW where DeepSpeed is imported, which a run under Megatron does not do.
         with suppress(ImportError):
+            if self.megatron and self.device == "cuda":
+                raise ImportError
             import deepspeed
 
             # Compiled at start otherwise, for inference alone; a killed build leaves a lock on which others wait.
@@ -339,13 +345,11 @@ def _rank(pipe: Connection, rank: int, size: int, store: str, engine: Engine) ->
     }
     if engine.device == "cuda":
         engine.prepare()
-    import torch
     import torch.distributed as dist
 
     backend = "gloo"
     if engine.device == "cuda":
-        backend = "nccl" if torch.cuda.device_count() >= size else backend
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        backend = _on_a_gpu(rank, size)
     if store:
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
@@ -359,6 +363,21 @@ def _rank(pipe: Connection, rank: int, size: int, store: str, engine: Engine) ->
         except BaseException as error:
             answer = pickle.dumps((False, (type(error).__name__, str(error)), traceback.format_exc()))
         pipe.send_bytes(answer)
+
+
+def _on_a_gpu(rank: int, size: int) -> str:
+    """Takes a GPU, of its own or together with others; the backend with which the ranks talk to each other."""
+    import torch
+
+    from tests.support import staged
+
+    gpus = torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(rank % gpus)  # DeepSpeed takes it for the number of the device
+    torch.cuda.set_device(rank % gpus)
+    if gpus >= size:
+        return "nccl"
+    staged.install()
+    return "gloo"
 
 
 class _Pickler(pickle.Pickler):

@@ -375,7 +375,7 @@ def full_masters(chunks: list[Any], optimizer: Any, layout: Layout) -> dict[str,
     from megatron.core import parallel_state as mpu
 
     for _, p, _ in named(chunks):
-        p.data = torch.zeros(p.shape)
+        p.data = torch.zeros(p.shape, device=p.device)
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue

@@ -70,10 +70,11 @@ class Ranks:
         device: str = "cpu",
         group: bool = True,
         clients: bool = False,
+        beside: str | None = None,
     ) -> None:
         """With `megatron`, the processes see that release of Megatron-Core; `deepspeed` likewise.
 
-        With `clients` they have imported the libraries that train with DeepSpeed.
+        With `clients` they have imported the libraries that train with DeepSpeed. They find packages in `beside`, too.
 
         Without `group`, torch.distributed is not initialized.
 
@@ -84,6 +85,7 @@ class Ranks:
             str(release(deepspeed, "deepspeed")) if deepspeed is not None else None,
             device,
             str(client_libraries()) if clients else None,
+            beside,
         )
         self.size, self._server = size, Server.of(engine)
         store = os.path.join(tempfile.mkdtemp(dir=session.folder()), "store") if group else ""
