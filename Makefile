@@ -9,7 +9,7 @@ export TORCH_RELEASES ?= $(CURDIR)/.venv/torch-releases
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint slurm other-torch bench bench-megatron gpu clean
+.PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint wheel slurm other-torch bench bench-megatron gpu clean
 
 train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; about 8 minutes on 2 cores
 	$(BIN)/python examples/llama/compare.py
@@ -42,6 +42,12 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+wheel: .venv/base  ## the wheel and the source distribution, in dist/, checked for the package index
+	$(BIN)/python -m pip install -q build twine
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 bench: .venv/dev  ## DeepSpeed's built-in Muon, ours and AdamW in one run; then the table in the README
 	$(BIN)/python benchmarks/deepspeed_muon.py
 	$(BIN)/python benchmarks/into_readme.py
@@ -54,7 +60,7 @@ gpu: .venv/gpu  ## the checks and the measurements on CUDA devices, in parts tha
 	$(BIN)/python benchmarks/gpu.py $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build dist *.egg-info
 
 .venv/base:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and f"Python 3.10 to 3.12 is needed, not {sys.version.split()[0]}: make PYTHON=python3.11 ...")'

@@ -1,10 +1,21 @@
-"""Muon, the optimizer of "Muon is Scalable for LLM Training", for DeepSpeed and Megatron-Core, and alone.
+"""Muon, the optimizer of "Muon is Scalable for LLM Training", for DeepSpeed, Megatron-Core and plain PyTorch.
 
-import muon_plugin
+Under an engine, its own configuration selects the optimizer after `register`::
 
-muon_plugin.register()                  # then "optimizer": {"type": "Muon", ...} in a DeepSpeed JSON,
-                                        # or --optimizer muon --use-distributed-optimizer under Megatron
-muon_plugin.Muon(model.named_parameters(), lr=1e-3)      # one process, or plain DDP
+    import muon_plugin
+    muon_plugin.register()      # DeepSpeed's JSON: "optimizer": {"type": "Muon", "params": {"lr": 4.2e-4}}
+                                # Megatron's arguments: --optimizer muon --use-distributed-optimizer
+
+``python -m muon_plugin SCRIPT ...`` does the same without a change of code. In one process or under plain DDP::
+
+    optimizer = muon_plugin.Muon(model.named_parameters(), model=model, lr=4.2e-4, weight_decay=0.1)
+
+Commands, each with ``--help``::
+
+    python -m muon_plugin.planner               # FLOPs, communication volume and memory of a run, before it starts
+    python -m muon_plugin.preflight             # whether a job of many nodes can start
+    python -m muon_plugin.metrics               # RMS and singular values of the matrices of a checkpoint
+    python -m muon_plugin.deepspeed.convert     # universal checkpoints
 """
 
 from __future__ import annotations
@@ -37,3 +48,8 @@ def __getattr__(name: str) -> Any:
 
         return largest_logits
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With the names that `__getattr__` imports: ``help(muon_plugin)`` documents them."""
+    return sorted({*globals(), *__all__})

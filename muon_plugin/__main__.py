@@ -21,7 +21,10 @@ def main() -> None:
         arguments = arguments[1:] + arguments[:1]
     module = bool(arguments) and arguments[0] == "-m"
     target = arguments[module : module + 1]
-    if not target or target[0] in ("-h", "--help"):
+    if target and target[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\n{__doc__}")
+        return
+    if not target:
         raise SystemExit(USAGE)
     if target[0].startswith("-"):
         raise SystemExit(f"{target[0]!r} is not a script or a module\n{USAGE}")

@@ -13,6 +13,10 @@ ENGINES = {"deepspeed": "deepspeed", "megatron": "megatron.core"}
 def register(*engines: str) -> None:
     """Hooks the installed engines, so that their own configuration selects this Muon. Calling it twice is harmless.
 
+    Call it on every rank before ``deepspeed.initialize`` or Megatron's ``get_megatron_optimizer``. It checks the
+    signatures of the engines' functions that it wraps, and replaces them in this process; the engines' files stay as
+    they are. `unregister` restores the functions.
+
     Args:
         *engines: "deepspeed", "megatron"; all that are installed where none is named.
 

@@ -61,7 +61,12 @@ class Muon(Optimizer):
         host: passed by an engine's hooks: the optimizer then waits for `attach`, and `step` does nothing until then.
         shapes: passed by an engine's hooks: the whole shape of each parameter that the engine has sharded, by name.
         unfreezes: passed by an engine's hooks: False where it leaves out for good what is frozen now.
-        **settings: see `muon_plugin.core.settings.Settings`: lr, weight_decay, momentum, ...
+        **settings: keyword arguments, all of them optional; `muon_plugin.core.settings.Settings` has their defaults and
+            says what each may be. Of both halves: ``lr``, ``weight_decay``. Of the matrices: ``muon_lr``, ``momentum``,
+            ``nesterov``, ``adjust_lr_fn`` (s above), ``ns_steps``, ``ns_coefficients``, ``ns_method``, ``ns_dtype``
+            (Newton-Schulz), ``offload``, ``per_head_muon``, ``qk_clip``. Of the rest: ``adam_lr``, ``betas``, ``eps``,
+            ``adamw``. Which is which: ``exclude`` (patterns of names that go to AdamW), ``split`` (how a fused
+            projection is cut into matrices).
 
     State, created on every rank before the first step: for tensors that hold matrices ``momentum_buffer``, fp32 and of
     the tensor's shape (under an engine the `host` names it); for the rest ``step``, ``exp_avg`` and ``exp_avg_sq``.
@@ -69,11 +74,33 @@ class Muon(Optimizer):
     Raises:
         ValueError: for an invalid setting or parameter, with the allowed values; on every rank, if any rank has one.
 
-    Example::
+    Example: a model that learns which token follows which. Muon trains ``up`` and ``down``, AdamW the embedding, the
+    head and the biases::
 
-        optimizer = muon_plugin.Muon(model.named_parameters(), lr=4.2e-4, weight_decay=0.1)
-        loss.backward()
-        optimizer.step()
+        >>> import torch
+        >>> from torch import nn
+        >>> import muon_plugin
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential()
+        >>> for name, layer in [
+        ...     ("embed_tokens", nn.Embedding(16, 32)),
+        ...     ("up", nn.Linear(32, 64)),
+        ...     ("act", nn.ReLU()),
+        ...     ("down", nn.Linear(64, 32)),
+        ...     ("lm_head", nn.Linear(32, 16, bias=False)),
+        ... ]:
+        ...     model.add_module(name, layer)
+        >>> optimizer = muon_plugin.Muon(model.named_parameters(), model=model, lr=1e-2, weight_decay=0.1)
+        >>> [(group["name"], group["use_muon"], len(group["params"])) for group in optimizer.param_groups]
+        [('muon', True, 2), ('adamw', False, 4)]
+        >>> tokens = torch.arange(16)
+        >>> for _ in range(50):
+        ...     loss = nn.functional.cross_entropy(model(tokens), (tokens + 1) % 16)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> bool(loss < 0.1)
+        True
     """
 
     def __init__(

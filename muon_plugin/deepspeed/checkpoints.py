@@ -8,6 +8,7 @@ layout and the optimizer that saved it. From AdamW's it restores the weights and
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def load_universal(wrapper: Any, folder: str, load_optimizer_states: bool) -> bo
         return False
     zero = Path(folder) / "zero"
     ranks = muon.process_group
-    saved = together(lambda: _read(zero / "optimizer_state.pt"), ranks)
+    saved = together(lambda: _read(zero / "optimizer_state.pt", unpickled=True), ranks)
     saved.setdefault(DS_VERSION, deepspeed.__version__)  # ZeRO-3 does not save it, the others require it
     stage_3 = hasattr(wrapper, "_load_global_state_stage3")
     (wrapper._load_global_state_stage3 if stage_3 else wrapper._load_global_state)(saved)
@@ -163,10 +164,20 @@ def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> list[int]:
     return kept
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, unpickled: bool = False) -> Any:
     if not path.exists():
         raise ValueError(f"the universal checkpoint has no {path}: was it converted from this model's checkpoint?")
-    return torch.load(path, map_location="cpu", weights_only=False)  # as DeepSpeed: it holds a loss scaler
+    if unpickled:
+        # optimizer_state.pt holds a loss scaler, which is an object. DeepSpeed unpickles it too, and has unpickled the
+        # checkpoint's model states before (SECURITY.md).
+        return torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, and loading it could run code; allowed: a universal "
+            "checkpoint as python -m muon_plugin.deepspeed.convert writes it"
+        ) from error
 
 
 def _whole(folder: Path, key: str, muon: Muon) -> Tensor:

@@ -142,6 +142,8 @@ def _check_experts(folder: Path) -> None:
 
 
 def load(file: Path) -> Any:
+    # Unpickled: the file holds DeepSpeed's loss scaler and dataclasses, and DeepSpeed's own converter, which `main`
+    # calls, unpickles it too (SECURITY.md).
     return torch.load(file, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(file))
 
 

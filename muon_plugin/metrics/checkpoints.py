@@ -1,14 +1,15 @@
 """The weights of a saved model, by name, read with the engines' own readers; which matrices they are.
 
-Nothing is unpickled beyond tensors and plain values unless the caller trusts the file (`trust`).
+Nothing is unpickled beyond tensors, plain values and a few classes of the engines (`unpickling`) unless the caller
+trusts the files (`trust`).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..core.cutting import Rule, Stored, cut
 from ..core.layout import Matrix
 from ..core.routing import Routing, route
+from .unpickling import check_metadata, load, refused, zero_files
 
 KNOWN = (
     "a Hugging Face folder; a DeepSpeed checkpoint of any ZeRO stage (the folder with `latest`, or a tag's) or a "
@@ -54,19 +56,6 @@ def read(path: Path, trust: bool = False) -> tuple[dict[str, Tensor], dict[str, 
 Found = tuple[dict[str, Tensor], dict[str, Any]] | None
 
 
-def _load(file: Path, trust: bool) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=not trust, mmap=True)
-    except Exception as error:
-        if trust:
-            raise
-        message = (
-            f"{file} holds more than tensors ({str(error).splitlines()[0]}); allowed with --trust, which runs its code"
-        )
-        raise ValueError(message) from error
-
-
 def _file(path: Path, trust: bool) -> Found:
     if not path.is_file():
         return None
@@ -74,7 +63,7 @@ def _file(path: Path, trust: bool) -> Found:
         from safetensors.torch import load_file
 
         return load_file(path), {}
-    state = _load(path, trust)
+    state = load(path, trust)
     for key in ("module", "model", "state_dict"):
         state = state[key] if isinstance(state.get(key), Mapping) else state
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}, {}
@@ -101,11 +90,11 @@ def _universal(path: Path, trust: bool) -> Found:
     files = sorted((folder / "zero").glob("*/fp32.pt"))
     if not files:
         return None
-    saved = {file.parent.name: _load(file, trust) for file in files}
+    saved = {file.parent.name: load(file, trust) for file in files}
     if not any(isinstance(value, Tensor) for value in saved.values()):
         return {name: value["param"] for name, value in saved.items()}, {}
     # Of stage 3 they are flat; the shapes are in a file beside them.
-    states = _load(min(folder.glob("*model_states.pt")), trust)
+    states = load(min(folder.glob("*model_states.pt")), trust)
     shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
     return {name: value.view(shapes[name]) for name, value in saved.items()}, {}
 
@@ -125,7 +114,11 @@ def _zero(path: Path, trust: bool) -> Found:
         return _file(root / tag / "mp_rank_00_model_states.pt", trust)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(root), tag), {}
+    with ExitStack() as checked:
+        if not trust:
+            checked.enter_context(refused(root / tag))
+            checked.enter_context(zero_files())
+        return get_fp32_state_dict_from_zero_checkpoint(str(root), tag), {}
 
 
 def _iteration(path: Path) -> Path:
@@ -143,6 +136,8 @@ def _torch_dist(path: Path, trust: bool) -> Found:
         return None
     from torch.distributed import checkpoint
 
+    if not trust:
+        check_metadata(folder / ".metadata")
     saved = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     wanted = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -154,7 +149,7 @@ def _torch_dist(path: Path, trust: bool) -> Found:
     }
     checkpoint.load(wanted, storage_reader=checkpoint.FileSystemReader(folder), no_dist=True)
     common = folder / "common.pt"
-    return wanted, _arguments(_load(common, trust)) if common.exists() else {}
+    return wanted, _arguments(load(common, trust)) if common.exists() else {}
 
 
 def _legacy(path: Path, trust: bool) -> Found:
@@ -167,7 +162,7 @@ def _legacy(path: Path, trust: bool) -> Found:
             f"{folder}: {len(files)} model-parallel ranks hold parts of the matrices; allowed: one. Save as "
             "torch_dist, or join them with Megatron's tools/checkpoint/convert.py"
         )
-    state = _load(files[0], trust)
+    state = load(files[0], trust)
     return {k: v for k, v in state["model"].items() if isinstance(v, Tensor)}, _arguments(state)
 
 

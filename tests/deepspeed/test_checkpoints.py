@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,30 @@ def test_what_is_saved_is_plain(ranks, tmp_path, stage):
 def second_moments(state: dict[str, Any]) -> list[list[Tensor]]:
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     return [[s["exp_avg_sq"]] for s in base["state"].values()]
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, (str(self.folder), 0o777, True)
+
+
+def test_a_state_that_would_run_code_is_refused_on_every_rank(ranks, tmp_path):
+    ranks(2).run(save, config(1, "bf16"), tmp_path, 1)
+    file = tmp_path / "universal" / "zero" / "down.weight" / "exp_avg.pt"
+    torch.save(torch.load(file, weights_only=True) | {"other": Harmful(tmp_path / "made")}, file)
+    with pytest.raises(RankError) as caught:
+        ranks(2).run(resume, config(1, "bf16"), tmp_path, 1, 1)
+    assert len(caught.value.errors) == 2
+    for kind, message in caught.value.errors:
+        assert kind == "ValueError"
+        assert f"{file} holds more than tensors" in message
+        assert "python -m muon_plugin.deepspeed.convert" in message
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,14 @@ from muon_plugin.metrics import (
 )
 from muon_plugin.metrics.__main__ import main
 from muon_plugin.metrics.checkpoints import matrices, read
+from tests.support import ROOT
 from tests.support.deepspeed_runs import convert
 from tests.support.integers import build as build_deepspeed
 from tests.support.integers import config, train, weights
 from tests.support.megatron_checkpoints import first_half
 from tests.support.megatron_model import Layout
+
+SAVED = ROOT / "tests" / "data" / "saved_by_0.1.0"
 
 
 def llama(**options: Any) -> Any:
@@ -201,7 +207,7 @@ def save_deepspeed(rank: int, stage: int, folder: Path) -> dict[str, torch.Tenso
 def test_deepspeed_checkpoints_are_read_whole(ranks, tmp_path, stage):
     expected = ranks(2).run(save_deepspeed, stage, tmp_path)[0]
     for folder in [tmp_path, tmp_path / "tag"] + [tmp_path / "universal"] * bool(stage):
-        tensors, _ = read(folder, trust=True)
+        tensors, _ = read(folder)
         assert set(tensors) >= set(expected)
         for name, whole in expected.items():
             assert torch.equal(tensors[name].float(), whole.float()), (folder, name)
@@ -283,6 +289,43 @@ def test_files_that_would_run_code_want_trust(tmp_path):
     with pytest.raises(ValueError, match="--trust"):
         read(tmp_path / "model.pt")
     assert set(read(tmp_path / "model.pt", trust=True)[0]) == {"w"}
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.makedirs, (str(self.folder), 0o777, True)
+
+
+def test_zero_files_that_would_run_code_want_trust(tmp_path):
+    saved = shutil.copytree(SAVED / "deepspeed", tmp_path / "saved")
+    expected = set(read(saved)[0])
+    assert expected
+    file = next(saved.glob("tag/*rank_1*optim_states.pt"))
+    torch.save(torch.load(file, weights_only=False) | {"other": Harmful(tmp_path / "made")}, file)
+    with pytest.raises(ValueError, match=r"--trust, which runs its code"):
+        read(saved)
+    assert not (tmp_path / "made").exists()
+    assert set(read(saved, trust=True)[0]) == expected
+    assert (tmp_path / "made").exists()
+
+
+def test_metadata_that_would_run_code_wants_trust(tmp_path):
+    saved = shutil.copytree(SAVED / "megatron", tmp_path / "saved")
+    expected = set(read(saved)[0])
+    assert expected
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    metadata.state_dict_metadata["other"] = Harmful(tmp_path / "made")
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"makedirs is not of torch.distributed.checkpoint.*--trust"):
+        read(saved)
+    assert not (tmp_path / "made").exists()
+    assert set(read(saved, trust=True)[0]) == expected
+    assert (tmp_path / "made").exists()
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path):
