@@ -94,9 +94,8 @@ def counted(case: Case) -> Counts:
     """Of all calls, one after the other."""
     newton_schulz, found = Settings().newton_schulz, Counts()
     for call in case.planned():
-        index = index_of(call)
-        plan = make_plan(call.matrices, index, newton_schulz.flops)
-        found += count(call, plan, busiest(index, plan), newton_schulz)
+        plan = make_plan(call.matrices, index_of(call), newton_schulz.flops)
+        found += count(call, plan, busiest(plan), newton_schulz)
     return found
 
 

@@ -98,6 +98,28 @@ def gather(value: Any, group: Any) -> list[Any]:
     return values
 
 
+def gather_rows(rows: Tensor, group: Any) -> list[Tensor]:
+    """The rows of every rank, by rank, sent as tensors and not as objects. On the CPU.
+
+    Args:
+        rows: (any number, width), on a device that the backend sends.
+        group: a process group, or None; not a `Grid`.
+    """
+    _, size = world_of(group)
+    if size == 1:
+        return [rows.cpu()]
+    counts = torch.empty(size, dtype=torch.int64, device=rows.device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], dtype=torch.int64, device=rows.device), group=group)
+    most = int(counts.max())
+    if not most:
+        return [rows.cpu()] * size
+    padded = rows.new_zeros(most, rows.shape[1])
+    padded[: len(rows)] = rows
+    found = rows.new_empty(size * most, rows.shape[1])
+    dist.all_gather_into_tensor(found, padded, group=group)
+    return [of_rank[:count] for of_rank, count in zip(torch.split(found.cpu(), most), counts.tolist())]
+
+
 def add_up(tensor: Tensor, group: Any) -> None:
     """Replaces `tensor` by its sum over all ranks."""
     if world_of(group)[1] > 1:
@@ -141,24 +163,37 @@ def together(work: Callable[[], T], group: Any = None) -> T:
     return result  # type: ignore[return-value]
 
 
-def agree(what: str, lines: list[str], advice: str, group: Any = None) -> None:
-    """Checks that `lines` are the same on every rank, sending only a digest unless they differ.
+def agree(what: str, lines: Sequence[str], advice: str, group: Any = None) -> None:
+    """Checks that `lines` are the same on every rank, sending digests, and a single line where they differ.
 
     Raises:
-        ValueError: on every rank, with the first line in which a rank differs from the first rank.
+        ValueError: on every rank, with the first line in which ranks differ, of the first rank and of one that differs.
     """
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    if len(set(gather(digest, group))) == 1:
+
+    def alike(count: int) -> bool:
+        """Whether so many first lines are."""
+        return len(set(gather(_digest(lines[:count]), group))) == 1
+
+    everyone = gather((len(lines), _digest(lines)), group)
+    if len(set(everyone)) == 1:
         return
-    first, *rest = zip(ranks_of(group), gather(lines, group), strict=True)
-    for rank, other in rest:
-        if other != first[1]:
-            at = next((i for i, (a, b) in enumerate(zip(first[1], other)) if a != b), None)
-            if at is None:
-                difference = f"rank {first[0]} has {len(first[1])} entries, rank {rank} has {len(other)}"
-            else:
-                difference = f"rank {first[0]} has {first[1][at]}, rank {rank} has {other[at]}"
-            raise ValueError(f"the ranks disagree about {what}: {difference}. {advice}")
+    same, differing = 0, min(count for count, _ in everyone)
+    if alike(differing):
+        found = [f"{count} entries" for count, _ in everyone]
+    else:
+        while differing - same > 1:  # all lines of thousands of ranks would be gigabytes
+            middle = (same + differing) // 2
+            same, differing = (middle, differing) if alike(middle) else (same, middle)
+        found = gather(lines[same], group)
+    first, *rest = zip(ranks_of(group), found, strict=True)
+    rank, other = next((rank, other) for rank, other in rest if other != first[1])
+    raise ValueError(
+        f"the ranks disagree about {what}: rank {first[0]} has {first[1]}, rank {rank} has {other}. {advice}"
+    )
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @torch.no_grad()

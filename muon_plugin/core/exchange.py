@@ -274,12 +274,13 @@ class Exchange:
     def _joined_once(self, runs: Iterable[Run], written: bool, apart: bool) -> list[Run]:
         found: list[Run] = []
         for run in runs:
-            last = found[-1] if found else run
-            same = bool(found) and last.tensor == run.tensor and run.local.count == run.at.count == 1
-            if same and (not written or self._written_alike(last.matrix, run.matrix)):
-                local, at = (_continued(a, b, apart) for a, b in ((last.local, run.local), (last.at, run.at)))
-                if local is not None and at is not None:
-                    found[-1] = replace(last, local=local, at=at)
+            last = found[-1] if found else None
+            if last is not None and last.tensor == run.tensor and run.local.count == run.at.count == 1:
+                local = _continued(last.local, run.local, apart)
+                at = None if local is None else _continued(last.at, run.at, apart)
+                alike = at is not None and (not written or self._written_alike(last.matrix, run.matrix))
+                if local is not None and at is not None and alike:
+                    found[-1] = Run(last.matrix, last.tensor, local, at)
                     continue
             found.append(run)
         return found
@@ -294,9 +295,11 @@ class Exchange:
 def _continued(a: Strided, b: Strided, apart: bool) -> Strided | None:
     """Both as one: a single run, or with `apart` runs of one length; None where they are not. `b` is a single run."""
     if not apart:
-        return Strided(a.start, a.run + b.run) if a.count == 1 and a.end == b.start else None
+        return Strided(a.start, a.run + b.run) if a.count == 1 and a.start + a.run == b.start else None
+    if a.run != b.run:
+        return None
     stride = a.stride if a.count > 1 else b.start - a.start
-    fits = a.run == b.run <= stride and b.start == a.start + a.count * stride
+    fits = b.run <= stride and b.start == a.start + a.count * stride
     return Strided(a.start, a.run, stride, a.count + 1) if fits else None
 
 

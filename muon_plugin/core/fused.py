@@ -268,14 +268,15 @@ BATCHES = (
     Batch("o", "XLNetRelativeAttention", lambda b, shape: Stored(1, shape[0], math.prod(shape[1:]))),
     Batch("r_kernel", "Funnel", lambda b, shape: Stored(1, shape[0], math.prod(shape[1:]), True)),
 )
+#: Those in two dimensions.
+FLAT = tuple(batch for batch in BATCHES if batch.flat)
 
 
 def known_batch(place: Place, shape: tuple[int, ...]) -> Stored | None:
     """How a parameter of several matrices, or of more than two dimensions, is stored; None for other parameters."""
     for holder, attribute in ((place.block, place.attribute), (place.layer, place.name.rpartition(".")[2])):
-        for batch in BATCHES:
-            known = re.match(batch.blocks, type(holder).__name__) and re.fullmatch(batch.layers, attribute)
-            if known and (len(shape) > 2 or batch.flat):
+        for batch in BATCHES if len(shape) > 2 else FLAT:
+            if re.match(batch.blocks, type(holder).__name__) and re.fullmatch(batch.layers, attribute):
                 return batch.stored(holder, shape)
     return None
 

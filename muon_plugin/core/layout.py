@@ -24,8 +24,6 @@ parameter are one matrix, the lower two rows another one, as in a fused projecti
    Strided(21, 1). In the DP rank's own tensor they lie one after the other, from 0, from 1 and from 7 on.
 3. `pieces` cuts these at the border of the matrices, after position 11. Of the whole rows, the first lies in the upper
    matrix and the second in the lower one, where it begins at 15 - 12 = 3.
-
-What all ranks know of each other (`Index`) is where their pieces lie inside the matrices.
 """
 
 from __future__ import annotations
@@ -240,10 +238,6 @@ class Piece:
         return tuple(block.inside for block in self.blocks)
 
 
-#: For each rank: (matrix, where inside it) of every piece. Equal on all ranks.
-Index = Sequence[Sequence[tuple[int, tuple[Strided, ...]]]]
-
-
 def by_parameter(matrices: Sequence[Matrix]) -> dict[str, list[int]]:
     """Parameter name -> the numbers of its matrices."""
     found: dict[str, list[int]] = {}
@@ -278,7 +272,8 @@ def pieces(matrices: Sequence[Matrix], shards: Iterable[Shard], tensors: Mapping
 def in_matrices(held: Block, numbers: Sequence[int], matrices: Sequence[Matrix]) -> Iterator[tuple[int, list[Block]]]:
     """`held` lies inside a parameter, whose matrices have these numbers: (number, where in that matrix)."""
     # A batch of experts has hundreds of matrices; they begin and end in their order.
-    for number in numbers[bisect_right(numbers, held.inside.start, key=lambda n: matrices[n].where.end) :]:
+    first = bisect_right(numbers, held.inside.start, key=lambda n: matrices[n].where.end) if len(numbers) > 1 else 0
+    for number in numbers[first:]:
         matrix = matrices[number]
         if matrix.where.start >= held.inside.end:
             return
@@ -326,6 +321,12 @@ def merged(parts: Iterable[Strided]) -> tuple[Strided, ...]:
 
 def compose(first: Block, second: Block) -> list[Block]:
     """From `first.local` to `second.inside`, by way of the positions that `first.inside` and `second.local` share."""
+    via, to = first.inside, second.local
+    if via.count == first.local.count == to.count == second.inside.count == 1:  # most are: the same in fewer steps
+        start = max(via.start, to.start)
+        run = min(via.start + via.run, to.start + to.run) - start
+        local, inside = first.local.start + start - via.start, second.inside.start + start - to.start
+        return [Block(Strided(local, run), Strided(inside, run))] if run > 0 else []
     return [
         Block(part.mapped(first.inside, first.local), part.mapped(second.local, second.inside))
         for part in common(first.inside, second.local)

@@ -55,14 +55,16 @@ class Measure:
         shapes: the whole shape of each parameter, by name.
         elsewhere: parameters of this rank that other ranks count, such as tied weights on several pipeline stages.
         ranks: those that hold the model between them: a process group, None or a `Grid`.
+        device: on which the optimizer computes.
     """
 
     def __init__(
         self,
         parts: Sequence[Part],
         shapes: Mapping[str, Sequence[int]],
-        elsewhere: Iterable[str] = (),
-        ranks: Any = None,
+        elsewhere: Iterable[str],
+        ranks: Any,
+        device: torch.device,
     ) -> None:
         self.ranks = ranks
         self._shards: dict[Tensor, list[Shard]] = {}
@@ -71,7 +73,7 @@ class Measure:
         self._once: dict[str, float] = {}
         self._copies = max((part.copies for part in parts), default=1)
         for part in parts:
-            shares = {name: share / part.copies for name, share in _shares(part, shapes).items()}
+            shares = {name: share / part.copies for name, share in _shares(part, shapes, device).items()}
             self._once |= shares | {name: 0.0 for name in elsewhere if name in shares}
             for shard in part.shards:
                 self._shards.setdefault(shard.tensor, []).append(shard)
@@ -275,13 +277,14 @@ class Monitor:
         return made, self._measure.result(self._device) | shares | self._heads.result(self._device)
 
 
-def _shares(part: Part, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
+def _shares(part: Part, shapes: Mapping[str, Sequence[int]], device: torch.device) -> dict[str, float]:
     """Parameter -> the weight of one of its elements on this rank: 1 / number of ranks that hold it. Collective."""
-    held: dict[str, int] = {}
+    held = dict.fromkeys(shapes, 0)
     for shard in part.shards:
-        held[shard.parameter] = held.get(shard.parameter, 0) + shard.where.numel
-    everyone = gather(held, part.process_group)
-    return {name: math.prod(shapes[name]) / sum(of_rank.get(name, 0) for of_rank in everyone) for name in held}
+        held[shard.parameter] += shard.where.numel
+    totals = torch.tensor(list(held.values()), dtype=torch.int64).to(wire_of(part.process_group, device))
+    add_up(totals, part.process_group)
+    return {name: math.prod(shapes[name]) / total for name, total in zip(held, totals.tolist()) if held[name]}
 
 
 def _parts(shard: Shard, tensor: Tensor) -> Iterable[Tensor]:

@@ -112,34 +112,60 @@ def legs(routes: Sequence[tuple[int, Route]], rank: int, size: int, scalars: boo
     """
     cut = [(number, route) for number, route in routes if not route.everywhere]
     # Of a matrix that lies on most ranks, nearly all of these are the owner's peers; and so it is with other owners.
-    to_all = any(len(route.holders) >= 3 and 2 * len(route.holders) > size for _, route in cut)
-    there = [(n, rank, of.owner, inside) for n, of in cut for rank, inside in of.sources if rank != of.owner]
-    back = [(n, of.owner, rank, inside) for n, of in cut for rank, inside in of.holders if rank != of.owner]
-    gather, update = _leg(there, rank, size, to_all, False), [_leg(back, rank, size, to_all, scalars)]
+    to_all = any(len(route.held) >= 3 and 2 * len(route.held) > size for _, route in cut)
+    there, back = _Direction(), _Direction()
+    for number, route in cut:
+        owner = route.owner
+        if rank == owner:
+            sources = set(route.sources)
+            for peer, inside in route.holders:
+                if peer != rank:
+                    back.send(peer, number, inside)
+                    if peer in sources:
+                        there.receive(peer, number, inside)
+        elif inside := route.held.inside(rank):
+            back.receive(owner, number, inside)
+            if route.is_source(rank):
+                there.send(owner, number, inside)
+        if not to_all:
+            there.meet(owner, route.sources)
+            back.meet(owner, route.held.ranks)
+    gather, update = there.leg(size, to_all, False), [back.leg(size, to_all, scalars)]
     for owner in sorted({route.owner for _, route in routes if route.everywhere}):
         # All hold the same elements.
-        shared = {n: of.holders[0][1] for n, of in routes if of.everywhere and of.owner == owner}
+        shared = {n: of.held.inside(rank) for n, of in routes if of.everywhere and of.owner == owner}
         all_of_it = Side.of({owner: shared}, scalars)
         mine = owner == rank
         update.append(Leg(all_of_it if mine else Side(), Side() if mine else all_of_it, root=owner))
     return gather, update
 
 
-def _leg(
-    messages: Sequence[tuple[int, int, int, tuple[Strided, ...]]], rank: int, size: int, to_all: bool, scalars: bool
-) -> Leg:
-    """Of (matrix, sender, receiver, which of its elements), for all ranks."""
-    sent: dict[int, dict[int, tuple[Strided, ...]]] = {}
-    received: dict[int, dict[int, tuple[Strided, ...]]] = {}
-    for matrix, sender, receiver, inside in messages:
-        if sender == rank:
-            sent.setdefault(receiver, {})[matrix] = inside
-        elif receiver == rank:
-            received.setdefault(sender, {})[matrix] = inside
-    pairs = set() if to_all else {(sender, receiver) for _, sender, receiver, _ in messages}
-    busiest = max(Counter(end for pair in pairs for end in pair).values(), default=0)
-    reach = size if busiest <= MOST else MOST // 2
-    return Leg(Side.of(sent, scalars), Side.of(received, scalars), to_all=to_all, reach=reach)
+class _Direction:
+    """Messages of one direction of a round: in detail those of this rank, and which others exchange any."""
+
+    def __init__(self) -> None:
+        self._sent: dict[int, dict[int, tuple[Strided, ...]]] = {}
+        self._received: dict[int, dict[int, tuple[Strided, ...]]] = {}
+        #: owner -> the ranks to which it sends, or from which it receives
+        self._peers: dict[int, set[int]] = {}
+
+    def send(self, peer: int, matrix: int, inside: tuple[Strided, ...]) -> None:
+        self._sent.setdefault(peer, {})[matrix] = inside
+
+    def receive(self, peer: int, matrix: int, inside: tuple[Strided, ...]) -> None:
+        self._received.setdefault(peer, {})[matrix] = inside
+
+    def meet(self, owner: int, ranks: Iterable[int]) -> None:
+        self._peers.setdefault(owner, set()).update(ranks)
+
+    def leg(self, size: int, to_all: bool, scalars: bool) -> Leg:
+        ends = Counter[int]()
+        for owner, peers in self._peers.items():
+            others = peers - {owner}
+            ends.update(others)
+            ends[owner] += len(others)
+        reach = size if max(ends.values(), default=0) <= MOST else MOST // 2
+        return Leg(Side.of(self._sent, scalars), Side.of(self._received, scalars), to_all=to_all, reach=reach)
 
 
 @dataclass

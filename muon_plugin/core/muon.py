@@ -20,6 +20,7 @@ from .adamw import AdamWHalf
 from .agreement import agree, checksum, gather, together, world_of
 from .call import Call
 from .clipping import Clipping
+from .collector import without_collector
 from .exchange import ended
 from .frozen import FROZEN
 from .groups import Halved, Host, check_parameter, is_usable, layout_digest, named_groups, no_engine
@@ -103,6 +104,7 @@ class Muon(Optimizer):
         True
     """
 
+    @without_collector
     def __init__(
         self,
         params: Iterable[Any],
@@ -197,6 +199,7 @@ class Muon(Optimizer):
         self._waiting = {p for p in self._waiting if not p.requires_grad}
         self._bind(calls, device)
 
+    @without_collector
     def _bind(self, calls: Sequence[Call], device: torch.device | None = None) -> None:
         """Plans these calls, and creates the state of the tensors that have none."""
         self.calls, self._device = tuple(calls), device
@@ -228,7 +231,7 @@ class Muon(Optimizer):
             half.wait(p for p in call.tensors if p in self._waiting)
 
     def _new_update(self, call: Call, shards: Sequence[Shard]) -> Update:
-        device = self._device or call.tensors[0].device
+        device = self._device_of(call)
         return Update(
             self.routing.matrices,
             shards,
@@ -239,6 +242,10 @@ class Muon(Optimizer):
             normalize=self.settings.adjust_lr_fn == "update_norm",
         )
 
+    def _device_of(self, call: Call) -> torch.device:
+        """Where the matrices of a call are orthogonalized."""
+        return self._device or call.tensors[0].device
+
     def _begin(self) -> None:
         """Proves that the plans hold what is trained, and creates the state that is lacking. Collective."""
         shapes, waiting = self.routing.shapes, {self.names[p] for p in self._waiting}
@@ -246,7 +253,8 @@ class Muon(Optimizer):
         matrices = {matrix.parameter for matrix in self.routing.matrices} - waiting
         proof.check_calls("Muon", matrices, [update.parameters for update in self.halves.muon.updates], shapes)
         rest = [call for call in self.calls if not self.param_groups[call.group]["use_muon"]]
-        proof.check_calls("AdamW", self.routing.adamw, [proof.held(call, shapes) for call in rest], shapes)
+        held = [proof.held(call, shapes, self._device_of(call)) for call in rest]
+        proof.check_calls("AdamW", self.routing.adamw, held, shapes)
         self._mark_frozen()
         self.halves.waiting = self._waiting
         self.halves.first_step = proof.FirstStep(self.calls)

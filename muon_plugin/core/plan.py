@@ -1,17 +1,19 @@
 """An owner for every matrix; what each rank computes and sends, in FLOPs and bytes. Needs no processes.
 
-Every rank computes the same plan from the same index, without communication.
+Every rank computes the same plan from the same index, without communication. Who holds a matrix is kept as `holders`
+describes it: only what this rank sends and receives is ever written down part by part.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
-from .layout import Index, Matrix, Strided, check_once
+from .holders import Holders, Index, Share, holders
+from .layout import Matrix, Strided
 
 #: Bytes per element of a message (bf16).
 BYTES = 2
@@ -27,6 +29,8 @@ ROUND_ELEMENTS = 64 * 2**20
 #: Rounds to overlap, where each of them gathers so many elements: smaller ones cost more in latency than they hide, and
 #: have fewer matrices of one shape at a time. Broadcasts overlap with what their owner computes for the next one.
 ROUNDS, WORTHWHILE = 4, 16 * 2**20
+#: As many ranks, or fewer, are compared one by one.
+FEW = 16
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,39 @@ class Route:
 
     Attributes:
         owner: the rank that orthogonalizes it.
-        sources: (rank, where inside the matrix), each element once.
-        holders: (rank, where inside the matrix), every replica.
-        everywhere: every rank holds all of it, so the update is broadcast.
+        held: the ranks that hold it, which get their parts of the update.
         round: in which it is sent; -1 where nothing has to be sent.
     """
 
     owner: int
-    sources: tuple[tuple[int, tuple[Strided, ...]], ...]
-    holders: tuple[tuple[int, tuple[Strided, ...]], ...]
-    everywhere: bool
+    held: Holders
     round: int = -1
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every rank holds all of it, so that the update is broadcast."""
+        return self.held.share.everywhere
+
+    @property
+    def holders(self) -> tuple[tuple[int, tuple[Strided, ...]], ...]:
+        """(rank, where inside the matrix), every replica. Derived for all ranks when it is asked for."""
+        return tuple((rank, self.held.inside(rank)) for rank in self.held.ranks)
+
+    @property
+    def sources(self) -> Collection[int]:
+        """The holders of which the owner uses what they have, itself among them if it is one: each element once."""
+        if self.held.share.everywhere:
+            return [self.owner]
+        if self.held.share.distinct == len(self.held):
+            return self.held.ranks
+        first: dict[tuple[Strided, ...], int] = {}
+        for rank in sorted(self.held.ranks, key=lambda rank: (rank != self.owner, rank)):
+            first.setdefault(self.held.inside(rank), rank)
+        return first.values()
+
+    def is_source(self, rank: int) -> bool:
+        """Whether a holder is one of `sources`."""
+        return self.held.share.distinct == len(self.held) or rank in self.sources
 
 
 @dataclass(frozen=True)
@@ -62,41 +88,30 @@ class Plan:
         """The busiest rank's FLOPs over the mean."""
         return max(self.flops) * len(self.flops) / max(sum(self.flops), 1)
 
+    def describe(self, matrices: Sequence[Matrix]) -> list[str]:
+        """One line a matrix, for comparing ranks."""
+        return [f"{m.name}: owner {r.owner}, round {r.round}" for m, r in zip(matrices, self.routes)]
+
 
 def make_plan(matrices: Sequence[Matrix], index: Index, flops: Callable[[int, int], int], scalars: int = 0) -> Plan:
     """Gives every matrix an owner: one that holds a piece of it wherever balance allows.
 
     Args:
         matrices: all matrices of one call of the optimizer.
-        index: for each rank its pieces, as (matrix, where inside it).
+        index: what every rank holds of them.
         flops: cost of orthogonalizing a rows x cols matrix.
         scalars: bf16 numbers that are sent with each update beside its elements.
 
     Raises:
-        ValueError: where the ranks' pieces do not cover a matrix exactly once (replicas apart).
+        ValueError: for a matrix of which the ranks do not hold every element exactly once (replicas apart).
     """
-    world = len(index)
-    held: list[dict[int, tuple[Strided, ...]]] = [{} for _ in matrices]
-    for rank, pieces in enumerate(index):
-        for number, inside in pieces:
-            held[number][rank] = held[number].get(rank, ()) + inside
-    sizes = [{rank: sum(s.numel for s in inside) for rank, inside in ranks.items()} for ranks in held]
-    costs = [flops(matrix.rows, matrix.cols) for matrix in matrices]
-    owners = choose_owners(costs, _Pieces(matrices, sizes, world, scalars), world)
-    routes = [_route(matrix, owner, ranks, world) for matrix, owner, ranks in zip(matrices, owners.of, held)]
+    cost_of = {shape: flops(*shape) for shape in {(matrix.rows, matrix.cols) for matrix in matrices}}
+    costs = [cost_of[matrix.rows, matrix.cols] for matrix in matrices]
+    held = holders(matrices, index)
+    owners = choose_owners(costs, held, index.world, scalars)
+    routes = [Route(owner, of) for owner, of in zip(owners.of, held)]
     rounds = _schedule(matrices, routes)
-    return Plan(tuple(routes), tuple(owners.load), tuple(_bytes_sent(routes, world, scalars)), rounds)
-
-
-class Holders(Protocol):
-    """Who holds how much of each matrix: a run's published pieces, or arithmetic for thousands of ranks."""
-
-    def best(self, number: int, load: Sequence[int], most: int) -> int | None:
-        """Of the holders of matrix `number` with a load of at most `most`: the one that holds most, then the least
-        loaded, the first. None where there is none, and where every rank of the group holds the same."""
-
-    def moved(self, number: int, owner: int) -> int:
-        """bf16 numbers sent in a step if `owner` owns matrix `number`: pieces to it, and the update back."""
+    return Plan(tuple(routes), tuple(owners.load), tuple(_bytes_sent(routes, index.world, scalars)), rounds)
 
 
 @dataclass(frozen=True)
@@ -116,8 +131,8 @@ class Owners:
         return max(self.load)
 
 
-def choose_owners(costs: Sequence[int], holders: Holders, world: int) -> Owners:
-    """Chooses owners, for the plan of a run and for the planner at any size.
+def choose_owners(costs: Sequence[int], held: Sequence[Holders], world: int, scalars: int) -> Owners:
+    """Chooses the ranks that compute.
 
     Each attempt has a capacity, the load that no rank should exceed. Several are tried, from the best balance to the
     least communication. If none comes near the lower bound (the mean load, or the costliest matrix), a search between
@@ -125,87 +140,116 @@ def choose_owners(costs: Sequence[int], holders: Holders, world: int) -> Owners:
 
     Args:
         costs: of each matrix.
-        holders: who holds them.
+        held: who holds them.
         world: ranks of the group.
+        scalars: bf16 numbers that are sent with each update.
     """
     bound = max(sum(costs) / world, max(costs, default=0))
-    tried = [_assign(costs, holders, world, bound * slack) for slack in SLACKS]
+    # Where every rank holds as much of every matrix, it does not matter who has room.
+    slacks = SLACKS[:1] if all(of.share.evenly for of in held) else SLACKS
+    tried = [_assign(costs, held, world, bound * slack) for slack in slacks]
     low, high = bound, float(min(owners.busiest for owners in tried))
     for _ in range(SEARCH if high > bound * TOLERANCE else 0):
         middle = (low + high) / 2
-        tried.append(_assign(costs, holders, world, middle, fill=True))
+        tried.append(_assign(costs, held, world, middle, fill=True))
         low, high = (low, middle) if tried[-1].busiest <= middle else (middle, high)
     even = min(owners.busiest for owners in tried) * TOLERANCE
     return min(
         (owners for owners in tried if owners.busiest <= even),
-        key=lambda owners: sum(holders.moved(number, owner) for number, owner in enumerate(owners.of)),
+        key=lambda owners: sum(_moved(of, owner, scalars) for of, owner in zip(held, owners.of)),
     )
 
 
-def _assign(costs: Sequence[int], holders: Holders, world: int, capacity: float, fill: bool = False) -> Owners:
+def _moved(held: Holders, owner: int, scalars: int) -> int:
+    """bf16 numbers sent in a step if `owner` owns a matrix: parts to it, and the update back."""
+    return held.share.numel - held.elements(owner) + held.returned(owner, scalars)
+
+
+class _Loads:
+    """The cost of what each rank computes."""
+
+    def __init__(self, world: int) -> None:
+        self.of = [0] * world
+        self._sorted = [(0, rank) for rank in range(world)]
+
+    def add(self, rank: int, cost: int) -> None:
+        del self._sorted[bisect_left(self._sorted, (self.of[rank], rank))]
+        self.of[rank] += cost
+        insort(self._sorted, (self.of[rank], rank))
+
+    def least(self) -> int:
+        return self._sorted[0][1]
+
+    def fullest(self, most: int) -> int:
+        """The last of the most loaded ranks with a load of at most `most`; the least loaded where there is none."""
+        return self._sorted[max(bisect_right(self._sorted, (most, len(self.of))) - 1, 0)][1]
+
+    def best(self, held: Holders, most: int) -> int | None:
+        """Of the holders of a matrix with a load of at most `most`: the one that holds most, then the least loaded, the
+        first. None where there is none, and where every rank of the group holds as much."""
+        if held.share.evenly:
+            return None
+        first = held.first
+        for alike in held.share.by_size:
+            if len(alike) <= FEW:
+                load, rank = min((self.of[first + rank], first + rank) for rank in alike)
+                if load <= most:
+                    return rank
+            elif (found := self._least_of(first, held.share, alike[0], most)) is not None:
+                return found
+        return None
+
+    def _least_of(self, first: int, share: Share, like: int, most: int) -> int | None:
+        """Of the ranks that hold as much as rank `like` of a share: most ranks do, so one of the first is found."""
+        size = share.sizes[like]
+        for load, rank in self._sorted:
+            if load > most:
+                return None
+            if share.sizes.get(rank - first) == size:
+                return rank
+        return None
+
+
+def _assign(costs: Sequence[int], held: Sequence[Holders], world: int, capacity: float, fill: bool = False) -> Owners:
     """Longest first: the holder of most of it that still has room, else the least loaded rank.
 
     With `fill` it is the fullest rank that has room, which leaves larger holes for what comes (best fit).
     """
-    of, load = [0] * len(costs), [0] * world
-    by_load = [(0, rank) for rank in range(world)]  # sorted
+    of, loads = [0] * len(costs), _Loads(world)
     for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         most = math.floor(capacity) - costs[number]
-        owner = None if fill else holders.best(number, load, most)
-        if owner is None:
-            fullest = max(bisect_right(by_load, (most, world)) - 1, 0)
-            owner = by_load[fullest if fill else 0][1]
-        del by_load[bisect_left(by_load, (load[owner], owner))]
-        load[owner] += costs[number]
-        insort(by_load, (load[owner], owner))
+        if fill:
+            owner = loads.fullest(most)
+        else:
+            best = loads.best(held[number], most)
+            owner = loads.least() if best is None else best
+        loads.add(owner, costs[number])
         of[number] = owner
-    return Owners(of, load)
-
-
-class _Pieces:
-    """`Holders` of a real run: the sizes, by rank, of the pieces that the ranks published of each matrix."""
-
-    def __init__(self, matrices: Sequence[Matrix], sizes: Sequence[dict[int, int]], world: int, scalars: int) -> None:
-        self._sizes, self._scalars = sizes, scalars
-        # What is sent if the owner holds nothing of the matrix: its elements there, its update to all holders.
-        self._moved = [m.numel + sum(of.values()) + scalars * len(of) for m, of in zip(matrices, sizes)]
-        self._evenly = [len(of) == world and len(set(of.values())) == 1 for of in sizes]
-
-    def best(self, number: int, load: Sequence[int], most: int) -> int | None:
-        sizes = self._sizes[number]
-        room = [] if self._evenly[number] else [rank for rank in sizes if load[rank] <= most]
-        return min(room, key=lambda rank: (-sizes[rank], load[rank], rank), default=None)
-
-    def moved(self, number: int, owner: int) -> int:
-        own = self._sizes[number].get(owner)
-        return self._moved[number] - (2 * own + self._scalars if own else 0)
-
-
-def _route(matrix: Matrix, owner: int, held: dict[int, tuple[Strided, ...]], world: int) -> Route:
-    sources: dict[tuple[Strided, ...], int] = {}
-    for rank in sorted(held, key=lambda r: (r != owner, r)):
-        sources.setdefault(held[rank], rank)
-    check_once(matrix.name, matrix.numel, [part for inside in sources for part in inside])
-    everywhere = len(held) == world and len(sources) == 1
-    senders = tuple((rank, inside) for inside, rank in sources.items())
-    return Route(owner, senders, tuple(sorted(held.items())), everywhere)
+    return Owners(of, loads.of)
 
 
 def _bytes_sent(routes: Sequence[Route], world: int, scalars: int) -> list[int]:
-    """Bytes each rank sends in a step: pieces to owners, and parts of the update to holders."""
-    sent = [0] * world
+    """Bytes each rank sends in a step: parts to owners, and parts of the update to holders."""
+    numbers = [0] * world
+    alike = Counter[Holders]()
     for route in routes:
-        for rank, inside in route.sources:
-            if rank != route.owner:
-                sent[rank] += BYTES * sum(s.numel for s in inside)
-        for rank, inside in route.holders:
-            if rank != route.owner:
-                sent[route.owner] += BYTES * (sum(s.numel for s in inside) + scalars)
-    return sent
+        held, owner = route.held, route.owner
+        numbers[owner] += held.returned(owner, scalars)
+        if held.share.distinct == len(held):  # every holder is a source
+            alike[held] += 1
+            numbers[owner] -= held.elements(owner)
+        else:
+            for rank in route.sources:
+                numbers[rank] += held.elements(rank) if rank != owner else 0
+    for held, count in alike.items():
+        for rank in held.ranks:
+            numbers[rank] += count * held.elements(rank)
+    return [BYTES * number for number in numbers]
 
 
 def travels(route: Route) -> bool:
-    return any(rank != route.owner for rank, _ in route.holders)
+    """Whether anything of the matrix is sent."""
+    return len(route.held) > (route.held.elements(route.owner) > 0)
 
 
 def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> int:
@@ -230,6 +274,6 @@ def _schedule(matrices: Sequence[Matrix], routes: list[Route]) -> int:
     for mine, total in zip(of_owner.values(), loads):
         done = 0
         for number in mine:
-            routes[number] = replace(routes[number], round=done * rounds // total)
+            routes[number] = Route(routes[number].owner, routes[number].held, done * rounds // total)
             done += matrices[number].numel
     return rounds

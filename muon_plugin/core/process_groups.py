@@ -25,14 +25,22 @@ def joint_groups(pairs: Sequence[tuple[Any, Any]], ranks: Any = None) -> list[An
 
     everyone = together(lambda: [wanted(dp, tp) for dp, tp in pairs], ranks)
     known = {tuple(sorted(dist.get_process_group_ranks(group))): group for pair in pairs for group in reversed(pair)}
-    lacking = gather([members for members in everyone if members not in known], ranks)
-    for members in sorted(set().union(*lacking)):
+    lacking = gather([runs_of(members) for members in everyone if members not in known], ranks)
+    for runs in sorted(set().union(*lacking)):
+        members = tuple(rank for begin, end in runs for rank in range(begin, end))
         group = _new_group(members, ranks, _timeout(pairs[0][0]))
         if dist.get_rank() in members:
             known[members] = group
             # torch leaves undefined what NCCL does in a group whose first messages are between some of its ranks.
             gather(None, group)
     return [known[members] for members in everyone]
+
+
+def runs_of(members: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending ranks as (first, after the last) of consecutive ones: every rank hears of the groups of all."""
+    begins = [rank for i, rank in enumerate(members) if i == 0 or members[i - 1] + 1 != rank]
+    ends = [rank + 1 for i, rank in enumerate(members) if i + 1 == len(members) or members[i + 1] != rank + 1]
+    return tuple(zip(begins, ends))
 
 
 def _new_group(members: Sequence[int], ranks: Any, timeout: Any) -> Any:

@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .agreement import gather
 from .call import Call
 from .frozen import Frozen
+from .holders import holders, publish
 from .layout import Matrix, Strided, by_parameter, check_once
 
 
@@ -39,21 +41,26 @@ def check_routing(matrices: Sequence[Matrix], rest: Collection[str], shapes: Map
             check_once(name, math.prod(shapes[name]), wheres, "its matrices")
 
 
-def held(call: Call, shapes: Mapping[str, Sequence[int]]) -> set[str]:
+def held(call: Call, shapes: Mapping[str, Sequence[int]], device: torch.device) -> set[str]:
     """The parameters that the ranks of a call hold, each element once (replicas apart). Collective.
+
+    Args:
+        call: which one.
+        shapes: whole shapes of all parameters, by name; the same on every rank.
+        device: of this rank.
 
     Raises:
         ValueError: on every rank, for a parameter of which that is not true.
     """
-    mine: dict[str, tuple[Strided, ...]] = {}
-    for shard in call.shards:
-        mine[shard.parameter] = (*mine.get(shard.parameter, ()), shard.where)
-    everyone = gather(mine, call.process_group)
-    names = sorted(set().union(*everyone))
-    for name in names:
-        different = {of_rank[name] for of_rank in everyone if name in of_rank}
-        check_once(name, math.prod(shapes[name]), [part for parts in different for part in parts])
-    return set(names)
+    parameters, index = publish(whole(shapes), call.shards, call.process_group, device)
+    holders(parameters, index)
+    return {parameter.name for parameter in parameters}
+
+
+def whole(shapes: Mapping[str, Sequence[int]]) -> list[Matrix]:
+    """Parameters as if each were one matrix."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return [Matrix(name, name, 1, numel, Strided(0, numel)) for name, numel in sizes.items()]
 
 
 def check_calls(

@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import agree, gather, together, world_of
+from .agreement import agree, together, world_of
+from .collector import without_collector
 from .elementwise import Run, Source, Target, apply, average, pack
 from .exchange import Exchange, Turns
 from .frozen import NONE, Frozen
+from .holders import publish
 from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
 from .phases import current, phase
@@ -57,6 +59,7 @@ class Update:
         ValueError: on every rank, if the shards of all ranks do not make up the matrices, or are on several devices.
     """
 
+    @without_collector
     def __init__(
         self,
         matrices: Sequence[Matrix],
@@ -69,19 +72,15 @@ class Update:
         plan: Plan | None = None,
     ) -> None:
         if plan is None:
-            held = set().union(*gather(sorted({shard.parameter for shard in shards}), process_group))
-            matrices = [matrix for matrix in matrices if matrix.parameter in held]
-        self.matrices = matrices
+            together(lambda: _check_device(shards, device), process_group)
+            matrices, index = publish(matrices, shards, process_group, device)
+            plan = together(lambda: make_plan(matrices, index, newton_schulz.flops, 2 * normalize), process_group)
+            agree("the plan", plan.describe(matrices), "Please report this as a bug", process_group)
+        self.matrices, self.plan = matrices, plan
         #: names of the parameters of which the ranks hold parts
         self.parameters = {matrix.parameter for matrix in self.matrices}
         self.tensors: list[Tensor] = list({id(shard.tensor): shard.tensor for shard in shards}.values())
         mine = pieces(self.matrices, shards, {id(tensor): i for i, tensor in enumerate(self.tensors)})
-        if plan is None:
-            together(lambda: _check_device(self.tensors, device), process_group)
-            index = gather([(piece.matrix, piece.inside) for piece in mine], process_group)
-            plan = together(lambda: make_plan(matrices, index, newton_schulz.flops, 2 * normalize), process_group)
-            agree("the plan", [repr(plan)], "Please report this as a bug", process_group)
-        self.plan = plan
         self._exchange = Exchange(
             self.matrices, mine, self.plan, newton_schulz, process_group, device, normalize=normalize
         )
@@ -192,7 +191,7 @@ def _offloaded(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool, parts:
     return Source(grad.lerp_(here, mu) if nesterov else grad.copy_(here))
 
 
-def _check_device(tensors: Sequence[Tensor], device: torch.device) -> None:
-    devices = {tensor.device for tensor in tensors}
+def _check_device(shards: Sequence[Shard], device: torch.device) -> None:
+    devices = {shard.tensor.device for shard in shards}
     if len(devices) > 1 or not devices <= {device, torch.device("cpu")}:
         raise ValueError(f"one process holds matrices on {sorted(map(str, devices))}; allowed: one device per process")

@@ -46,7 +46,7 @@ class StepMonitor:
             for call in muon.calls
         ]
         tied = [name for p, name in muon.names.items() if getattr(p, "ds_pipe_replicated", False)]
-        return Measure(parts, muon.routing.shapes, tied, muon.process_group)
+        return Measure(parts, muon.routing.shapes, tied, muon.process_group, torch.device(self._engine.device))
 
     def step(self, original: Callable[..., None], *args: Any) -> None:
         """In the place of the engine's `_take_model_step`. Collective over the engine's ranks where it is measured."""

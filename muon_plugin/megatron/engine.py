@@ -250,7 +250,7 @@ def _convert(
     tensors = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
     call = together(lambda: Call(0, tuple(tensors), tuple(held), process_group), process_group)
     parameters = {p.name: p.tensor for p in found}
-    trained = proof.held(call, routing.shapes)
+    trained = proof.held(call, routing.shapes, device)
     MuonDistributedOptimizer.convert(optimizer, first, update, settings, call, parameters, frozen)
     return Converted(optimizer.optimizer.halves, call.shards, process_group, experts, trained)
 

@@ -80,7 +80,7 @@ class StepMonitor:
         device: torch.device,
         ranks: Any,
     ) -> None:
-        self._monitor = Monitor(halves, lambda: Measure(parts, shapes, elsewhere, ranks), device)
+        self._monitor = Monitor(halves, lambda: Measure(parts, shapes, elsewhere, ranks, device), device)
         rank, size = world_of(ranks)
         self._writes = rank == size - 1
 

@@ -9,18 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..core.layout import Block, Index, Strided, by_parameter, in_matrices
+from ..core.holders import Even, Index, Pieces
+from ..core.layout import Block, Strided, by_parameter, in_matrices
 from ..core.plan import BYTES, make_plan
-from . import spread
-from .calls import PlannedCall, Stage
+from .calls import PlannedCall, Stage, numel
 
 #: Bytes that the step reads and writes in a rank's memory for each element of its shards. AdamW: gradient, two moments
 #: and the weight, the last three twice, fp32. Muon: momentum's average 12, direction 10, decay 8, update 10.
 ADAMW_MEMORY, MUON_MEMORY = 28, 40
 #: fp32 state of an element: AdamW's two moments, Muon's momentum.
 ADAMW_STATE, MUON_STATE = 8, 4
-#: Above this many (rank, parameter) ranges, those of ZeRO-3 and of replicas are counted by `spread`, without a list.
-MANY = 200_000
 
 
 @dataclass(frozen=True)
@@ -158,22 +156,22 @@ def plan_stages(stages: Sequence[Stage], flops: Callable[[int, int], int], scala
 def plan_call(call: PlannedCall, flops: Callable[[int, int], int], scalars: int) -> Load:
     """The counts of one call, as the plan of a real run has them."""
     costliest = max((flops(m.rows, m.cols) for m in call.matrices), default=0)
-    many = call.dp * len(call.parameters) > MANY and call.tp == 1 and (call.replicas or call.evenly)
-    if not call.matrices:
-        of_ranks: tuple[Sequence[int], Sequence[int]] = ([0] * call.ranks, [0] * call.ranks)
-    elif many:
-        of_ranks = spread.counts(call, flops, scalars)
-    else:
+    of_ranks: tuple[Sequence[int], Sequence[int]] = ([0] * call.ranks, [0] * call.ranks)
+    if call.matrices:
         plan = make_plan(call.matrices, index_of(call), flops, scalars)
         of_ranks = plan.flops, plan.bytes_sent
     return Load(call, *of_ranks, *_state(call), costliest, _most_held(call))
 
 
 def index_of(call: PlannedCall) -> Index:
-    """Every rank's pieces, TP ranks of a DP rank side by side, as a real run publishes them."""
+    """What every rank holds, TP ranks of a DP rank side by side, as a real run publishes it."""
+    if call.tp == 1 and (call.replicas or call.evenly):
+        parts = call.evenly or [numel(p) for p in call.parameters]
+        rules = {p.name: Even(part, 0 if call.replicas else part) for p, part in zip(call.parameters, parts)}
+        return Index(call.ranks, rules, {})
     of_parameter = by_parameter(call.matrices)
 
-    def published(rank: int, tp: int) -> list[tuple[int, tuple[Strided, ...]]]:
+    def published(rank: int, tp: int) -> Pieces:
         found: dict[int, list[Strided]] = {}
         for span in call.held(rank):
             partition = call.parameters[span.number]
@@ -187,8 +185,8 @@ def index_of(call: PlannedCall) -> Index:
         return [(number, tuple(inside)) for number, inside in found.items()]
 
     if call.replicas:
-        return [published(0, tp) for tp in range(call.tp)] * call.dp
-    return [published(rank, tp) for rank in range(call.dp) for tp in range(call.tp)]
+        return Index.of_lists([published(0, tp) for tp in range(call.tp)] * call.dp)
+    return Index.of_lists([published(rank, tp) for rank in range(call.dp) for tp in range(call.tp)])
 
 
 def _held_by(call: PlannedCall) -> list[tuple[int, int]]:

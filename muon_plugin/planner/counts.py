@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core.exchange import ended
-from ..core.layout import Index, Shard, cut_shards
+from ..core.layout import Shard, cut_shards
 from ..core.orthogonalize import NewtonSchulz
 from ..core.plan import Plan
 from ..core.update import Update
@@ -219,9 +219,12 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def busiest(index: Index, plan: Plan) -> int:
+def busiest(plan: Plan) -> int:
     """The rank with parts of most matrices; of those with as many, the one that computes most."""
-    return max(range(len(index)), key=lambda rank: (len(index[rank]), plan.flops[rank]))
+    parts = Tally[int]()
+    for route in plan.routes:
+        parts.update(route.held.ranks)
+    return max(range(len(plan.flops)), key=lambda rank: (parts[rank], plan.flops[rank]))
 
 
 def count(call: PlannedCall, plan: Plan, rank: int, newton_schulz: NewtonSchulz, scalars: int = 0) -> Counts:
@@ -233,7 +236,7 @@ def count(call: PlannedCall, plan: Plan, rank: int, newton_schulz: NewtonSchulz,
         newton_schulz: the iteration.
         scalars: bf16 numbers that are sent with each update.
     """
-    shards = _shards(call, rank)
+    shards = shards_of(call, rank, {matrix.parameter for matrix in call.matrices})
     with as_rank(rank, call.ranks):
         update = Update(call.matrices, shards, None, META, newton_schulz.on(META), lambda _: 0.5, bool(scalars), plan)
         momenta = [torch.empty_like(p) for p in update.tensors]
@@ -246,15 +249,14 @@ def count(call: PlannedCall, plan: Plan, rank: int, newton_schulz: NewtonSchulz,
     return replace(counter.counts, held=sum(shard.where.numel for shard in shards))
 
 
-def _shards(call: PlannedCall, rank: int) -> list[Shard]:
-    """What a rank holds of the matrices: ZeRO's parts lie in one flat tensor, others are tensors of their own."""
+def shards_of(call: PlannedCall, rank: int, names: Collection[str]) -> list[Shard]:
+    """What a rank holds of these parameters: ZeRO's parts lie in one flat tensor, others are tensors of their own."""
     dp, tp = divmod(rank, call.tp)
-    muon = {matrix.parameter for matrix in call.matrices}
     flat = None if call.padded is None or call.replicas else torch.empty(call.padded, device=META)
     found: list[Shard] = []
     for span in call.held(dp):
         partition = call.parameters[span.number]
-        if partition.name in muon:
+        if partition.name in names:
             tensor, offset = (torch.empty(span.length, device=META), 0) if flat is None else (flat, span.offset)
             found += cut_shards(partition, tp, Shard.of_range(partition.name, span.start, span.length, tensor, offset))
     return found

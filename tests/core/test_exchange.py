@@ -9,7 +9,8 @@ import torch
 
 from muon_plugin.core.coefficients import coefficients_for
 from muon_plugin.core.exchange import ended, in_turns
-from muon_plugin.core.layout import Index, Matrix, Shard, Strided
+from muon_plugin.core.holders import Index
+from muon_plugin.core.layout import Matrix, Shard, Strided
 from muon_plugin.core.messages import Leg, Wire
 from muon_plugin.core.orthogonalize import NewtonSchulz
 from muon_plugin.core.plan import make_plan
@@ -26,11 +27,11 @@ def update_of(rank: int, rows: int, holders: int) -> Update:
     cols = 64
     matrix = Matrix("w", "w", rows, cols, Strided(0, rows * cols))
     each = rows // holders * cols
-    index: Index = [[(0, (Strided(r * each, each),))] if r < holders else [] for r in range(torch_world())]
+    lists = [[(0, (Strided(r * each, each),))] if r < holders else [] for r in range(torch_world())]
     shards = []
     if rank < holders:
         shards = [Shard.of_range("w", rank * each, each, torch.empty(each, device=META))]
-    plan = make_plan([matrix], index, NEWTON_SCHULZ.flops)
+    plan = make_plan([matrix], Index.of_lists(lists), NEWTON_SCHULZ.flops)
     return Update([matrix], shards, None, META, NEWTON_SCHULZ, lambda _: 0.5, False, plan)
 
 

@@ -342,4 +342,4 @@ def test_what_no_half_or_both_would_train_is_refused():
     with pytest.raises(ValueError, match="a is in a tensor that the engine's optimizer does not step"):
         Call(0, (), (Shard.of_range("a", 0, 4, flat),))
     with pytest.raises(ValueError, match="hold 4 of the 8 elements of a"):
-        proof.held(Call(0, (flat,), (Shard.of_range("a", 0, 4, flat),)), {"a": (8,)})
+        proof.held(Call(0, (flat,), (Shard.of_range("a", 0, 4, flat),)), {"a": (8,)}, flat.device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from muon_plugin.core.coefficients import coefficients_for
+from muon_plugin.core.holders import Index
 from muon_plugin.core.layout import Matrix, Shard, Strided, pieces
 from muon_plugin.core.orthogonalize import NewtonSchulz
 from muon_plugin.core.plan import make_plan, travels
@@ -41,7 +42,7 @@ def zero_index(matrices, world):
                 shards.append(Shard.of_range(m.parameter, first - offset, last - first, tensor, first - rank * size))
             offset += m.numel
         index.append([(p.matrix, p.inside) for p in pieces(matrices, shards, {id(tensor): 0})])
-    return index
+    return Index.of_lists(index)
 
 
 @pytest.mark.parametrize("method", ["auto", "standard"])
@@ -62,7 +63,7 @@ def test_sizes_that_fit_together_badly_are_searched_for():
     matrices = route(threes | twos).matrices
     flops = NewtonSchulz(coefficients_for(5, "simple")).flops
     replicas = [[(i, (Strided(0, m.numel),)) for i, m in enumerate(matrices)]] * 8
-    plan = make_plan(matrices, replicas, flops)
+    plan = make_plan(matrices, Index.of_lists(replicas), flops)
     assert max(plan.flops) <= 1.01 * sum(plan.flops) / 8
 
 
@@ -100,7 +101,7 @@ def test_only_ranks_that_share_a_matrix_or_balance_it_talk():
 def test_replicas_are_computed_once_and_shared_evenly():
     matrices = gpt()
     whole = [(i, (Strided(0, m.numel),)) for i, m in enumerate(matrices)]
-    plan = make_plan(matrices, [whole] * 4, NewtonSchulz(coefficients_for(5, "simple")).flops)
+    plan = make_plan(matrices, Index.of_lists([whole] * 4), NewtonSchulz(coefficients_for(5, "simple")).flops)
     assert plan.balance < 1.01
     assert sum(plan.bytes_sent) == 2 * 3 * sum(m.numel for m in matrices)
 
@@ -108,14 +109,14 @@ def test_replicas_are_computed_once_and_shared_evenly():
 def test_a_layout_that_misses_elements_is_refused():
     matrix = Matrix("w", "w", 4, 4, Strided(0, 16))
     with pytest.raises(ValueError, match="hold 12 of the 16 elements of w"):
-        make_plan([matrix], [[(0, (Strided(0, 8),))], [(0, (Strided(8, 4),))]], lambda *_: 1)
+        make_plan([matrix], Index.of_lists([[(0, (Strided(0, 8),))], [(0, (Strided(8, 4),))]]), lambda *_: 1)
 
 
 def test_large_matrices_travel_in_rounds():
     matrices = [Matrix(f"w{i}", f"w{i}", 8192, 8192, Strided(0, 2**26)) for i in range(6)]
     half = 2**25
     index = [[(i, (Strided(0, half),)) for i in range(6)], [(i, (Strided(half, half),)) for i in range(6)]]
-    plan = make_plan(matrices, index, NewtonSchulz(coefficients_for(5, "simple")).flops)
+    plan = make_plan(matrices, Index.of_lists(index), NewtonSchulz(coefficients_for(5, "simple")).flops)
     assert plan.rounds == 3
     for owner in (0, 1):
         assert sorted(r.round for r in plan.routes if r.owner == owner) == [0, 1, 2]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from muon_plugin.core import holders
 from muon_plugin.core.exchange import ended
 from tests.support.combinations import covering
 from tests.support.counted import bytes_sent
@@ -138,6 +139,29 @@ def counted_bytes(rank: int, settings: dict[str, Any]) -> tuple[int, tuple[int, 
     cut = sum(m.numel for m, r in zip(matrices, plan.routes) if any(rank != r.owner for rank, _ in r.holders))
     scalars = 2 * len(matrices) if settings["optimizer"]["params"]["adjust_lr_fn"] == "update_norm" else 0
     return sum(sent.values()), plan.bytes_sent, cut, scalars
+
+
+def test_parts_that_a_rule_tells_are_not_listed(ranks):
+    """Every rank has a part of everything in ZeRO-3, and all of it in stage 0: lists would be gigabytes at scale."""
+    for stage in (0, 1, 3):
+        listed = ranks(3).run(rows_listed, config(stage))
+        assert (sum(listed) > 0) is (stage == 1), (stage, listed)
+
+
+def rows_listed(rank: int, settings: dict[str, Any]) -> int:
+    """How many this rank lists when the engine is built."""
+    rows, gather = [0], holders.gather_rows
+
+    def counted(mine: Tensor, group: Any) -> list[Tensor]:
+        rows.append(len(mine))
+        return gather(mine, group)
+
+    holders.gather_rows = counted
+    try:
+        build(rank, settings)
+    finally:
+        holders.gather_rows = gather
+    return sum(rows)
 
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (1, 3), (2, 4)])

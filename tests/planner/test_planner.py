@@ -18,11 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from muon_plugin import Muon, planner
 from muon_plugin.core.coefficients import coefficients_for
-from muon_plugin.core.layout import Partition
+from muon_plugin.core.layout import Partition, Shard, pieces
 from muon_plugin.core.orthogonalize import NewtonSchulz
-from muon_plugin.core.plan import make_plan
 from muon_plugin.core.routing import route
-from muon_plugin.planner import cost, spread
+from muon_plugin.planner import cost
 from muon_plugin.planner.calls import Zero, zero_calls
 from muon_plugin.planner.command import run
 from muon_plugin.planner.tables import as_json
@@ -31,6 +30,7 @@ from tests.support.combinations import FULL
 from tests.support.counted import bytes_sent
 from tests.support.integers import build, config
 from tests.support.jobs import environment
+from tests.support.plan_by_lists import plan_by_lists
 from tests.support.ranks import release
 
 LLAMA = {
@@ -245,37 +245,43 @@ def test_tens_of_thousands_of_ranks_that_all_hold_a_part_of_everything(tmp_path,
 
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("scalars", [0, 2])
-def test_many_ranks_are_counted_as_the_plan_counts_them(monkeypatch, stage, scalars):
-    """At thousands of ranks nothing is written down; the owners and the counts are those of `make_plan`."""
-    monkeypatch.setattr(spread, "LARGE", 6)
+def test_many_ranks_are_counted_as_lists_of_all_parts_are(stage, scalars):
+    """Where every rank holds a part of everything, none is written down; owners and counts are those of lists."""
     flops = NewtonSchulz(coefficients_for(5, "simple")).flops
     shapes = {f"layers.{i}.w": (7 + 5 * i, 64 - 3 * i) for i in range(9)}
     shapes |= {f"layers.{i}.experts.gate_up_proj": (3, 24 + 2 * i, 11) for i in range(4)}
     shapes |= {f"layers.{i}.fused": (48, 16) for i in range(3)}
     matrices = route(shapes, split={"fused": {"sizes": [1, 2], "groups": 16}}).matrices
-    parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
     for world in (1, 2, 3, 7, 16, 100):
-        (call,) = zero_calls("all", parameters, matrices, Zero(stage), world)
-        plan = make_plan(matrices, cost.index_of(call), flops, scalars)
-        assert tuple(map(tuple, spread.counts(call, flops, scalars))) == (plan.flops, plan.bytes_sent)
+        found, plan = counts_and_lists(shapes, matrices, stage, world, flops, scalars)
+        assert (list(found.flops), list(found.sent)) == (plan.flops, plan.bytes_sent)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_planner_at_many_ranks_searches_for_balance_as_a_run_does(stage):
-    """0.1.0 chose owners anew above cost.MANY ranges, without the best-fit search of `make_plan`."""
+    """0.1.0 chose owners anew above 200,000 ranges, without the best-fit search of `make_plan`."""
     flops = NewtonSchulz(coefficients_for(5, "simple")).flops
     shapes = {f"layers.{i}.{j}.w": (16 + 8 * (j % 3), 32 + 16 * (j % 5)) for i in range(10) for j in range(32)}
     matrices = route(shapes).matrices
-    parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
-    (call,) = zero_calls("all", parameters, matrices, Zero(stage), 128)
-    plan = make_plan(matrices, cost.index_of(call), flops, 0)
-    found, sent = spread.counts(call, flops, 0)
-    assert (tuple(found), tuple(sent)) == (plan.flops, plan.bytes_sent)
+    found, plan = counts_and_lists(shapes, matrices, stage, 128, flops, 0)
+    assert (list(found.flops), list(found.sent)) == (plan.flops, plan.bytes_sent)
     costs = sorted((flops(m.rows, m.cols) for m in matrices), reverse=True)
     longest_first = [0] * 128  # what there was without the search
     for each in costs:
         longest_first[longest_first.index(min(longest_first))] += each
-    assert max(found) < max(longest_first)
+    assert max(found.flops) < max(longest_first)
+
+
+def counts_and_lists(shapes, matrices, stage, world, flops, scalars):
+    """What the planner counts, and the plan from lists of what every rank holds."""
+    parameters, tensor = [Partition.of(name, shape) for name, shape in shapes.items()], torch.empty(0)
+    (call,) = zero_calls("all", parameters, matrices, Zero(stage), world)
+    lists = []
+    for rank in range(world):
+        spans = [(call.parameters[span.number].name, span) for span in call.held(rank)]
+        shards = [Shard.of_range(name, span.start, span.length, tensor) for name, span in spans]
+        lists.append([(piece.matrix, piece.inside) for piece in pieces(matrices, shards, {id(tensor): 0})])
+    return cost.plan_call(call, flops, scalars), plan_by_lists(matrices, lists, flops, scalars)
 
 
 # Names and shapes.
