@@ -37,14 +37,15 @@ ADAMW = {"cuda": {"adamw": "torch_fused"}, "cpu": {}}
 #: AdamW on the CPU rounds otherwise than on the GPU: what an offload of the whole optimizer may differ by there.
 OFFLOAD_ERROR = 1e-5
 
-#: Stage, ranks, dtype, micro-batches, offloaded; the most telling first.
+#: Stage, ranks, dtype, micro-batches, the share of the optimizer that is offloaded; the most telling first.
 ZERO = [
-    *[(stage, world, "bf16", 1, False) for world in (2, 4) for stage in (1, 2, 3, 0)],
-    *[(stage, world, "bf16", 1, True) for stage, world in ((1, 2), (2, 2), (3, 2))],
-    *[(stage, 2, dtype, gas, False) for dtype in ("fp32", "fp16") for stage, gas in ((1, 4), (2, 1), (3, 4), (0, 1))],
-    *[(stage, 1, "bf16", 4, False) for stage in (1, 2, 3)],
-    *[(stage, world, "fp32", 1, True) for stage, world in ((1, 1), (2, 4), (3, 4))],
-    *[(stage, 3, "bf16", 4, False) for stage in (1, 3)],
+    *[(stage, world, "bf16", 1, 0.0) for world in (2, 4) for stage in (1, 2, 3, 0)],
+    *[(stage, world, "bf16", 1, 1.0) for stage, world in ((1, 2), (2, 2), (3, 2))],
+    *[(stage, 2, dtype, gas, 0.0) for dtype in ("fp32", "fp16") for stage, gas in ((1, 4), (2, 1), (3, 4), (0, 1))],
+    *[(stage, 1, "bf16", 4, 0.0) for stage in (1, 2, 3)],
+    *[(stage, world, "fp32", 1, 1.0) for stage, world in ((1, 1), (2, 4), (3, 4))],
+    (3, 1, "fp32", 1, 0.5),  # ZeRO-Offload++
+    *[(stage, 3, "bf16", 4, 0.0) for stage in (1, 3)],
 ]
 #: Ranks, layout.
 MEGATRON = [
@@ -214,24 +215,26 @@ def communicate(rank: int, device: str) -> tuple[dict[str, str], str]:
     return found, dist.get_backend()
 
 
-def zero_name(stage: int, world: int, dtype: str, gas: int, offloaded: bool) -> str:
-    parts = [f"ZeRO-{stage}", "offload" if offloaded else "", dtype, f"{world} ranks" if world > 1 else "1 rank"]
+def zero_name(stage: int, world: int, dtype: str, gas: int, offloaded: float) -> str:
+    offload = f"offload of {offloaded:.0%}" if 0 < offloaded < 1 else "offload" if offloaded else ""
+    parts = [f"ZeRO-{stage}", offload, dtype, f"{world} ranks" if world > 1 else "1 rank"]
     return ", ".join(filter(None, [*parts, f"{gas} micro-batches" if gas > 1 else ""]))
 
 
 def zero(
-    pools: Pools, stage: int, world: int, dtype: str, gas: int, offloaded: bool, steps: int, _: Progress
+    pools: Pools, stage: int, world: int, dtype: str, gas: int, offloaded: float, steps: int, _: Progress
 ) -> dict[str, Any]:
     params = ADAMW[pools.device]
     alone = pools.alone(trained, config(0, dtype, params=params), steps)
     if not offloaded:
         return compared(pools(world).run(trained, config(stage, dtype, gas, params), steps), alone)
-    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": dtype == "bf16"}}
+    offload: dict[str, Any] = {"offload_optimizer": {"device": "cpu", "pin_memory": dtype == "bf16"}}
+    wanted = {f"matrices multiplied on {pools.device}", "state on cpu"}
+    if offloaded < 1:  # by sub-groups; the rest is stepped where the parameters are
+        offload["sub_group_size"], offload["offload_optimizer"]["ratio"] = 300, offloaded
+        wanted.add(f"state on {pools.device}")
     found = pools(world).run(offloaded_run, config(stage, dtype, gas, zero_optimization=offload), steps)
-    if (used := {place for run in found for place in run.places}) != {
-        f"matrices multiplied on {pools.device}",
-        "state on cpu",
-    }:
+    if (used := {place for run in found for place in run.places}) != wanted:
         raise AssertionError(f"{sorted(used)}")
     exact = None if pools.device == "cpu" else found[0].matrices
     return compared([run.weights for run in found], alone, exact)

@@ -10,7 +10,7 @@ An engine's package may `offer` the engine's own implementation.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from .layout import Strided
 from .phases import phase
 
 Groups = list[dict[str, Any]]
+#: AdamW's state, apart from the number of steps.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,37 @@ class Implementation:
 
 def _torch(groups: Groups) -> Optimizer:
     return torch.optim.AdamW(groups)
+
+
+class InFp32(torch.optim.AdamW):
+    """torch's AdamW in fp32, for parameters of any dtype: moments are fp32, and only the new weights are rounded."""
+
+    state_dtype = torch.float32
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        given, wide = self.param_groups, []
+        for group in given:
+            copies = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                copy = p.detach().float()  # the tensor itself where it is fp32
+                copy.grad, self.state[copy] = p.grad.float(), self.state[p]
+                copies.append((p, copy))
+            wide.append(({**group, "params": [copy for _, copy in copies]}, copies))
+        self.param_groups = [group for group, _ in wide]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = given
+            for p, copy in (pair for _, copies in wide for pair in copies):
+                del self.state[copy]
+                p.detach().copy_(copy)
+
+
+def _torch_fp32(groups: Groups) -> Optimizer:
+    return InFp32(groups)
 
 
 def _torch_fused(groups: Groups) -> Optimizer:
@@ -67,6 +100,7 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
     "apex": Implementation(_apex),
     "torch_fused": Implementation(_torch_fused),
     "torch": Implementation(_torch),
+    "torch_fp32": Implementation(_torch_fp32),
 }
 #: Classes of optimizers that were built and count their steps as integers.
 _INTEGER_STEPS: set[type[Optimizer]] = set()
@@ -110,13 +144,13 @@ def build(groups: Groups, which: str) -> tuple[Optimizer, str]:
             continue
         if implementation.integer_steps:
             _INTEGER_STEPS.add(type(optimizer))
-        inexact = not on_cuda and name != "torch"
+        inexact = not on_cuda and name not in ("torch", "torch_fp32")
         return optimizer, name + (" (not bit-exact over layouts on CPU)" if inexact else "")
     raise RuntimeError("unreachable: torch's AdamW can always be built")
 
 
 def _is_cuda(groups: Groups) -> bool:
-    return bool(groups[0]["params"][0].is_cuda)
+    return all(p.is_cuda for group in groups for p in group["params"])
 
 
 def own_options(optimizer: Optimizer) -> dict[str, Any]:
@@ -128,7 +162,8 @@ def own_options(optimizer: Optimizer) -> dict[str, Any]:
 
 def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     """The state that `optimizer` would create lazily in its first step, in its own format."""
-    state: dict[str, Any] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    dtype = getattr(optimizer, "state_dtype", parameter.dtype)
+    state: dict[str, Any] = {key: torch.zeros_like(parameter, dtype=dtype) for key in MOMENTS}
     if isinstance(optimizer, torch.optim.AdamW):
         fused = bool(optimizer.defaults.get("fused"))
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
@@ -184,9 +219,21 @@ class AdamWHalf:
     def new_state(self, p: Tensor) -> dict[str, Any]:
         return new_state(self.optimizer, p.detach())
 
-    def adopt(self, group: dict[str, Any], tensors: Sequence[Tensor], state: Any) -> None:
-        """Converts restored state to the format of this AdamW; another implementation may have saved it."""
+    def adopt(
+        self, group: dict[str, Any], tensors: Sequence[Tensor], state: Any, saved: Mapping[Tensor, Any] | None = None
+    ) -> None:
+        """Converts restored state to the format of this AdamW; another implementation may have saved it.
+
+        Args:
+            group, tensors, state: as restored.
+            saved: the state of these tensors as it was saved: torch's own `load_state_dict` casts it to the tensors'
+                dtype.
+        """
         adopt(self.optimizer, group, tensors, state)
+        dtype = getattr(self.optimizer, "state_dtype", None)
+        for p in tensors if dtype is not None else ():
+            kept = {} if saved is None else saved[p]
+            state[p] |= {key: kept[key].to(p.device, dtype, copy=True) for key in MOMENTS if key in kept}
 
     def step(
         self, groups: Sequence[MutableMapping[str, Any]], state: MutableMapping[Tensor, Any], frozen: Frozen = NONE
@@ -234,8 +281,7 @@ def _pieces(p: Tensor, state: MutableMapping[Tensor, Any], parts: Sequence[Strid
         piece = part.view(p.detach().view(-1))
         piece.grad = part.view(p.grad.reshape(-1)) if p.grad is not None else None
         state[piece] = {
-            key: part.view(value.view(-1)) if key in ("exp_avg", "exp_avg_sq") else _own(value)
-            for key, value in state[p].items()
+            key: part.view(value.view(-1)) if key in MOMENTS else _own(value) for key, value in state[p].items()
         }
         found.append(piece)
     return found

@@ -276,7 +276,7 @@ class Halves:
             self.muon.adopt(p, optimizer.state, saved[p])
         for group in optimizer.param_groups:
             if rest := [p for p in group["params"] if self.of(p) is self.adamw and p not in fresh]:
-                self.adamw.adopt(group, rest, optimizer.state)
+                self.adamw.adopt(group, rest, optimizer.state, saved)
         self.new_states(optimizer.state)
 
     def held(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ layout and the optimizer that saved it. From AdamW's it restores the weights and
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from ..core.muon import Muon
 
 #: Saved as the second moment of tensors that have none; Adam's is never negative.
 NO_SECOND_MOMENT = -1.0
+#: Where AutoEP says on a parameter which experts it holds (`DS_AUTOEP_UC_META`, from 0.19).
+EXPERTS = "ds_autoep_uc_meta"
 
 
 def saved_like_adam(muon: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +187,7 @@ def _whole(folder: Path, key: str, muon: Muon) -> Tensor:
     """A parameter's weights or state, whole and flat."""
     found = _read(folder / f"{key}.pt")
     flat = (found[PARAM] if isinstance(found, dict) else found).reshape(-1)
+    flat = _own_experts(flat, next((p for p, name in muon.names.items() if name == folder.name), None))
     shape = muon.routing.shapes[folder.name]
     expected = torch.Size(shape).numel()
     if flat.numel() != expected:
@@ -192,6 +196,14 @@ def _whole(folder: Path, key: str, muon: Muon) -> Tensor:
             "a checkpoint of the same model"
         )
     return flat
+
+
+def _own_experts(flat: Tensor, p: Tensor | None) -> Tensor:
+    """Those that AutoEP has put on this rank, of the experts of all ranks, which are saved as one parameter."""
+    meta = getattr(p, EXPERTS, None)
+    if meta is None or flat.numel() != math.prod(meta["logical_shape"]):
+        return flat
+    return flat.view(*meta["logical_shape"])[meta["local_experts"]].reshape(-1)
 
 
 def _fill(shard: Shard, tensor: Tensor, whole: Tensor | None) -> None:

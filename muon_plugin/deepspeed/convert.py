@@ -134,11 +134,17 @@ def _is_of_built_in(files: Sequence[Path]) -> bool:
 def _check_experts(folder: Path) -> None:
     """The converter takes the experts of all EP ranks, which have equal names, for parts of one."""
     auto_ep = getattr(ds_to_universal, "_get_autoep_metadata", lambda state: None)
-    if list(folder.glob("layer_*_expert_*")) and not auto_ep(load(next(folder.glob("*mp_rank_*_model_states.pt")))):
+    if list(folder.glob("layer_*_expert_*")) and not auto_ep(load(model_files(folder)[0])):
         raise ValueError(
             f"--input_folder {folder} has experts of deepspeed.moe, which DeepSpeed's converter does not know; "
             "allowed: checkpoints without. These resume at the world size and ZeRO stage that saved them"
         )
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Of the model parallel ranks (in ZeRO-3: and of each data parallel rank), without those of single experts."""
+    files = sorted(folder.glob("*mp_rank_*_model_states.pt"))
+    return [file for file in files if file.name.startswith(("mp_rank_", "zero_pp_rank_"))]
 
 
 def load(file: Path) -> Any:

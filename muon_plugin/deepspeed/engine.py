@@ -22,6 +22,7 @@ from ..core.qk_clip import Clip
 from ..core.settings import Settings
 from . import ranks, tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
+from .cpu_adam import choose_adamw, in_its_place, notes
 from .host import host_of, whole_shape
 from .monitor import watch
 from .pipeline import even_out_norms
@@ -92,10 +93,11 @@ def _configure_optimizer(
             _refuse_remade(optimizer)  # not together: no collectives for engines without Muon; all ranks do the same
         return optimizer
 
-    if client_optimizer is None or isinstance(client_optimizer, torch.optim.Optimizer):
-        original(engine, taken_over(client_optimizer), model_parameters)
-    else:  # a callable that makes one
-        original(engine, lambda parameters: taken_over(client_optimizer(parameters)), model_parameters)
+    with in_its_place(engine):
+        if client_optimizer is None or isinstance(client_optimizer, torch.optim.Optimizer):
+            original(engine, taken_over(client_optimizer), model_parameters)
+        else:  # a callable that makes one
+            original(engine, lambda parameters: taken_over(client_optimizer(parameters)), model_parameters)
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         if world_of(None)[0] == 0:
@@ -113,6 +115,7 @@ def _configure_optimizer(
     found = together(lambda: calls(engine, names), own)
     held = together(lambda: holdings(found, partitions, tp, own), own)
     together(lambda: _cut_heads(muon, partitions, tp), own)
+    together(lambda: choose_adamw(engine, muon), own)
     together(lambda: muon.attach(held, torch.device(engine.device)), own)
     if (clip := muon.halves.clip) is not None:
         follow(engine, partial(_end_step, clip), "leave qk_clip out")
@@ -124,7 +127,7 @@ def _configure_optimizer(
     check_before_loading(engine.optimizer, muon)
     watch(engine)
     if world_of(own)[0] == 0:
-        print(muon.summary(_left_out(engine, muon)), flush=True)
+        print(muon.summary([*_left_out(engine, muon), *notes(muon)]), flush=True)
 
 
 def _cut_heads(muon: Muon, partitions: Mapping[str, Partition], tp: Any) -> None:

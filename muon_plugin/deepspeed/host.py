@@ -51,12 +51,17 @@ HOST = Host(
 )
 
 
+def is_converted(engine: Any) -> bool:
+    """Whether DeepSpeed's converter takes its checkpoints: not those of stage 0, or of ``deepspeed.moe``."""
+    auto_ep = getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False)
+    return bool(engine.zero_optimization() and (auto_ep or not engine.has_moe_layers))
+
+
 def host_of(engine: Any) -> Host:
-    """DeepSpeed, with advice that works for this engine: its converter takes neither stage 0 nor experts."""
-    if engine.zero_optimization() and not engine.has_moe_layers:
-        return HOST
-    alone = not (engine.has_moe_layers and engine.zero_optimization_partition_weights())
-    return replace(HOST, advice=WEIGHTS_ONLY if alone else BEFORE)
+    """DeepSpeed, with advice that works for this engine."""
+    whole = not (engine.has_moe_layers and engine.zero_optimization_partition_weights())
+    ways = [CONVERT] if is_converted(engine) else []
+    return replace(HOST, advice="; or ".join([*ways, WEIGHTS_ONLY if whole else BEFORE]))
 
 
 expect(HOST)  # a client's own Muon, which `deepspeed.initialize(optimizer=...)` takes over

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from deepspeed.checkpoint.constants import FP32_GROUPS
 
-from .convert import load
-from .host import BEFORE, WEIGHTS_ONLY
+from .convert import load, model_files
+from .host import BEFORE, WEIGHTS_ONLY, is_converted
 
 #: The folder of a universal checkpoint that has the parameters by name.
 BY_NAME = "zero"
@@ -44,7 +44,7 @@ class Layout:
     @staticmethod
     def saved(folder: Path) -> Layout | None:
         """Of the run that saved a checkpoint; None where there is none that is known."""
-        models = sorted(folder.glob("*mp_rank_*_model_states.pt"))
+        models = model_files(folder)
         cut = sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"))
         saved = load(models[0]) if models else None
         if not isinstance(saved, Mapping) or "dp_world_size" not in saved:
@@ -106,7 +106,7 @@ def check_layout(engine: Any, load_dir: str, tag: str | None, weights_only: bool
     if universal or saved is None or (mine.reads_weights if weights_only else mine.reads)(saved):
         return
     advice = []
-    if mine.stage and saved.stage and not engine.has_moe_layers:
+    if saved.stage and is_converted(engine):
         advice.append(
             "make a universal checkpoint of it (python -m muon_plugin.deepspeed.convert --input_folder "
             f'{folder} --output_folder {folder}_universal) and load that with "checkpoint": {{"load_universal": true}}'

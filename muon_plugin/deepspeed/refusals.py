@@ -18,36 +18,38 @@ def check_supported(engine: Any) -> None:
     Raises:
         ValueError: with the setting, its value and what is supported.
     """
+    refuse(refusals(engine))
+
+
+def refusals(engine: Any) -> list[Refusal]:
+    """All that is checked, whether it is set or not. docs/refused.md has them in this order."""
     zero = engine._config.zero_config
-    refuse(
-        [
-            *_offload(zero),
-            *_zero(zero),
-            *_experts(engine),
-            *_precision(engine),
-            *_universal(engine),
-            *_gradients_left_out(engine),
-            *_one_rate_schedulers(engine),
-            _cycled_momentum(engine),
-        ]
-    )
+    return [
+        *_offload(zero),
+        *_zero(zero),
+        *_experts(engine),
+        *_precision(engine),
+        *_universal(engine),
+        *_gradients_left_out(engine),
+        *_one_rate_schedulers(engine),
+        _cycled_momentum(engine),
+    ]
 
 
 def _offload(zero: Any) -> list[Refusal]:
-    """What only DeepSpeedCPUAdam has (`ratio`, SuperOffload: DeepSpeed asserts it), and what NVMe needs.
+    """SuperOffload, which steps with an optimizer of its own, and what NVMe needs.
 
     Stages 1 and 2 take "nvme" for "cpu", in silence.
     """
     optimizer, section = zero.offload_optimizer, "zero_optimization.offload_optimizer"
-    ratio, super_offload = getattr(optimizer, "ratio", 1.0), getattr(optimizer, "super_offload", False)
+    super_offload = getattr(optimizer, "super_offload", False)
     on_nvme = _on_nvme(zero)
     pipelined = "offload_optimizer" in on_nvme and (optimizer.pipeline_read or optimizer.pipeline_write)
     without_aio = bool(on_nvme) and zero.stage == 3 and not AsyncIOBuilder().is_compatible()
     where = f"zero_optimization.{on_nvme[0]}.device" if on_nvme else section
     aio = "cpu, or nvme once DeepSpeed can build async_io (apt install libaio-dev)"
     return [
-        Refusal(f"{section}.ratio", ratio, ratio != 1.0, "1.0: a part of it needs DeepSpeedCPUAdam"),
-        Refusal(f"{section}.super_offload", True, super_offload, "false"),
+        Refusal(f"{section}.super_offload", True, super_offload, "false: it steps with a DeepSpeedCPUAdam of its own"),
         Refusal(
             f"{section}.pipeline_read or pipeline_write",
             True,
@@ -62,7 +64,8 @@ def _offload(zero: Any) -> list[Refusal]:
 
 
 def _zero(zero: Any) -> list[Refusal]:
-    """Elastic checkpoints restore, for every group, only the state whose keys the first group has; stage 3 has none.
+    """Elastic checkpoints are saved without the step that loading looks for, unless the optimizer keeps it in its
+    groups, as DeepSpeed's AdamW does not. Stage 3 has none.
 
     ZenFlow steps the gradients that it selects with an AdamW of its own. MiCS is refused for the sake of the promise
     that nothing is computed twice.
@@ -71,39 +74,52 @@ def _zero(zero: Any) -> list[Refusal]:
     replicas = "not set: its replicas would compute every matrix again"
     zenflow = getattr(zero, "zenflow", None) is not None
     return [
-        Refusal("zero_optimization.elastic_checkpoint", True, zero.elastic_checkpoint, "false"),
+        Refusal(
+            "zero_optimization.elastic_checkpoint",
+            True,
+            zero.elastic_checkpoint,
+            "false: what DeepSpeed saves so it cannot load, with its AdamW either; for another number of ranks make a "
+            "universal checkpoint (python -m muon_plugin.deepspeed.convert)",
+        ),
         Refusal("zero_optimization.mics_shard_size", mics, mics > 0, replicas),
-        Refusal("zero_optimization.zenflow", "set", zenflow, "not set"),
+        Refusal(
+            "zero_optimization.zenflow", "set", zenflow, "not set: it steps some gradients with an AdamW of its own"
+        ),
     ]
 
 
 def _experts(engine: Any) -> list[Refusal]:
-    """DeepSpeed asserts that stage 3 has no ``deepspeed.moe`` layers. AutoEP over TP was not tried.
-
-    Its universal checkpoints hold the experts of all ranks in one parameter, of which a rank of ours would read all.
-    """
+    """DeepSpeed asserts that stage 3 has no ``deepspeed.moe`` layers. AutoEP over TP was not tried."""
     auto_ep = bool(getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False))
     native = engine.has_moe_layers and not auto_ep and engine._config.zero_config.stage > 2
     tp = engine.autotp_size() if auto_ep else 1
     return [
-        Refusal("deepspeed.moe layers with zero_optimization.stage", 3, native, "0, 1 or 2; or AutoEP"),
-        Refusal("checkpoint.load_universal with expert_parallel (AutoEP)", True, auto_ep and _loads(engine), "false"),
+        Refusal(
+            "deepspeed.moe layers with zero_optimization.stage",
+            3,
+            native,
+            "0, 1 or 2, or AutoEP: DeepSpeed itself refuses them in stage 3",
+        ),
         Refusal("tensor_parallel.autotp_size with expert_parallel (AutoEP)", tp, tp > 1, "1"),
     ]
 
 
 def _precision(engine: Any) -> list[Refusal]:
-    """Masters of 16 bits need DeepSpeedCPUAdam, or state of 16 bits; Muon's momentum is fp32.
+    """DeepSpeed asserts that masters of 16 bits whose moments are fp32 are offloaded.
 
-    Under ZeRO, torch's loss scaler for fp16 autocast is asked group by group and on each rank alone, so a group or a
-    rank may leave out a step that the others make. (In stage 0 it sees the reduced gradients of all groups.)
+    Under ZeRO, a step whose gradients overflow in fp16 autocast is left out before torch's loss scaler is asked, so the
+    scale is never lowered and no further step is made; and gradients are clipped while the scale is in them. Before
+    0.19 the scaler is asked group by group and on each rank alone. (Stage 0 asks it once.)
     """
     scaled = engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16
-    ways = "bfloat16, stage 0, or the section fp16 in its place"
+    ways = "bfloat16, stage 0, or the section fp16 in its place: ZeRO never lowers this loss scale"
+    in_bf16, in_fp16 = engine.bf16_master_weights_and_gradients(), engine.fp16_master_weights_and_gradients()
+    here = _device(engine._config.zero_config.offload_optimizer) == "none"
+    offload, without = "with zero_optimization.offload_optimizer", "_master_weights_and_grads without offload"
+    bf16 = in_bf16 and here and not engine.bf16_optimizer_states()
     return [
-        Refusal("bf16.bf16_master_weights_and_grads", True, engine.bf16_master_weights_and_gradients(), "false"),
-        Refusal("fp16.fp16_master_weights_and_grads", True, engine.fp16_master_weights_and_gradients(), "false"),
-        Refusal("bf16.bf16_optimizer_states", True, engine.bf16_optimizer_states(), "false: momentum is fp32"),
+        Refusal(f"bf16.bf16{without}", True, bf16, f"true with bf16_optimizer_states, or {offload}"),
+        Refusal(f"fp16.fp16{without}", True, in_fp16 and here, f"true {offload}"),
         Refusal("torch_autocast.dtype with ZeRO", "float16", scaled and engine._config.zero_config.stage > 0, ways),
     ]
 

@@ -27,6 +27,7 @@ class PlannedCall:
         padded: elements of state on each rank, padding included; None where there is no padding.
         replicas: whether every rank holds everything (ZeRO stage 0, plain DDP).
         evenly: for ZeRO-3, the size of a rank's part of each parameter, padding included; otherwise empty.
+        moment_bytes: of an element of each of AdamW's two moments.
     """
 
     label: str
@@ -39,6 +40,7 @@ class PlannedCall:
     padded: int | None = None
     replicas: bool = False
     evenly: tuple[int, ...] = ()
+    moment_bytes: int = 4
 
     @property
     def ranks(self) -> int:
@@ -87,6 +89,7 @@ class Zero:
     round_robin: bool = False
     parameter_alignment: bool = False
     element_bytes: int = 2
+    moment_bytes: int = 4
 
 
 def numel(partition: Partition) -> int:
@@ -123,6 +126,7 @@ def zero_calls(
         copies=copies,
         padded=sum(span.length for span in everything),
         replicas=True,
+        moment_bytes=zero.moment_bytes,
     )
     if zero.stage == 0:
         return [whole]

@@ -17,8 +17,8 @@ from .calls import PlannedCall, Stage, numel
 #: Bytes that the step reads and writes in a rank's memory for each element of its shards. AdamW: gradient, two moments
 #: and the weight, the last three twice, fp32. Muon: momentum's average 12, direction 10, decay 8, update 10.
 ADAMW_MEMORY, MUON_MEMORY = 28, 40
-#: fp32 state of an element: AdamW's two moments, Muon's momentum.
-ADAMW_STATE, MUON_STATE = 8, 4
+#: Bytes of an element of Muon's momentum.
+MUON_STATE = 4
 
 
 @dataclass(frozen=True)
@@ -203,11 +203,12 @@ def _held_by(call: PlannedCall) -> list[tuple[int, int]]:
 
 
 def _state(call: PlannedCall) -> tuple[list[int], list[int]]:
+    adamw = 2 * call.moment_bytes
     if call.padded is not None:  # a group is of one kind, and every rank's part has one size
-        each = MUON_STATE if call.matrices else ADAMW_STATE
-        return [each * call.padded] * call.ranks, [ADAMW_STATE * call.padded] * call.ranks
+        each = MUON_STATE if call.matrices else adamw
+        return [each * call.padded] * call.ranks, [adamw * call.padded] * call.ranks
     held = [of_rank for of_rank in _held_by(call) for _ in range(call.tp)]
-    return [MUON_STATE * m + ADAMW_STATE * r for m, r in held], [ADAMW_STATE * (m + r) for m, r in held]
+    return [MUON_STATE * m + adamw * r for m, r in held], [adamw * (m + r) for m, r in held]
 
 
 def _most_held(call: PlannedCall) -> tuple[int, int]:

@@ -53,6 +53,7 @@ def read(config: Section, zero_stage: int | None) -> DeepSpeedConfig:
         round_robin=bool(zero_section.get("round_robin_gradients", False)) and not own_wrapper,
         parameter_alignment=bool(zero_section.get("parameter_alignment", False)) and not own_wrapper,
         element_bytes=element_bytes,
+        moment_bytes=2 if sections["bf16"].get("bf16_optimizer_states", False) else 4,
     )
     return DeepSpeedConfig(settings, zero, _traffic(stage, gradient_bytes, element_bytes))
 

@@ -332,6 +332,25 @@ def test_experts_that_autoep_has_replaced_end_in_the_same_bits_and_resume(ranks,
     assert seen == set(alone)
 
 
+@pytest.mark.parametrize(("stage", "ep", "other", "other_ep"), [(1, 2, 3, 1), (3, 2, 1, 2), (2, 1, 2, 2)])
+def test_experts_that_autoep_has_replaced_resume_at_another_stage_and_ep_size(
+    ranks, tmp_path, stage, ep, other, other_ep
+):
+    """A universal checkpoint has the experts of all ranks in one parameter, of which a rank takes its own."""
+    alone = ranks.alone(with_replaced_experts, config(0, "bf16"), 1, None, apart="autoep")
+    ranks(2, apart=f"autoep {ep}").run(with_replaced_experts, config(stage, "bf16"), ep, tmp_path)
+    convert(tmp_path)
+    settings = config(other, "bf16", checkpoint={"load_universal": True})
+    again = ranks(2, apart=f"autoep {other_ep}").run(
+        with_replaced_experts, settings, other_ep, tmp_path, "universal", 2
+    )
+    seen = set()
+    for found in again:
+        seen |= set(found)
+        assert differing(found, {name: alone[name] for name in found}) == []
+    assert seen == set(alone)
+
+
 def test_experts_are_not_converted(ranks, tmp_path):
     ranks(2, apart="experts").run(saved_with_experts, config(1, "bf16"), tmp_path)
     with pytest.raises(SystemExit, match=r"experts of deepspeed\.moe.*resume at the world size"):

@@ -51,6 +51,26 @@ def test_zero_options_change_no_bit(ranks, reference, option):
     assert differing(found, {name: reference["bf16"][name] for name in found}) == []
 
 
+MASTERS = {
+    "bf16": (3, {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}),
+    "fp16": (
+        1,
+        {
+            "fp16": {"fp16_master_weights_and_grads": True},
+            "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", MASTERS)
+def test_masters_of_16_bits_end_in_the_bits_of_the_newest(ranks, dtype):
+    stage, sections = MASTERS[dtype]
+    newest = ranks.alone(trained, config(stage, dtype, **sections), 4)
+    found = ranks(2, deepspeed=OLD).run(mended, trained, config(stage, dtype, **sections), 4)[0]
+    assert differing(found, newest) == []
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_the_monitor_shows_the_same_sizes(ranks, tmp_path, stage):
     ranks(2, deepspeed=OLD).run(mended, watched, config(stage, "fp32"), tmp_path)

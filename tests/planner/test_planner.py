@@ -70,7 +70,9 @@ def test_deepspeeds_counts_are_those_of_a_real_run(ranks, tmp_path, world, stage
     if (world, stage) == (4, 1):
         options = {"round_robin_gradients": True, "parameter_alignment": True}
     params = {"adjust_lr_fn": "update_norm", "per_head_muon": stage in (2, 3) and world == 2}
-    settings = config(stage, "bf16", params=params, zero_optimization=options)
+    # masters of 16 bits, and moments
+    narrow = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True} if stage == 2 else {}
+    settings = config(stage, "bf16", params=params, zero_optimization=options, bf16=narrow)
     for name, content in (("config", LLAMA), ("ds", settings)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     arguments = ["--hf", str(tmp_path), "--deepspeed", str(tmp_path / "ds.json"), "--nodes", "1"]

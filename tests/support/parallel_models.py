@@ -347,11 +347,16 @@ def build_replaced(rank: int, settings: dict[str, Any], ep: int, model: Replaced
     return engine
 
 
-def with_replaced_experts(rank: int, settings: dict[str, Any], ep: int, folder: Path | None) -> dict[str, Tensor]:
-    """Four steps, in a `folder` with a save and a resume between: weights on this rank, experts by their number."""
+def with_replaced_experts(
+    rank: int, settings: dict[str, Any], ep: int, folder: Path | None, tag: str = "tag", first: int = 0, last: int = 4
+) -> dict[str, Tensor]:
+    """Steps `first` to `last`, in a `folder` with a save and a resume before the third: weights on this rank, experts
+    by their number. From a `first` step on, what is in the folder is resumed; the last save stays there."""
     engine = build_replaced(rank, settings, ep, ReplacedExperts())
-    for step in range(4):
-        if step == 2 and folder is not None:
+    if first:
+        engine.load_checkpoint(str(folder), tag=tag)
+    for step in range(first, last):
+        if (step, first) == (2, 0) and folder is not None:
             engine.save_checkpoint(str(folder), tag="tag")
             engine = build_replaced(rank, settings, ep, ReplacedExperts())
             engine.load_checkpoint(str(folder), tag="tag")
