@@ -70,7 +70,7 @@ MEGATRON = [
     (2, Layout("gated_attention", tp=2)),
 ]
 #: What is run of both with the size "tiny", which covers each line of this file.
-TINY_ZERO = [(1, 2, "bf16", 1, False), (3, 2, "fp32", 1, True)]
+TINY_ZERO = [(1, 2, "bf16", 1, 0.0), (3, 2, "fp32", 1, 1.0)]
 TINY_MEGATRON = [(2, Layout("moe", ep=2))]
 CORE = "tests/gpu/test_core.py"
 
