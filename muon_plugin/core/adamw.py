@@ -160,10 +160,16 @@ def own_options(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
+def moments(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of what it keeps of a tensor's shape: AdamW's two, unless its class says otherwise."""
+    return getattr(optimizer, "moments", MOMENTS)
+
+
 def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     """The state that `optimizer` would create lazily in its first step, in its own format."""
     dtype = getattr(optimizer, "state_dtype", parameter.dtype)
-    state: dict[str, Any] = {key: torch.zeros_like(parameter, dtype=dtype) for key in MOMENTS}
+    state: dict[str, Any] = {name: torch.zeros_like(parameter, dtype=dtype) for name in moments(optimizer)}
+    optimizer = getattr(optimizer, "counted_as", optimizer)
     if isinstance(optimizer, torch.optim.AdamW):
         fused = bool(optimizer.defaults.get("fused"))
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
@@ -192,15 +198,18 @@ class AdamWHalf:
     """The tensors that hold no matrices.
 
     Args:
-        optimizer: an AdamW, which is given the tensors and their state in each step; None if there are no tensors.
+        optimizer: an AdamW, or a `Lion`, which is given the tensors and their state in each step; None if there are no
+            tensors.
         label: its name in the start-up table.
         tensors: those that it updates.
         counts_frozen: whether the number of steps, by which AdamW corrects its bias, is that of the optimizer: then it
             is the same on all layouts, as ZeRO has one number for a flat tensor of several parameters. Otherwise, as in
             torch, steps in which a tensor is frozen are not counted.
-    """
+        name: of the rule.
 
-    name = "AdamW"
+    Attributes:
+        bytes_each: state of an element.
+    """
 
     def __init__(
         self,
@@ -208,8 +217,10 @@ class AdamWHalf:
         label: str = "none",
         tensors: Iterable[Tensor] = (),
         counts_frozen: bool = False,
+        name: str = "AdamW",
     ) -> None:
-        self.optimizer, self.label, self._counts_frozen = optimizer, label, counts_frozen
+        self.optimizer, self.label, self._counts_frozen, self.name = optimizer, label, counts_frozen, name
+        self.bytes_each = 4 * len(moments(optimizer))
         self._tensors = dict.fromkeys(tensors)
 
     @property

@@ -53,6 +53,10 @@ def in_range(low: float, high: float) -> Check:
     return Check(lambda value: is_number(value) and low <= value < high, f"a number from {low} to below {high}")
 
 
+def fraction() -> Check:
+    return Check(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
+
+
 def whole(low: int, high: int) -> Check:
     """low <= value <= high."""
     return Check(lambda value: is_whole(value) and low <= value <= high, f"a whole number from {low} to {high}")

@@ -38,9 +38,13 @@ class MuonHalf:
         options: values of "momentum" and "nesterov", where the parameter groups do not have them.
         offload: whether the momentum is kept in pinned CPU memory between steps.
         beside: returns further state for a new tensor; a "step" in it is incremented by each step.
+
+    Attributes:
+        bytes_each: state of an element.
     """
 
     name = "Muon"
+    bytes_each = 4
 
     def __init__(
         self,

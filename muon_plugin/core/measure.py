@@ -107,9 +107,9 @@ class Measure:
         for shard, group in self._of(groups, frozen):
             own = state[shard.tensor]
             self._add("weight", shard, shard.tensor)
-            of_adamw = "exp_avg_sq" in own
-            self._add("momentum", shard, own["exp_avg" if of_adamw else momentum])
-            for values in _adamw_update(shard, own, group) if of_adamw else ():
+            of_matrix = momentum in own and "exp_avg_sq" not in own
+            self._add("momentum", shard, own[momentum if of_matrix else "exp_avg"])
+            for values in () if of_matrix else _update(shard, own, group):
                 self._sum("update", shard.parameter, values)
 
     def _of(self, groups: Sequence[Mapping[str, Any]], frozen: Frozen) -> Iterator[tuple[Shard, Mapping[str, Any]]]:
@@ -132,7 +132,8 @@ class Measure:
         ``zero_gradient_matrices``, the number of matrices that are not frozen and whose gradient is zero.
 
         The update is that of Eq. 4 without learning rate and weight decay; AdamW's is m / (sqrt(v) + eps), both
-        corrected for their bias. The gradient is the one that the optimizer got, clipped where the engine clips.
+        corrected for their bias; Lion's is a sign. The gradient is the one that the optimizer got, clipped where the
+        engine clips.
 
         Args:
             device: on which the optimizer computes.
@@ -294,7 +295,13 @@ def _parts(shard: Shard, tensor: Tensor) -> Iterable[Tensor]:
     return torch.split(whole, max(1, CHUNK // whole.shape[1]))
 
 
-def _adamw_update(shard: Shard, state: Mapping[str, Any], group: Mapping[str, Any]) -> Iterable[Tensor]:
+def _update(shard: Shard, state: Mapping[str, Any], group: Mapping[str, Any]) -> Iterable[Tensor]:
+    """What AdamW, or Lion, made of an element's gradients."""
+    if "exp_avg_sq" not in state:
+        if shard.tensor.grad is not None:  # without any gradient so far Lion's sign is 0
+            for moment, grad in zip(_parts(shard, state["exp_avg"]), _parts(shard, shard.tensor.grad)):
+                yield ((moment != 0) | (grad != 0)).float()
+        return
     step = float(state["step"] if "step" in state else group["step"])
     one, two = (1 - beta**step for beta in group["betas"])
     for first, second in zip(_parts(shard, state["exp_avg"]), _parts(shard, state["exp_avg_sq"])):

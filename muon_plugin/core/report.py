@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .adamw import AdamWHalf
 from .halves import Halves
 from .heads import Heads
 from .plan import Plan
@@ -45,11 +46,12 @@ def table(
         name: f"{shapes[name]}, {_heads(routing.by_head[name], inputs[name], numels[name])}"
         for name in muon_names & routing.by_head.keys()
     }
-    adamw_name = next((each.adamw.label for each in halves if each.adamw.optimizer is not None), "none")
+    other = next((each.adamw for each in halves if each.adamw.optimizer is not None), AdamWHalf())
     rows = [
         f"Muon   {len(muon_names)} parameters, {len(routing.matrices)} matrices, {muon_elements:,} elements",
         *_names((name, ways[name]) for name in routing.shapes if name in muon_names),
-        f"AdamW  {len(routing.adamw)} parameters, {sum(numels[n] for n in routing.adamw):,} elements ({adamw_name})",
+        f"{other.name:5}  {len(routing.adamw)} parameters, {sum(numels[n] for n in routing.adamw):,} elements "
+        f"({other.label})",
         *_names((name, f"{shapes[name]}, {why}") for name, why in routing.adamw.items()),
         *(f"note: {note}" for note in routing.notes),
         options,
@@ -66,11 +68,10 @@ def table(
             rows.append(
                 f"{prefix}exchange a step: {si(sum(sent))}B sent over all ranks, {si(max(sent))}B by the busiest"
             )
-    held_muon, held_adamw = (sum(each.held()[half] for each in halves) for half in (0, 1))
-    rows.append(
-        f"optimizer state on this rank: {si(4 * held_muon + 8 * held_adamw)}B (AdamW alone: "
-        f"{si(8 * (held_muon + held_adamw))}B)"
-    )
+    held = [(*each.held(), each.muon.bytes_each, each.adamw.bytes_each) for each in halves]
+    state = sum(muon * muon_bytes + rest * rest_bytes for muon, rest, muon_bytes, rest_bytes in held)
+    alone = 8 * sum(muon + rest for muon, rest, *_ in held)
+    rows.append(f"optimizer state on this rank: {si(state)}B (AdamW alone: {si(alone)}B)")
     width = max(len(row) for row in rows)
     return "\n".join(["muon_plugin ".ljust(width + 2, "-"), *("  " + row for row in rows), "-" * (width + 2)])
 

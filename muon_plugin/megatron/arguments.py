@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..core.orthogonalize import DTYPES, METHODS
-from .settings import PAPER
+from .settings import PAPER, PRECISION, SCALAR_OPTIMIZERS, precision_aware
 
 
 def asks_for_muon(config: Any) -> bool:
@@ -51,6 +51,10 @@ def add_arguments(parser: Any) -> Any:
             help="Each head of query, key and value is a matrix of its own, also of multi-latent attention's "
             "up-projections",
         )
+    if not any("--muon-scalar-optimizer" in action.option_strings for action in parser._actions):  # 0.16.1
+        group.add_argument("--muon-scalar-optimizer", default="adam", choices=SCALAR_OPTIMIZERS)
+        for number, beta in ((1, 0.95), (2, 0.98)):
+            group.add_argument(f"--lion-beta{number}", type=float, default=beta)
     return parser
 
 
@@ -65,6 +69,28 @@ class _Paper(argparse.Action):
 
 def add_megatron_arguments(original: Callable[..., Any], parser: Any) -> Any:
     return add_arguments(original(parser))
+
+
+def check_config(original: Callable[..., Any], self: Any) -> Any:
+    """OptimizerConfig's checks let only AdamW be precision-aware, and only Transformer Engine's: ours needs neither."""
+    if not (asks_for_muon(self) and precision_aware(self)):
+        return original(self)
+    names = ("use_precision_aware_optimizer", "optimizer_cpu_offload", *PRECISION, "store_param_remainders")
+    wanted = {name: getattr(self, name) for name in names}
+    plain(self)
+    try:
+        return original(self)
+    finally:
+        for name, value in wanted.items():
+            setattr(self, name, value)
+
+
+def plain(config: Any) -> None:
+    """Makes the copy of a config that of Megatron's ordinary optimizer: in fp32, on the device."""
+    defaults = type(config).__dataclass_fields__
+    for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload", *PRECISION):
+        setattr(config, name, defaults[name].default)
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False  # set in a patched Megatron
 
 
 def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from ..core.report import table
 from ..core.routing import Routing, check_heads
 from ..core.update import Update
 from . import qk_clip
-from .arguments import asks_for_muon
+from .arguments import asks_for_muon, plain
 from .monitor import MonitoredOptimizer, StepMonitor, arguments
 from .optimizer import MuonDistributedOptimizer
 from .qk_clip import Attentions
@@ -79,6 +79,7 @@ def build(
     _compare([*_lines(settings), *_lines(config), clips], found, _dp_group(groups), ranks)
     stock = copy.copy(config)
     stock.optimizer = "adam"
+    plain(stock)
     chained = original(stock, model_chunks, *args, pg_collection=pg_collection, **kwargs)
     together(lambda: _check_built(chained), ranks)
     overridden = _overridden(chained, found, [_dp_group(groups), getattr(groups, "expt_dp", None) or _dp_group(groups)])
@@ -161,10 +162,11 @@ class Converted:
 
     def parts(self, copies: int) -> list[Part]:
         """This rank's shards by the label of their metrics; `copies` optimizer instances hold replicas of them."""
-        found: dict[str, list[Shard]] = {"muon": [], "adamw": [], "muon_experts": [], "adamw_experts": []}
+        names = [half.name.lower() for half in (self.halves.muon, self.halves.adamw)]
+        found: dict[str, list[Shard]] = {name + end: [] for end in ("", "_experts") for name in names}
         for shard in self.held:
-            half = "muon" if self.halves.of(shard.tensor) is self.halves.muon else "adamw"
-            found[half + "_experts" * is_expert(shard.parameter)].append(shard)
+            name = self.halves.of(shard.tensor).name.lower()
+            found[name + "_experts" * is_expert(shard.parameter)].append(shard)
         return [Part(label, shards, self.process_group, copies) for label, shards in found.items()]
 
 

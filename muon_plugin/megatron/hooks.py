@@ -5,6 +5,7 @@ Megatron's functions are wrapped only here, and the wrappers act only on that pa
 - ``megatron.core.optimizer.get_megatron_optimizer`` (and 0.16.1's ``get_megatron_muon_optimizer``): Megatron rejects
   the pair (0.16.1) or shards whole layers (0.19.2). The wrapper builds the stock optimizer with AdamW and puts Muon
   inside (`engine.build`);
+- ``megatron.core.optimizer.OptimizerConfig.__post_init__``: lets only Transformer Engine's AdamW be precision-aware;
 - ``megatron.training.arguments.validate_args``: would reject the pair among the arguments; the wrapper accepts it;
 - ``megatron.core.optimizer.qk_clip.clip_qk`` would scale parts of matrices after the weights were gathered; the wrapper
   leaves that to the optimizer's step (`qk_clip`);
@@ -37,7 +38,7 @@ def register() -> None:
     if _hooks.installed:
         return
     from megatron.core import optimizer
-    from megatron.core.optimizer import qk_clip
+    from megatron.core.optimizer import OptimizerConfig, qk_clip
     from megatron.core.package_info import __version__
 
     from . import arguments as ours
@@ -51,6 +52,7 @@ def register() -> None:
             [*FACTORY, "dump_param_to_param_group_map"],
             engine.get_megatron_optimizer,
         ),
+        Hook(OptimizerConfig, "__post_init__", ["self"], ours.check_config),
         Hook(qk_clip, "clip_qk", ["model", "log_max_only"], ours_qk_clip.clip_qk),
     ]
     muon = importlib.import_module("megatron.core.optimizer.muon")

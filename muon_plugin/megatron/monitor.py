@@ -3,7 +3,7 @@
 Only the steps that Megatron's ``--log-interval`` logs are measured. The metrics, by Megatron's iteration:
 
 - ``muon/update_rms/LABEL``, ``muon/weight_rms/LABEL``, ``muon/momentum_norm/LABEL``, over all ranks; LABEL is ``muon``
-  or ``adamw``, or one of these with ``_experts``; see `core.measure`;
+  or ``adamw`` (or ``lion``), or one of these with ``_experts``; see `core.measure`;
 - ``muon/gradient_norm``: of all gradients, before clipping;
 - ``muon/zero_gradient_matrices``: how many matrices have a gradient of zeros alone, and are not frozen;
 - ``muon/max_logit/LAYER``, ``muon/clipped_heads``, with ``--qk-clip``: the largest attention logit of each layer (in

@@ -7,18 +7,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..core import adamw
-from ..core.adamw import AdamWHalf
+from ..core.adamw import AdamWHalf, moments
 from ..core.call import Call
 from ..core.exchange import Turns, ended, in_turns
 from ..core.halves import Halves, MuonHalf
+from ..core.lion import Lion
 from ..core.proof import FirstStep
 from ..core.update import Update
+from .precision import Kept, first_part, joined
 from .settings import Settings
+from .shards import masters
 
 logger = logging.getLogger(__name__)
 #: Key that marks the parameter groups of a checkpoint in which `exp_avg` of matrices is Muon's momentum.
@@ -31,21 +35,23 @@ UNFREEZE = (
 
 
 class InnerOptimizer(Optimizer):
-    """Muon for the matrices and Megatron's own Adam for the rest, in Megatron's own parameter groups.
+    """Muon for the matrices and Megatron's own Adam, or Lion, for the rest, in Megatron's own parameter groups.
 
     The groups are left as Megatron made them, so that its schedulers and checkpoints work as with AdamW. `halves`
     records which half a tensor belongs to.
 
     State, from construction on: ``momentum_buffer`` (fp32, of the tensor's shape) for matrices; ``exp_avg`` and
-    ``exp_avg_sq`` for the rest; and ``step`` for both, if Megatron's Adam keeps it in the state and not in the group.
+    (AdamW's) ``exp_avg_sq`` for the rest; and ``step`` for both, if Megatron's Adam keeps it in the state and not in
+    the group.
 
     Args:
         adam: the optimizer that Megatron built; its `param_groups` hold this rank's shards.
         update: the step of the matrices.
-        settings: momentum, Nesterov, offload.
+        settings: momentum, Nesterov, offload, Lion.
         call: all of its tensors, and this rank's shards in them.
         parameters: the model's parameters of these shards, by name.
         left_out: the model's parameters that were frozen when Megatron built it, by name.
+        weights: main parameters that need not stay in memory between steps -> the weights that they update.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class InnerOptimizer(Optimizer):
         call: Call,
         parameters: Mapping[str, Tensor],
         left_out: Mapping[str, Tensor],
+        weights: Mapping[Tensor, Tensor],
     ) -> None:
         # No parameters here: Megatron's shards are views, which the constructor rejects.
         super().__init__([{"params": []}], adam.defaults)
@@ -70,13 +77,19 @@ class InnerOptimizer(Optimizer):
         matrices.add(update, update.tensors)
         held = set(update.tensors)
         rest = (p for p in call.tensors if p not in held)
-        half = AdamWHalf(adam, "Megatron's AdamW", rest, counts_frozen=True)  # its checkpoints want one count for all
+        optimizer, label, name = adam, "Megatron's AdamW", "AdamW"
+        if settings.scalar == "lion":
+            optimizer, label, name = Lion((settings.lion_beta1, settings.lion_beta2), adam), "this plugin's", "Lion"
+        half = AdamWHalf(optimizer, label, rest, counts_frozen=True, name=name)  # checkpoints want one count for all
         self.halves = Halves(matrices, half, [call], parameters, left_out, UNFREEZE)
         self.halves.first_step = FirstStep([call])
         self.halves.new_states(self.state)
         #: others that the next step of this one steps with it, in turns
         self.beside: Sequence[InnerOptimizer] = ()
         self._stepped = False
+        matrices.bytes_each, half.bytes_each = settings.state_bytes
+        offloaded = first_part(call.tensors, settings.offload_fraction)
+        self.kept = Kept(lambda: self.state, settings.rounded, weights, settings.lower_bits, offloaded)
         self._mark()
 
     def _mark(self) -> None:
@@ -96,35 +109,55 @@ class InnerOptimizer(Optimizer):
 
     def _turns(self) -> Turns:
         before = max((group.get("step", 0) for group in self.param_groups), default=0)
-        yield from self.halves.turns(self.param_groups, self.state)
+        with self.kept.opened():
+            yield from self.halves.turns(self.param_groups, self.state)
         if not self._in_tensors:  # FusedAdam counts in its groups, but skips groups without a tensor of its own
             for group in self.param_groups:
                 group["step"] = before + 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.halves.load(self, state_dict, super().load_state_dict)
+        self.kept.close()
         self._mark()
 
 
 class MuonDistributedOptimizer(DistributedOptimizer):
     """Megatron's DistributedOptimizer around an `InnerOptimizer`.
 
-    Megatron's checkpoints use Adam's names, so momentum is saved as ``exp_avg`` and its square as ``exp_avg_sq``. If
-    AdamW resumes from such a checkpoint, its first update of each weight is about the learning rate, where a zero
-    second moment would make it explode. While a checkpoint is saved, the state takes as much memory as AdamW's. A
-    checkpoint of Megatron's AdamW lacks `MARK`: its weights are loaded, and the momentum of matrices starts from zero.
+    Megatron's checkpoints use Adam's names, so the momentum, or Lion's moment, is saved as ``exp_avg`` and its square
+    as ``exp_avg_sq``. If AdamW resumes from such a checkpoint, its first update of each weight is about the learning
+    rate, where a zero second moment would make it explode. While a checkpoint is saved, the state takes as much memory
+    as AdamW's. A checkpoint of Megatron's AdamW lacks `MARK`: its weights are loaded, and the momentum of matrices
+    starts from zero.
     """
 
     @classmethod
-    def convert(cls, optimizer: DistributedOptimizer, logs: bool, *inner: Any) -> None:
+    def convert(
+        cls,
+        optimizer: DistributedOptimizer,
+        logs: bool,
+        update: Update,
+        settings: Settings,
+        call: Call,
+        parameters: Mapping[str, Tensor],
+        left_out: Mapping[str, Tensor],
+    ) -> None:
         """Turns a DistributedOptimizer that Megatron has just built around Adam into one of this class, in place.
 
         Args:
             optimizer: Megatron's.
             logs: whether this rank logs for all that train with the optimizer.
-            inner: the further arguments of its `InnerOptimizer`.
+            update, settings, call, parameters, left_out: of its `InnerOptimizer`.
         """
-        optimizer.optimizer = InnerOptimizer(optimizer.optimizer, *inner)
+        held = [(model, weight, main) for model, weight, main in masters(optimizer) if weight is not main]
+        plain = [(model, weight, main) for model, weight, main in held if weight is not None]
+        plain = [triple for triple in plain if not is_float8tensor(triple[0])]
+        optimizer._weights = {model: weight for model, weight, _ in plain if weight.dtype == torch.bfloat16}
+        frees = settings.frees and len(plain) == len(held)  # Megatron quantizes from main parameters in memory
+        weights = {main: weight for _, weight, main in plain if frees}
+        optimizer.optimizer = InnerOptimizer(optimizer.optimizer, update, settings, call, parameters, left_out, weights)
+        for model, _, _ in plain if frees else ():
+            model.main_param = None  # as in Megatron where the inner optimizer holds it
         optimizer.__class__ = cls
         optimizer._fresh_momentum, optimizer._logs = False, logs
 
@@ -137,25 +170,54 @@ class MuonDistributedOptimizer(DistributedOptimizer):
                 "AdamW state of the other parameters; the momentum of matrices starts from zero"
             )
         super().load_state_dict(state_dict)
+        if "param_state" in state_dict:
+            self._gather_weights()
+
+    def load_parameter_state(self, *args: Any, **kwargs: Any) -> None:
+        super().load_parameter_state(*args, **kwargs)
+        self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        """Main parameters that lie halfway between two weights are rounded otherwise by a run that keeps them whole."""
+        if self.optimizer.kept.writes_weights:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
         main, state = self._main_and_state(model_param)
-        if self._is_matrix(main):
-            momentum = state["momentum_buffer"].to(main.device)
-            return {"param": main, "exp_avg": momentum, "exp_avg_sq": momentum.square()}
-        return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        first = state["momentum_buffer" if self._is_matrix(main) else "exp_avg"].to(main.device, torch.float32)
+        second = state["exp_avg_sq"].float() if "exp_avg_sq" in state else first.square()
+        return {"param": self.optimizer.kept.main(main), "exp_avg": first, "exp_avg_sq": second}
 
     @torch.no_grad()
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: Mapping[str, Tensor]) -> None:
         main, state = self._main_and_state(model_param)
-        main.copy_(tensors["param"])
+        self.optimizer.kept.set_main(main, self._saved_main(model_param, tensors["param"]))
         if not self._is_matrix(main):
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in moments(self.optimizer.halves.adamw.optimizer):
                 state[name].copy_(tensors[name])
         elif self._fresh_momentum:
             state["momentum_buffer"].zero_()
         else:
             state["momentum_buffer"].copy_(tensors["exp_avg"])
+
+    def _saved_main(self, model_param: Tensor, saved: Tensor) -> Tensor:
+        """What a checkpoint means by a main parameter: FusedAdam saves the bits that the weight lacks, as a number."""
+        weight = self._weights.get(model_param)
+        if weight is None or not self._fresh_momentum:
+            return saved
+        saved, whole = saved.to(weight.device).view(weight.shape), torch.iinfo(torch.int16)
+        numbers = bool(((saved == saved.round()) & (saved >= whole.min) & (saved <= whole.max)).all())
+        return joined(weight, saved.to(torch.int16)) if numbers and not torch.equal(saved, weight.float()) else saved
+
+    def _copy_main_params_to_model_params(self) -> None:
+        if not self.optimizer.kept.writes_weights:
+            super()._copy_main_params_to_model_params()
+
+    def _copy_model_params_to_main_params(self, *args: Any, **kwargs: Any) -> None:
+        with self.optimizer.kept.opened():
+            super()._copy_model_params_to_main_params(*args, **kwargs)
+        self._gather_weights()
 
     def _main_and_state(self, model_param: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         group, order = self.model_param_group_index_map[model_param]

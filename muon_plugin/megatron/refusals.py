@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.checks import Refusal, refuse
+from .settings import PRECISION, dtype_name, precision_aware
 
 
 def check_supported(config: Any, ddp: Any) -> None:
@@ -20,33 +21,19 @@ def check_supported(config: Any, ddp: Any) -> None:
     Raises:
         ValueError: with the flag or field, its value and what is supported.
     """
-    refuse([*_optimizer(config), *_data_parallel(ddp)])
+    refuse(refusals(config, ddp))
+
+
+def refusals(config: Any, ddp: Any) -> list[Refusal]:
+    """All of them, also those that are not set; docs/refused-megatron.md has a row for each."""
+    return [*_optimizer(config), *_data_parallel(ddp)]
 
 
 def _optimizer(config: Any) -> list[Refusal]:
-    scalar = getattr(config, "muon_scalar_optimizer", "adam")
     decoupled = getattr(config, "decoupled_weight_decay", True)
     layer_wise = getattr(config, "use_layer_wise_distributed_optimizer", False)
     return [
-        # The engine: Transformer Engine's FusedAdam then holds the main parameters in its own state, and their shards,
-        # on which Muon works, are None.
-        Refusal(
-            "--use-precision-aware-optimizer",
-            None,
-            config.use_precision_aware_optimizer,
-            "momentum and main parameters in fp32, without this flag; --muon-offload saves memory",
-        ),
-        # The engine: HybridDeviceOptimizer steps all its parameters, matrices too, in Adams of its own over copies.
-        Refusal(
-            "--optimizer-cpu-offload (HybridDeviceOptimizer)",
-            None,
-            config.optimizer_cpu_offload,
-            "--muon-offload, which keeps Muon's momentum in CPU memory",
-        ),
-        # Not written: Lion keeps one moment, and the other half's state and checkpoints are AdamW's two.
-        Refusal(
-            "--muon-scalar-optimizer", scalar, scalar != "adam", "adam: everything but the matrices is trained by AdamW"
-        ),
+        *(_dtype(config, name) for name in PRECISION),
         # Not written: decay would be added to the gradient, and so be orthogonalized with it.
         Refusal("decoupled_weight_decay", decoupled, not decoupled, "true: Muon's weight decay is decoupled"),
         # A contradiction: Megatron's own validation sets one or the other.
@@ -56,21 +43,33 @@ def _optimizer(config: Any) -> list[Refusal]:
             layer_wise,
             "false: it shards whole layers, this Muon shards as the stock distributed optimizer does",
         ),
-        # Not tried: messages between ranks and the copies of --muon-offload would have to be captured. Megatron made
-        # it for Adam.
+        # Not right: learning rates, weight decay and numbers of steps are numbers of Python here, which a graph would
+        # replay as they were when it was captured. Megatron made it for FusedAdam, which has tensors of them.
         Refusal(
             "--optimizer-cuda-graph", None, getattr(config, "optimizer_cuda_graph", False), "steps without this flag"
         ),
     ]
 
 
+def _dtype(config: Any, name: str) -> Refusal:
+    """Not right over layouts: FusedAdam scales fp16 and fp8 by the largest value of a shard, so that the result depends
+    on where it is cut."""
+    allowed = ("fp32",) if name == "main_params_dtype" else ("fp32", "bf16")
+    found = dtype_name(config, name)
+    is_set = precision_aware(config) and found not in allowed
+    reason = "other dtypes need a scale for each shard, on which the results would depend"
+    return Refusal(f"--{name.replace('_', '-')}", found, is_set, f"{', '.join(allowed)}; {reason}")
+
+
 def _data_parallel(ddp: Any) -> list[Refusal]:
-    gathered = "main parameters from bf16 or fp16, without this flag"
     return [
-        # Not tried, for want of Transformer Engine and a GPU that has these types. Of most, parts cannot be viewed, so
-        # that where they lie could not be checked.
-        Refusal("--fp8-param-gather", None, getattr(ddp, "fp8_param_gather", False), gathered),
-        Refusal("--fp4-param-gather", None, getattr(ddp, "fp4_param_gather", False), gathered),
+        # Not tried, for want of a GPU that has this type.
+        Refusal(
+            "--fp4-param-gather",
+            None,
+            getattr(ddp, "fp4_param_gather", False),
+            "--fp8-param-gather, or main parameters from bf16 or fp16",
+        ),
         # The engine: FSDP's parameters are DTensors in buffers of its own, with other tables.
         Refusal(
             "--use-megatron-fsdp",

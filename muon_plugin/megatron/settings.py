@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ..core.checks import SWITCH, above, in_range, one_of, require, whole
+import torch
+
+from ..core.checks import SWITCH, above, fraction, in_range, one_of, require, whole
 from ..core.coefficients import COEFFICIENT_SETS, coefficients_for, notes
 from ..core.layout import Matrix
 from ..core.orthogonalize import DTYPES, METHODS, NewtonSchulz, check_dtype
@@ -28,8 +30,12 @@ SCALE_MODES = {
     "unit_rms_norm": lambda a, b: math.sqrt(a / b),
     "shape_scaling": lambda a, b: math.sqrt(max(1.0, a / b)),
 }
+#: Fields of Megatron's precision-aware optimizer, and the dtypes of its command line by torch's names.
+PRECISION = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "fp8"}
 TP_MODES = ("blockwise", "duplicated", "distributed")
 PRECISIONS = ("low", "medium", "high")
+SCALAR_OPTIMIZERS = ("adam", "lion")
 #: What each flag may be.
 CHECKS = {
     "muon-momentum": in_range(0, 1),
@@ -43,6 +49,10 @@ CHECKS = {
     "muon-ns-method": one_of(METHODS),
     "muon-ns-dtype": one_of(DTYPES),
     "muon-offload": SWITCH,
+    "muon-scalar-optimizer": one_of(SCALAR_OPTIMIZERS),
+    "lion-beta1": in_range(0, 1),
+    "lion-beta2": in_range(0, 1),
+    "optimizer-offload-fraction": fraction(),
 }
 #: Fields that may be set on an OptimizerConfig though its release does not have them.
 OURS = (
@@ -50,6 +60,8 @@ OURS = (
     "muon_nesterov",
     "muon_coefficient_type",
     "muon_scalar_optimizer",
+    "lion_beta1",
+    "lion_beta2",
     "muon_ns_method",
     "muon_ns_dtype",
     "muon_offload",
@@ -69,6 +81,14 @@ class Settings:
         split_qkv: attention's fused projections are taken apart.
         per_head: each head of query, key and value is a matrix of its own (``--muon-split-qkv-per-head``).
         offload: the momentum lives in CPU memory (``--muon-offload``).
+        scalar: what trains everything but the matrices (``--muon-scalar-optimizer``).
+        lion_beta1, lion_beta2: ``--lion-beta1``, ``--lion-beta2``.
+        exp_avg, exp_avg_sq: dtypes between steps (``--exp-avg-dtype``, ``--exp-avg-sq-dtype``) of the momentum and of
+            AdamW's or Lion's first moment, and of AdamW's second one.
+        offload_fraction: how much of the state is in CPU memory between steps (``--optimizer-cpu-offload``,
+            ``--optimizer-offload-fraction``).
+        lower_bits: of bf16 weights' main parameters only the bits are kept that the weights lack
+            (``--use-precision-aware-optimizer``, store_param_remainders).
         ignored: flags that were set and do nothing here, and why.
 
     Raises:
@@ -86,6 +106,13 @@ class Settings:
     offload: bool
     per_head: bool = False
     dtype: str = "bf16"
+    scalar: str = "adam"
+    lion_beta1: float = 0.95
+    lion_beta2: float = 0.98
+    exp_avg: str = "fp32"
+    exp_avg_sq: str = "fp32"
+    lower_bits: bool = False
+    offload_fraction: float = 0.0
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -101,6 +128,10 @@ class Settings:
             "muon-ns-dtype": self.dtype,
             "muon-offload": self.offload,
             "muon-split-qkv-per-head": self.per_head,
+            "muon-scalar-optimizer": self.scalar,
+            "lion-beta1": self.lion_beta1,
+            "lion-beta2": self.lion_beta2,
+            "optimizer-offload-fraction": self.offload_fraction,
         }
         for flag, value in values.items():
             require(f"--{flag} {value!r}", value, CHECKS[flag])
@@ -145,12 +176,34 @@ class Settings:
             offload=ours("muon_offload", False),
             per_head=ours("muon_split_qkv_per_head", False),
             dtype=ours("muon_ns_dtype", "bf16"),
+            scalar=ours("muon_scalar_optimizer", "adam"),
+            lion_beta1=ours("lion_beta1", 0.95),
+            lion_beta2=ours("lion_beta2", 0.98),
+            offload_fraction=_offload_fraction(config),
+            **_precision(config),
             ignored=tuple(ignored),
         )
 
     @property
     def newton_schulz(self) -> NewtonSchulz:
         return NewtonSchulz(coefficients_for(self.steps, self.coefficients), self.method, dtype=self.dtype)
+
+    @property
+    def frees(self) -> bool:
+        """Whether main parameters do not stay in memory between steps."""
+        return self.lower_bits or self.offload_fraction > 0
+
+    @property
+    def rounded(self) -> dict[str, torch.dtype]:
+        """Moments that are not in fp32 between steps: only bf16 is allowed beside it."""
+        names = {"momentum_buffer": self.exp_avg, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {name: torch.bfloat16 for name, dtype in names.items() if dtype != "fp32"}
+
+    @property
+    def state_bytes(self) -> tuple[int, int]:
+        """State of an element of a matrix, and of any other; main parameters apart."""
+        first, second = (4 if dtype == "fp32" else 2 for dtype in (self.exp_avg, self.exp_avg_sq))
+        return first, first + second * (self.scalar != "lion")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -175,11 +228,43 @@ class Settings:
             f"scale {self.extra_scale_factor:g} x {self.scale_mode}, momentum {self.momentum:g}"
             f"{' (Nesterov)' if self.nesterov else ''}, {self.steps} steps ({self.coefficients}, {form})"
             f"{', momentum in CPU memory' if self.offload else ''}"
+            f"{f', the rest by Lion ({self.lion_beta1:g}, {self.lion_beta2:g})' if self.scalar == 'lion' else ''}"
             f"{', attention head by head' if self.per_head else ''}"
             f"{'' if self.split_qkv else ', attention projections fused'}"
         )
         other = [f"{key.removeprefix('muon_')} {PAPER[key]}" for key, value in flags.items() if value != PAPER[key]]
+        dtypes = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        ours += "".join(f", {name} in {dtype}" for name, dtype in dtypes.items() if dtype != "fp32")
+        if self.offload_fraction:
+            ours += f", {self.offload_fraction:.0%} of the state in CPU memory"
+        ours += ", of main parameters the 16 bits that weights lack" * self.lower_bits
         return ours + (f"; the paper has {', '.join(other)} (--muon-paper)" if other else "; as in the paper")
+
+
+def precision_aware(config: Any) -> bool:
+    return bool(getattr(config, "use_precision_aware_optimizer", False))
+
+
+def dtype_name(config: Any, field: str) -> str:
+    """As on the command line: fp32, bf16, fp16, fp8."""
+    name = str(getattr(config, field, "fp32")).removeprefix("torch.")
+    return DTYPE_NAMES.get(name, name)
+
+
+def _precision(config: Any) -> dict[str, Any]:
+    if not precision_aware(config):
+        return {}
+    # As FusedAdam, which leaves quantized weights' main parameters whole.
+    lower_bits = bool(getattr(config, "store_param_remainders", True) and getattr(config, "bf16", False))
+    return {
+        "exp_avg": dtype_name(config, "exp_avg_dtype"),
+        "exp_avg_sq": dtype_name(config, "exp_avg_sq_dtype"),
+        "lower_bits": lower_bits and not getattr(config, "fp8_recipe", None),
+    }
+
+
+def _offload_fraction(config: Any) -> Any:
+    return getattr(config, "optimizer_offload_fraction", 1.0) if config.optimizer_cpu_offload else 0.0
 
 
 def _as_in_the_paper(config: Any) -> Any:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from ..core.layout import Shard, cut_shards, lies_in
 from .routing import Parameter, is_expert
 
 
-def masters(optimizer: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+def masters(optimizer: Any) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
     """(Model parameter, this rank's part of it, what the inner optimizer updates) of a DistributedOptimizer.
 
-    What it updates is the part itself if that is fp32, else an fp32 copy: the main parameter.
+    What it updates is the part itself if that is fp32, else an fp32 copy: the main parameter. Megatron gives most
+    quantized parameters (``--fp8-param-gather``) no part, as they cannot be viewed: it quantizes the main parameter
+    into the parameter after the step.
     """
     for models, parts, mains in (
         (optimizer.model_fp32_groups, optimizer.shard_fp32_groups, optimizer.shard_fp32_groups),
@@ -39,8 +42,12 @@ def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int, ex
     for model, part, master in masters(optimizer):
         held, parameter = optimizer._get_model_param_range_map(model)["param"], parameters[id(model)]
         linked = part is master or model.main_param is master
-        fits = held.end - held.start == part.numel() == master.numel()
-        if not (linked and fits and lies_in(part, model, held.start)):
+        fits = held.end - held.start == master.numel() and 0 <= held.start <= held.end <= model.numel()
+        # Megatron's own quantization goes by the same range, and nothing can be checked of the parameter's memory.
+        there = is_float8tensor(model) or (
+            part is not None and part.numel() == master.numel() and lies_in(part, model, held.start)
+        )
+        if not (linked and fits and there):
             raise ValueError(
                 f"elements {held.start} to {held.end} of {parameter.name} are not where Megatron's tables say: "
                 "the shard layout of this release is not supported. Please report the release and the arguments"

@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> Planned:
         plot.check(own.plot)
     flops = model.newton_schulz.flops
     sweep = {
-        n: plan_stages(model.stages(n), flops, model.scalars)
+        n: plan_stages(model.stages(n), flops, model.scalars, model.state)
         for n in (_sweep(ranks, model.unit) if own.plot else [ranks])
     }
     rates = Rates(own.tflops, own.gb_per_s, own.memory_gb_per_s)

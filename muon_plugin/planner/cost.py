@@ -142,25 +142,37 @@ class StageLoad:
         return found
 
 
-def plan_stages(stages: Sequence[Stage], flops: Callable[[int, int], int], scalars: int) -> list[StageLoad]:
+def plan_stages(
+    stages: Sequence[Stage],
+    flops: Callable[[int, int], int],
+    scalars: int,
+    state: tuple[int, int] | None = None,
+) -> list[StageLoad]:
     """Plans every call.
 
     Args:
         stages: one for each kind of pipeline stage.
         flops: cost of a rows x cols matrix.
         scalars: bf16 numbers that are sent with each update (two for an fp32 scale, Eq. 6).
+        state: bytes of an element of a matrix, and of any other; None: fp32 momentum, and AdamW's moments as the call
+            has them.
     """
-    return [StageLoad(stage, tuple(plan_call(call, flops, scalars) for call in stage.calls)) for stage in stages]
+    return [StageLoad(stage, tuple(plan_call(call, flops, scalars, state) for call in stage.calls)) for stage in stages]
 
 
-def plan_call(call: PlannedCall, flops: Callable[[int, int], int], scalars: int) -> Load:
+def plan_call(
+    call: PlannedCall,
+    flops: Callable[[int, int], int],
+    scalars: int,
+    state: tuple[int, int] | None = None,
+) -> Load:
     """The counts of one call, as the plan of a real run has them."""
     costliest = max((flops(m.rows, m.cols) for m in call.matrices), default=0)
     of_ranks: tuple[Sequence[int], Sequence[int]] = ([0] * call.ranks, [0] * call.ranks)
     if call.matrices:
         plan = make_plan(call.matrices, index_of(call), flops, scalars)
         of_ranks = plan.flops, plan.bytes_sent
-    return Load(call, *of_ranks, *_state(call), costliest, _most_held(call))
+    return Load(call, *of_ranks, *_state(call, state), costliest, _most_held(call))
 
 
 def index_of(call: PlannedCall) -> Index:
@@ -202,13 +214,14 @@ def _held_by(call: PlannedCall) -> list[tuple[int, int]]:
     return found
 
 
-def _state(call: PlannedCall) -> tuple[list[int], list[int]]:
+def _state(call: PlannedCall, state: tuple[int, int] | None) -> tuple[list[int], list[int]]:
     adamw = 2 * call.moment_bytes
+    muon, rest = state or (MUON_STATE, adamw)
     if call.padded is not None:  # a group is of one kind, and every rank's part has one size
-        each = MUON_STATE if call.matrices else adamw
+        each = muon if call.matrices else rest
         return [each * call.padded] * call.ranks, [adamw * call.padded] * call.ranks
     held = [of_rank for of_rank in _held_by(call) for _ in range(call.tp)]
-    return [MUON_STATE * m + adamw * r for m, r in held], [adamw * (m + r) for m, r in held]
+    return [muon * m + rest * r for m, r in held], [adamw * (m + r) for m, r in held]
 
 
 def _most_held(call: PlannedCall) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class Model:
         unit: the number of ranks must be a multiple of this.
         sizes: for a number of ranks, the sizes of the parallel dimensions by their name.
         stages: for a number of ranks, the kinds of pipeline stages.
+        state: bytes of state of an element of a matrix, and of any other; None: as the calls say.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Model:
     unit: int
     sizes: Callable[[int], Mapping[str, int]]
     stages: Callable[[int], list[Stage]]
+    state: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
         cut["pp"] * instances * math.lcm(cut["tp"] * cut["cp"], cut["etp"] * cut["ep"]),
         lambda ranks: on_meta.sizes(args, ranks),
         stages,
+        settings.state_bytes,
     )
 
 

@@ -178,9 +178,25 @@ def under_deepspeed(rank: int, layout: Layout, steps: int) -> dict[str, Tensor]:
 
 RELEASES = ("0.16.1", "0.19.2")
 REFUSED = {
-    "precision aware": ({"use_precision_aware_optimizer_": True}, "--use-precision-aware-optimizer", "--muon-offload"),
-    "offload": ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload", "--muon-offload"),
-    "lion": ({"muon_scalar_optimizer": "lion"}, "--muon-scalar-optimizer", "adam"),
+    **{
+        field: (
+            {"use_precision_aware_optimizer": True, field: dtype},
+            f"--{field.replace('_', '-')}='{name}'",
+            allowed,
+        )
+        for field, dtype, name, allowed in (
+            ("exp_avg_dtype", torch.float16, "fp16", "fp32, bf16"),
+            ("exp_avg_sq_dtype", torch.uint8, "fp8", "fp32, bf16"),
+            ("main_params_dtype", torch.float16, "fp16", "fp32"),
+        )
+    },
+    "offload": (
+        {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.5},
+        "--optimizer-offload-fraction 1.5",
+        "0 to 1",
+    ),
+    "scalar optimizer": ({"muon_scalar_optimizer": "sgd"}, "--muon-scalar-optimizer 'sgd'", "adam, lion"),
+    "Lion's beta": ({"lion_beta2": 1.0}, "--lion-beta2 1.0", "below 1"),
     "L2": ({"decoupled_weight_decay": False}, "decoupled_weight_decay", "true"),
     "layer-wise": ({"use_layer_wise_distributed_optimizer": True}, "use_layer_wise_distributed_optimizer", "false"),
     "momentum": ({"muon_momentum": 1.5}, "--muon-momentum 1.5", "below 1"),
@@ -227,12 +243,11 @@ def refused(rank: int, layout: Layout, options: dict[str, Any], only: int | None
     config = config_for(layout)
     if only in (None, rank):
         for key, value in options.items():
-            setattr(config, key.rstrip("_"), value)  # past the config's own checks, which want Transformer Engine
+            setattr(config, key, value)  # past the config's own checks
     get_megatron_optimizer(config, chunks)
 
 
 REFUSED_OF_DATA_PARALLELISM = {
-    "fp8_param_gather": (True, "--fp8-param-gather"),
     "fp4_param_gather": (True, "--fp4-param-gather"),
     "use_megatron_fsdp": (True, "--use-megatron-fsdp"),
     "use_distributed_optimizer": (False, "DistributedDataParallelConfig.use_distributed_optimizer=False"),

@@ -50,6 +50,14 @@ def test_a_patched_tree_ends_in_the_same_bits(ranks, patched):
     assert differing(found, hooked) == []
 
 
+def test_muon_is_precision_aware_in_a_patched_tree_too(ranks, patched):
+    """Its OptimizerConfig, which wants Transformer Engine for AdamW, is not wrapped."""
+    version, folder = patched
+    layout = Layout(muon={"use_precision_aware_optimizer": True})
+    hooked = ranks.alone(trained, layout, 3, megatron=version)
+    assert differing(ranks(2, str(folder)).run(without_hooks, layout, 3)[0], hooked) == []
+
+
 def clipped(rank: int, layout: Layout) -> float:
     """What Megatron's `clip_qk` returns after a step with QK-Clip, which Megatron itself would refuse to make."""
     import muon_plugin

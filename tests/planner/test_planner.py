@@ -109,6 +109,8 @@ MOE = shlex.split("""
     --num-experts 4 --moe-ffn-hidden-size 20 --moe-shared-expert-intermediate-size 20 --moe-router-topk 2
     --moe-token-dispatcher-type allgather
 """)
+SMALL_STATE = shlex.split("--muon-scalar-optimizer lion --use-precision-aware-optimizer --exp-avg-dtype bf16")
+LION = {"muon_scalar_optimizer": "lion", "exp_avg_dtype": torch.bfloat16}
 BUCKETS, OVERLAP = (
     ["--overlap-grad-reduce", "--ddp-bucket-size", "2000"],
     {"overlap_grad_reduce": True, "bucket_size": 2000},
@@ -137,10 +139,11 @@ def planned_by_megatron(rank: int, arguments: list[str]) -> dict[str, Any]:
     [
         (["--tp", "2"], BUCKETS, {"tp": 2, **OVERLAP}),
         (["--tp", "2"], ["--muon-split-qkv-per-head"], {"tp": 2, "muon": {"muon_split_qkv_per_head": True}}),
+        (["--tp", "2"], SMALL_STATE, {"tp": 2, "muon": LION | {"use_precision_aware_optimizer": True}}),
         (["--ep", "2"], MOE, {"model": "moe", "ep": 2}),
         (["--pp", "2"], [*MOE, *BUCKETS], {"model": "moe", "pp": 2, **OVERLAP}),
     ],
-    ids=["tp2-dp2", "tp2-dp2 by head", "moe-ep2", "moe-pp2-dp2"],
+    ids=["tp2-dp2", "tp2-dp2 by head", "tp2-dp2 in bf16 with Lion", "moe-ep2", "moe-pp2-dp2"],
 )
 def test_megatrons_counts_are_those_of_a_real_run(ranks, megatron, own, extra, layout):
     planned = ranks.forked(planned_by_megatron, megatron(own, [*MODEL, *extra]), megatron="0.19.2")

@@ -85,12 +85,12 @@ def first_half(rank: int, layout: Layout, kind: str, folder: str, **options: Any
     return full_weights(chunks, layout) | full_masters(chunks, optimizer, layout)
 
 
-def second_half(rank: int, layout: Layout, kind: str, folder: str) -> Any:
+def second_half(rank: int, layout: Layout, kind: str, folder: str, **options: Any) -> Any:
     chunks = build(layout)
     with torch.no_grad():
         for _, p, _ in named(chunks):
             p.zero_()  # what is not restored shows
-    optimizer = optimizer_for(chunks, layout)
+    optimizer = optimizer_for(chunks, layout, **options)
     load(chunks, optimizer, kind, folder)
     for number in range(HALF, STEPS):
         step(chunks, optimizer, layout, number)

@@ -42,6 +42,7 @@ class Layout:
     bucket_size: int | None = None
     tied: bool = False
     predicted: int | None = None  # further tokens (multi-token prediction)
+    fp8: str | None = None  # the recipe of weights in fp8, with Transformer Engine's layers, on a GPU
     muon: dict[str, Any] = field(default_factory=dict, hash=False)
     ddp: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -92,6 +93,9 @@ def _config(layout: Layout) -> Any:
             "moe_router_topk": 2,
         },
     }
+    if layout.fp8:  # sizes in whole blocks
+        options |= {"hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2}
+        options |= {"kv_channels": 32, "fp8": "hybrid", "fp8_recipe": layout.fp8, "fp8_param": True}
     if layout.model not in kinds:
         return _latent(options | swiglu, low_rank=layout.model == "latent")
     return TransformerConfig(**(options | kinds[layout.model]))
@@ -147,7 +151,7 @@ def build(layout: Layout, freeze: str | None = None) -> list[Any]:
     for stage in range(layout.vp or 1):
         vp = stage if layout.vp else None
         ends = {"ignore_virtual": False, "vp_stage": vp}
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=layout.fp8 is not None, vp_stage=vp)
         if layout.model.startswith("latent"):  # the local attention itself does not take its widths, and has no weights
             for layer in spec.layer_specs:
                 layer.submodules.self_attention.submodules.core_attention = IdentityOp
@@ -371,22 +375,20 @@ def full_weights(chunks: list[Any], layout: Layout) -> dict[str, Tensor]:
 
 def full_masters(chunks: list[Any], optimizer: Any, layout: Layout) -> dict[str, Tensor]:
     """The fp32 main parameters of the distributed optimizer, written over the model's, then gathered."""
+    mains = [
+        (part, model, part._get_main_param_and_optimizer_states(model)["param"].detach().clone())
+        for part in optimizer.chained_optimizers
+        if not part.is_stub_optimizer
+        for model in part.model_param_group_index_map
+    ]
     saved = [(p, p.data) for _, p, _ in named(chunks)]
     from megatron.core import parallel_state as mpu
 
     for _, p, _ in named(chunks):
         p.data = torch.zeros(p.shape, device=p.device)
-    for part in optimizer.chained_optimizers:
-        if part.is_stub_optimizer:
-            continue
-        for models, masters in (
-            (part.model_fp32_groups, part.shard_fp32_groups),
-            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
-        ):
-            for of_models, of_masters in zip(models, masters):
-                for model, master in zip(of_models, of_masters):
-                    held = part._get_model_param_range_map(model)["param"]
-                    model.data.view(-1)[held.start : held.end] = master.detach()
+    for part, model, main in mains:
+        held = part._get_model_param_range_map(model)["param"]
+        model.data.view(-1)[held.start : held.end] = main.detach()
     for _name, p, _ in named(chunks):
         expert = not getattr(p, "allreduce", True)
         group = (
