@@ -3,7 +3,8 @@
     python benchmarks/counts.py --out benchmarks/results/counts.md
 
 Of each call the rank is counted that holds parts of most matrices and, of those that hold as many, computes most.
-AdamW's half is not counted: it is what it is without Muon.
+AdamW's half is not counted: it is what it is without Muon. A GPU is meant on which our Triton kernels run; "without
+Triton" are the same steps where they do not, by torch alone.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from muon_plugin.core import elementwise, update
 from muon_plugin.core.plan import make_plan
+from muon_plugin.core.products import TORCH
 from muon_plugin.core.routing import route
 from muon_plugin.core.settings import Settings
 from muon_plugin.planner import shapes
 from muon_plugin.planner.calls import PlannedCall, Zero, zero_calls
 from muon_plugin.planner.cost import index_of
-from muon_plugin.planner.counts import Counts, busiest, count
+from muon_plugin.planner.counts import META, Counts, busiest, count
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,16 @@ CASES = {
 }
 
 
-def counted(case: Case) -> Counts:
-    """Of all calls, one after the other."""
-    newton_schulz, found = Settings().newton_schulz, Counts()
+def counted(case: Case, triton: bool = True) -> Counts:
+    """Of all calls, one after the other; `triton`: whether our kernels run."""
+    newton_schulz, found = Settings().newton_schulz.on(META), Counts()
+    on = elementwise.by_table_on if triton else (lambda device: False)
+    if not triton:
+        newton_schulz = replace(newton_schulz, products=TORCH)
     for call in case.planned():
         plan = make_plan(call.matrices, index_of(call), newton_schulz.flops)
-        found += count(call, plan, busiest(plan), newton_schulz)
+        with mock.patch.object(elementwise, "by_table_on", on), mock.patch.object(update, "by_table_on", on):
+            found += count(call, plan, busiest(plan), newton_schulz)
     return found
 
 
@@ -115,7 +123,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
-    text = table({name: counted(case) for name, case in CASES.items()})
+    found = {name: counted(case) for name, case in CASES.items()}
+    text = table(found | {f"{name}, without Triton": counted(case, triton=False) for name, case in CASES.items()})
     print(text)
     if out:
         out.write_text(text)

@@ -1,4 +1,4 @@
-"""Puts the measured results into the README: every table there comes from a file under benchmarks/results/.
+"""Puts the measured results into the README and docs/design.md: tables there are files under benchmarks/results/.
 
 python benchmarks/into_readme.py                   # the tables
 python benchmarks/into_readme.py --train runs/llama    # and first takes over what `make train` gave (or runs/megatron)
@@ -12,12 +12,13 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "design.md")
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def filled(readme: str) -> str:
-    """The README's text with each block between begin and end replaced by its file."""
-    return BLOCK.sub(lambda found: found[1] + (ROOT / found[2]).read_text().strip() + "\n" + found[3], readme)
+def filled(text: str) -> str:
+    """The text with each block between begin and end replaced by its file."""
+    return BLOCK.sub(lambda found: found[1] + (ROOT / found[2]).read_text().strip() + "\n" + found[3], text)
 
 
 def main() -> None:
@@ -30,8 +31,8 @@ def main() -> None:
         name = options.train.name
         shutil.copy(options.train / "result.md", ROOT / "benchmarks" / "results" / f"{name}.md")
         shutil.copy(options.train / "loss.png", ROOT / "docs" / f"{name}.png")
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

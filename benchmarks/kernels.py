@@ -23,7 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from muon_plugin.kernels.symmetric import Tiling, symmetric_kernel, tiling_for
+from muon_plugin.kernels.normalize_triton import TILE, normalize_kernel, squares_kernel
+from muon_plugin.kernels.symmetric_triton import Tiling, symmetric_kernel, tiling_for
+from muon_plugin.kernels.table_triton import BLOCK, FIELDS, WARPS, apply_kernel, pack_kernel
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,59 @@ def compiled_symmetric(gpu: GPU, dtype: str, add: bool, whole: bool = True) -> C
     return compiled(symmetric_kernel, arguments, constants, gpu.capability, **options)
 
 
+#: Kernels whose time is that of their bytes: what they are called, types of arguments, constants, bytes an element.
+MOVING: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
+    "momentum, Nesterov, pack": (
+        pack_kernel,
+        {"blocks": "*i32", "runs": "*i64", "pointers": "*i64", "numbers": "*fp32", "flat": "*bf16"},
+        {"AVERAGE": True, "NESTEROV": True, "FIELDS": FIELDS, "BLOCK": BLOCK},
+        14,
+    ),
+    "scale, decay, apply": (
+        apply_kernel,
+        {
+            "blocks": "*i32",
+            "runs": "*i64",
+            "scales": "*fp32",
+            "pointers": "*i64",
+            "numbers": "*fp32",
+            "flat": "*bf16",
+        },
+        {"FIELDS": FIELDS, "BLOCK": BLOCK},
+        10,
+    ),
+    "squares for norms": (
+        squares_kernel,
+        {"x": "*bf16", "sums": "*fp32", "numel": "i32", "parts": "i32", "blocks": "i32"},
+        {"BLOCK": BLOCK},
+        2,
+    ),
+    "normalize, of tall matrices": (
+        normalize_kernel,
+        {
+            "x": "*bf16",
+            "sums": "*fp32",
+            "out": "*fp16",
+            "rows": "i32",
+            "cols": "i32",
+            "parts": "i32",
+            "eps": "fp32",
+            "scale": "fp32",
+        },
+        {"TALL": True, "TILE": TILE, "PARTS": 512},
+        4,
+    ),
+}
+#: Elements for which their times are foretold: a rank's of Moonlight 16B at DP 64, EP 8.
+ELEMENTS = 250_000_000
+
+
+def compiled_moving(gpu: GPU, name: str) -> Compiled:
+    """A kernel of MOVING as it runs on this GPU."""
+    kernel, arguments, constants, _ = MOVING[name]
+    return compiled(kernel, arguments, constants, gpu.capability, num_warps=WARPS, enable_fp_fusion=False)
+
+
 def foretold(gpu: GPU, tiling: Tiling, rows: int, cols: int, batch: int, programs: int) -> float:
     """Seconds of the symmetric kernel for X X^T of a batch.
 
@@ -153,12 +208,22 @@ def report() -> str:
                 cells = [f"symmetric product{' + C' if add else ''}, {dtype}", f"{gpu.name} (sm_{gpu.capability})", cut]
                 cells += [str(found.registers), str(found.spilled), f"{found.shared / 1024:.0f} KiB"]
                 rows.append(f"| {' | '.join([*cells, f'{gpu.instruction} x {found.products(gpu.instruction)}'])} |")
+    for name in MOVING:
+        for gpu in GPUS:
+            found = compiled_moving(gpu, name)
+            cells = [name, f"{gpu.name} (sm_{gpu.capability})", f"{WARPS} warps", str(found.registers)]
+            rows.append(f"| {' | '.join([*cells, str(found.spilled), f'{found.shared / 1024:.1f} KiB', ''])} |")
     for m, k, batch in SHAPES:
         cells = [f"{m}x{k}" + (f", batch of {batch}" if batch > 1 else "")]
         for gpu in GPUS:
             seconds = foretold(gpu, tiling_for(gpu.shared), m, k, batch, programs[gpu])
             cells.append(f"{seconds * 1e3:.3f} ms")
         times.append(f"| {' | '.join(cells)} |")
+    moving = ["| kernel | bytes an element | " + " | ".join(gpu.name for gpu in GPUS) + " |"]
+    moving.append("|---|---:|" + "---:|" * len(GPUS))
+    for name, (*_, each) in MOVING.items():
+        seconds = [LAUNCH + each * ELEMENTS / (OF_MEMORY * gpu.gb_per_s * 1e9) for gpu in GPUS]
+        moving.append(f"| {name} | {each} | {' | '.join(f'{s * 1e3:.2f} ms' for s in seconds)} |")
     return "\n".join(
         [
             "# Our Triton kernels, compiled ahead of time",
@@ -172,6 +237,10 @@ def report() -> str:
             f"whichever takes longer, and {LAUNCH * 1e6:.0f} µs for the launch.",
             "",
             *times,
+            "",
+            f"Of the kernels whose time is that of their bytes, for {ELEMENTS / 1e6:.0f} million elements:",
+            "",
+            *moving,
             "",
         ]
     )

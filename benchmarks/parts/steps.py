@@ -27,7 +27,7 @@ from benchmarks.parts.tables import failures, table, title
 from muon_plugin.core.plan import make_plan
 from muon_plugin.core.settings import Settings
 from muon_plugin.planner.cost import index_of
-from muon_plugin.planner.counts import busiest
+from muon_plugin.planner.counts import META, busiest
 from tests.support import session
 from tests.support.ranks import Ranks
 from tests.support.torch_releases import extensions
@@ -153,11 +153,10 @@ def alone(setup: Setup, name: str, _: Progress) -> dict[str, Any]:
 
 def owned(case: counts.Case) -> list[tuple[int, int]]:
     """Shapes of the matrices of the rank that has parts of most, and of these computes most, over all calls."""
-    flops, found = Settings().newton_schulz.flops, []
+    flops, found = Settings().newton_schulz.on(META).flops, []
     for call in case.planned():
-        index = index_of(call)
-        plan = make_plan(call.matrices, index, flops)
-        rank = busiest(index, plan)
+        plan = make_plan(call.matrices, index_of(call), flops)
+        rank = busiest(plan)
         found += [(m.rows, m.cols) for m, route in zip(call.matrices, plan.routes) if route.owner == rank]
     return found
 

@@ -196,6 +196,28 @@ def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def alike(what: str, fact: str | None, advice: str, group: Any = None) -> None:
+    """Checks that a fact is the same on every rank; None where a rank has none.
+
+    Raises:
+        ValueError: on every rank, with the ranks of each.
+    """
+    short = None if fact is None else _digest([fact])[:16]  # the facts of thousands of ranks are megabytes
+    if len(set(gather(short, group)) - {None}) < 2:
+        return
+    found: dict[str, list[int]] = {}
+    for rank, of_rank in zip(ranks_of(group), gather(fact, group), strict=True):
+        if of_rank is not None:
+            found.setdefault(of_rank, []).append(rank)
+    each = (f"{of_rank} on {_few(ranks)}" for of_rank, ranks in found.items())
+    raise ValueError(f"the ranks disagree about {what}: {' / '.join(each)}. {advice}")
+
+
+def _few(ranks: Sequence[int]) -> str:
+    listed = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {listed}"
+
+
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
     """64 bits of all of a tensor's bits, in their order: the same on every device, and also of NaN.

@@ -1,12 +1,12 @@
 """What a step does element by element, for many parts of tensors at once: plain torch, in few launches.
 
 Two functions touch every element of this rank's shards: `pack` writes directions (momentum and Nesterov) into a flat
-bf16 buffer, `apply` decays weights and adds the updates that lie in such a buffer. Either may be replaced by a kernel
-that goes over a table of the same runs, as long as its bits are the same: each operation rounds as it is written here,
-and what becomes of an element depends on nothing but the element.
+bf16 buffer, `apply` decays weights and adds the updates that lie in such a buffer. What becomes of an element depends
+on nothing but the element, and each operation rounds as it is written here.
 
 On CPUs parts are taken one after the other, while they are in the cache. On other devices small parts are taken
-together (`torch._foreach_*`), which takes a pass over memory more and a launch for each of them less.
+together (`torch._foreach_*`), which takes a pass over memory more and a launch for each of them less. On CUDA both
+functions are a Triton kernel that goes over a table of the runs (by_table.py), where it has the same bits.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import by_table
 from .layout import Strided
 
 T = TypeVar("T")
@@ -49,11 +50,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Source:
-    """The direction of a tensor's elements: ``values + weight (towards - values)``, or `values` alone. Flat, fp32."""
+    """The direction of a tensor's elements: ``values + weight (towards - values)``, or `values` alone. Flat, fp32.
+
+    Attributes:
+        gradient, average: a momentum (`towards`, or `values` alone) that `pack` first updates with these, as `average`
+            does. Each element must then be packed once.
+    """
 
     values: Tensor
     towards: Tensor | None = None
     weight: float = 0.0
+    gradient: Tensor | None = None
+    average: float = 0.0
+
+    @property
+    def momentum(self) -> Tensor:
+        return self.values if self.towards is None else self.towards
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,14 @@ def pack(runs: Iterable[Run], sources: Sequence[Source | None], flat: Tensor, to
         flat: bf16.
         together: as for `average`; parts of LARGE elements are taken one by one.
     """
+    if together is None and by_table_on(flat.device) and by_table.pack(runs, sources, flat):
+        return
+    runs = list(runs)
+    due = [(run.local, of) for run in runs if (of := sources[run.tensor]) is not None and of.gradient is not None]
+    average(
+        [(at.view(of.momentum), at.view(of.gradient), of.average) for at, of in due if of.gradient is not None],
+        together,
+    )
     copies: list[tuple[Tensor, Tensor]] = []
     small: dict[float, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
     together = _together(together, flat.device)
@@ -143,6 +163,9 @@ def apply(
         seen: told of each run.
         together: as for `average`; not with `factors`, nor for weights on another device.
     """
+    plain = together is not None or factors is not None or seen is not None
+    if not plain and by_table_on(flat.device) and by_table.apply(runs, targets, flat, scales):
+        return
     held = [(run, target) for run in runs if (target := targets[run.tensor]) is not None]
     here = factors is None and all(target.weights.device == flat.device for _, target in held)
     if here and _together(together, flat.device):
@@ -244,6 +267,58 @@ def same_bits_together(device: torch.device) -> bool:
             stacklevel=2,
         )
     return same
+
+
+def by_table_on(device: torch.device) -> bool:
+    """Whether directions are packed, and updates applied, by a kernel that goes over a table of runs."""
+    if device.type == "meta":  # a step of a CUDA device is counted
+        return True
+    return device.type == "cuda" and torch.version.hip is None and same_bits_by_table(device)
+
+
+@functools.cache
+def same_bits_by_table(device: torch.device) -> bool:
+    """Whether the kernels have the bits of plain torch on this device, tried once on random numbers; told if not."""
+    try:
+        why = "" if _found_alone(device) == _found_by_table(device) else "round differently than torch"
+    except Exception as error:  # of an import, a compiler, a driver
+        why = f"fail with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if why:
+        warnings.warn(
+            f"muon_plugin: the Triton kernels for directions and updates {why} on {device}: torch takes their place, "
+            "in more launches and passes over memory",
+            stacklevel=2,
+        )
+    return not why
+
+
+def _found_alone(device: torch.device) -> list[bytes]:
+    return _found(device, functools.partial(pack, together=False), functools.partial(apply, together=False))
+
+
+def _found_by_table(device: torch.device) -> list[bytes]:
+    return _found(device, by_table.pack, by_table.apply)
+
+
+def _found(device: torch.device, packs: Callable[..., Any], applies: Callable[..., Any]) -> list[bytes]:
+    """What a step makes of random numbers: momenta, directions and weights; both ways of torch's lerp among them."""
+    size, found = 6000, []
+    places = Strided(0, 1500), Strided(1501, 64), Strided(1600, 3, 7, 400), Strided(4700, 1)
+    runs = tuple(Run(i, i % 2, at, Strided(at.start, at.run, at.stride, at.count)) for i, at in enumerate(places))
+    for nesterov in (True, False):
+        for weight in (0.95, 0.3):
+            generator = torch.Generator(device).manual_seed(0)
+            momenta, gradients, weights = torch.randn(3, 2, size, generator=generator, device=device)
+            flat = torch.randn(size, generator=generator, device=device).bfloat16()
+            sources = [
+                Source(g, m, weight, g, 1 - weight) if nesterov else Source(m, gradient=g, average=1 - weight)
+                for g, m in zip(gradients, momenta)
+            ]
+            targets = [Target(weights[0], 3e-3, 0.999), Target(weights[1], 1e-3, 1.0)]
+            applies(runs, targets, flat, [0.2, 6.4, 0.7, 1.0])
+            packs(runs, sources, flat)
+            found += [t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in (momenta, weights, flat)]
+    return found
 
 
 @functools.cache

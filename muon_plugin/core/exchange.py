@@ -137,6 +137,11 @@ class Exchange:
         for i, this in enumerate(self._rounds):
             some = batches[i * len(batches) // slots : (i + 1) * len(batches) // slots]
             self._rounds[i] = replace(this, local=tuple(some))
+        computed = [*local, *(number for this in self._rounds for number in this.computed)]
+        read = sum(run.at.numel for this in self._rounds for run in this.read)
+        read += sum(block.local.numel for number in computed for _, block in self.held[number])
+        #: whether a step reads each element of this rank's pieces: replicas of a matrix are read on its owner
+        self.reads_all = read == sum(block.local.numel for parts in self.held.values() for _, block in parts)
         self.wire.connect(leg for this in self._rounds for leg in (this.gather, *this.update) if leg is not None)
 
     def _round(self, routes: Sequence[tuple[int, Route]]) -> _Round:

@@ -26,12 +26,13 @@ from .frozen import FROZEN
 from .groups import Halved, Host, check_parameter, is_usable, layout_digest, named_groups, no_engine
 from .halves import Halves, MuonHalf
 from .layout import Shard
+from .orthogonalize import NewtonSchulz
 from .plan import Plan
 from .prepared import NOTHING, Prepared, prepare, prepare_later
 from .routing import Routing, check_heads
 from .saved import OWN_KEYS, as_ours, check_halves, difference
 from .settings import Settings, scale_for
-from .update import Update
+from .update import Update, agree_on
 
 
 class Muon(Optimizer):
@@ -205,6 +206,8 @@ class Muon(Optimizer):
         self.calls, self._device = tuple(calls), device
         with_matrices = [call for call in self.calls if self.param_groups[call.group]["use_muon"]]
         phases.start(self.process_group, any(p not in self._waiting for call in with_matrices for p in call.tensors))
+        one = next((call for call in with_matrices if call.tensors), None)  # a pipeline stage may have no matrix
+        agree_on(together(lambda: self._newton_schulz(one) if one else None, self.process_group), self.process_group)
         muon = MuonHalf(self.host.momentum, offload=self.settings.offload)
         self._plan(muon)
         rest = self._new_adamw([call for call in self.calls if not self.param_groups[call.group]["use_muon"]])
@@ -230,14 +233,17 @@ class Muon(Optimizer):
                 half.add(self._planned[number][1], tensors)
             half.wait(p for p in call.tensors if p in self._waiting)
 
+    def _newton_schulz(self, call: Call) -> NewtonSchulz:
+        """As it runs on the device where the matrices of a call are orthogonalized."""
+        return self.settings.newton_schulz.on(self._device_of(call))
+
     def _new_update(self, call: Call, shards: Sequence[Shard]) -> Update:
-        device = self._device_of(call)
         return Update(
             self.routing.matrices,
             shards,
             call.process_group,
-            device,
-            self.settings.newton_schulz.on(device),
+            self._device_of(call),
+            self._newton_schulz(call),
             lambda m: scale_for(self.settings.adjust_lr_fn, *m.out_in),
             normalize=self.settings.adjust_lr_fn == "update_norm",
         )
@@ -519,17 +525,15 @@ class Muon(Optimizer):
             return f"muon_plugin: {NOTHING}"
         if not self.calls:
             return "muon_plugin: not attached to an engine's tensors yet"
-        plans: dict[str, list[Plan]] = {}  # experts are sharded over other ranks than the dense layers
-        for number in sorted(self._planned):
-            group = self.param_groups[self.calls[number].group]
-            plans.setdefault(self.host.experts(group) or "dense layers", []).append(self._planned[number][1].plan)
+        of = [(self.param_groups[self.calls[i].group], self._planned[i][1].plan) for i in sorted(self._planned)]
+        plans = [(self.host.experts(group) or "dense layers", plan) for group, plan in of]  # experts have other ranks
         routing, waiting = self._trained(), [self.names[p] for p in self._waiting]
         frozen = report.about_frozen(self.routing, waiting, len(self.left_out), self.host.unfreeze)
         clipping = () if self.clipping is None else self.clipping.notes
         notes = (*clipping, *report.about_matrices(routing, self.settings, self._one_of_many), *notes)
         notes = (*self.routing.notes, *frozen, *self.settings.notes, *notes)
-        routing = replace(routing, notes=notes)
-        return report.table(routing, report.options(self.settings, self.param_groups), [self.halves], plans)
+        options, computed = report.options(self.settings, self.param_groups), self._newton_schulz(self.calls[0])
+        return report.table(replace(routing, notes=notes), options, computed, [self.halves], plans)
 
     def _trained(self) -> Routing:
         """The ways of the parameters that are not waiting to be unfrozen."""

@@ -14,27 +14,29 @@ Two forms compute the same polynomial.
       Z_1 = b_1 R + c_1 R^2        R' = (a_1 I + Z_1) R (a_1 I + Z_1)
       Z_2 = b_2 R' + c_2 R'^2      X  = (a_2 I + Z_2)(a_1 I + Z_1) X
 
-  That is fewer operations once the long side exceeds 1.5 times the short one. (Idea: Dao-AILab's gram-newton-schulz.)
+  That is fewer operations once the long side exceeds 1.5 times the short one, and for every shape where symmetric
+  products cost half (products.py). (Idea: Dao-AILab's gram-newton-schulz.)
 
 A run must be short, since what rounding adds to R grows in every step by as much as the small singular values do. In
 bf16 a run has two steps, in fp16, which has 3 bits more, up to three. The longer runs come first: the singular values
-are smaller then, and so is what rounding adds. Errors against float64 are in benchmarks/results/accuracy.md
-(`python benchmarks/accuracy.py`).
+are smaller then, and so is what rounding adds. fp16 iterates on a multiple of X (`SCALE`), whose products are in its
+range. Errors against float64 are in benchmarks/results/accuracy.md (`python benchmarks/accuracy.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from .coefficients import Triple
-from .products import TORCH, Products, products_on
+from .coefficients import Triple, coefficients_for
+from .products import TORCH, Products, aligned, products_on
 
 #: The most by which two steps may stretch a small singular value before bf16's rounding of the product of the two
 #: polynomials shows: at 33 (Polar Express' first pair) the error doubles, at 16 (quintic's) it does not. The same for
@@ -45,8 +47,15 @@ MAX_GAIN = {"bf16": 20.0, "fp16": 160.0}
 MAX_MAGNIFICATION = 5.0
 #: The most steps in a run.
 MAX_RUN = {"bf16": 2, "fp16": 3}
+#: In fp16 the iteration runs on this multiple of X, with b and c scaled to match. Entries of X X^T are 2**-19 for a
+#: normal 4096x16384, where fp16 has 5 bits left: that would cost a fifth of the accuracy, and half for 8192x32768.
+#: X X^T has room for singular values of X up to 16, and the iteration keeps them below 2.
+SCALE = 16.0
+#: Matrix with which fp16 is tried on a device, and the relative error against float64 that it may have there. By
+#: emulation it is 0.3% or less in fp16 and above 1% in bf16, of which the result's rounding to bf16 is 0.17%.
+TRIED, TOLERATED = (512, 2048), 0.005
 METHODS = ("auto", "standard", "gram")
-DTYPES = ("bf16", "fp16")
+DTYPES = ("auto", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,10 @@ class NewtonSchulz:
             Gram form, as long as the coefficients let it be as exact. The choice depends on nothing else, so every rank
             and every layout makes the same one.
         eps: smallest Frobenius norm to divide by (``torch.optim.Muon`` has the same 1e-7).
-        dtype: of the Gram form: ``"bf16"`` or ``"fp16"``. The standard form is in bf16.
+        dtype: of the Gram form: ``"bf16"``, ``"fp16"``, or ``"auto"``, which `on` replaces by one of them. The standard
+            form is in bf16.
         products: what multiplies the matrices; None: see `on`.
+        note: why `on` has chosen so, where that needs a word.
     """
 
     coefficients: tuple[Triple, ...]
@@ -68,12 +79,35 @@ class NewtonSchulz:
     eps: float = 1e-7
     dtype: str = "bf16"
     products: Products | None = None
+    note: str = ""
 
     def on(self, device: torch.device) -> NewtonSchulz:
-        """The iteration with its products: torch's for the method "standard", for others the fastest on the device."""
-        if self.products is not None:
+        """The iteration as it runs on a device; "meta" stands for a CUDA device of a job that is only planned.
+
+        The dtype "auto" is fp16 on CUDA devices, where the coefficients allow the Gram form and a trial finds fp16 as
+        exact as expected; elsewhere, and for the method "standard", it is bf16. Products that are not given are torch's
+        for the method "standard", and for others the fastest on the device.
+        """
+        if self.dtype != "auto" and self.products is not None:
             return self
-        return replace(self, products=TORCH if self.method == "standard" else products_on(device, self.dtype))
+        standard, dtype, note = self.method == "standard", self.dtype, ""
+        if dtype == "auto":
+            dtype = "bf16"
+            if device.type in ("cuda", "meta") and not standard and replace(self, dtype="fp16").gram_is_exact:
+                error = 0.0 if device.type == "meta" else error_in_fp16(device)
+                dtype = "fp16" if error <= TOLERATED else "bf16"
+                note = f"fp16 has an error of {error:.2%} on this device" if dtype == "bf16" else ""
+        products = self.products or (TORCH if standard else products_on(device, dtype))
+        return replace(self, dtype=dtype, products=products, note=note)
+
+    def describe(self, shapes: Iterable[tuple[int, int]] = ()) -> str:
+        """What decides about the bits of matrices of these shapes, beside the settings. It has to be one on all ranks.
+
+        Each library that computes symmetric products is tried for these shapes.
+        """
+        on_gram = [shape for shape in shapes if self._form(*shape) == "gram"]
+        products = (self.products or TORCH).describe(on_gram)
+        return "; ".join([f"Newton-Schulz in {self.dtype}", *filter(None, [self.note, products])])
 
     @torch.no_grad()
     def __call__(self, matrices: Tensor) -> Tensor | list[Tensor]:
@@ -93,12 +127,12 @@ class NewtonSchulz:
 
     def _alone(self, matrix: Tensor) -> Tensor:
         if self._in_fp16(matrix):
-            return self._iterate_in_fp16(matrix, _fp32_norms([matrix]).view(1, 1))
+            return self._iterate_in_fp16(matrix)
         return self._iterate(_normalized(matrix, self.eps))
 
     def _together(self, matrices: Tensor) -> Tensor:
         if self._in_fp16(matrices):
-            return self._iterate_in_fp16(matrices, _fp32_norms(matrices.unbind()).view(-1, 1, 1))
+            return self._iterate_in_fp16(matrices)
         # One norm a matrix: a batched sum may go in another order, and one bit of the norm moves every bit after.
         norms = torch.stack([_norm(matrix) for matrix in matrices]).clamp_(min=self.eps)
         return self._iterate(matrices / norms.view(-1, 1, 1))
@@ -115,12 +149,12 @@ class NewtonSchulz:
             x = _steps_on_gram(x, run, products) if len(run) > 1 else _one_step(x, run[0], products)
         return x
 
-    def _iterate_in_fp16(self, matrices: Tensor, norms: Tensor) -> Tensor:
-        """(..., rows, cols) and their norms, which broadcast -> all steps in fp16, (..., rows, cols) in bf16."""
-        tall = matrices.shape[-2] > matrices.shape[-1]
-        wide = matrices.mT if tall else matrices
-        x = self._iterate(_divided(wide, norms.clamp_(min=self.eps)))
-        return (x.mT if tall else x).to(torch.bfloat16, memory_format=torch.contiguous_format)
+    def _iterate_in_fp16(self, matrices: Tensor) -> Tensor:
+        """(..., rows, cols), bf16 -> all steps in fp16, (..., rows, cols) in bf16."""
+        scaled = replace(self, coefficients=tuple((a, b / SCALE**2, c / SCALE**4) for a, b, c in self.coefficients))
+        x = scaled._iterate((self.products or TORCH).normalized(matrices, self.eps, SCALE))
+        out = torch.empty(matrices.shape, dtype=torch.bfloat16, device=matrices.device)
+        return torch.mul(x.mT if matrices.shape[-2] > matrices.shape[-1] else x, 1 / SCALE, out=out)
 
     def _in_fp16(self, x: Tensor) -> bool:
         return self.dtype == "fp16" and self._form(*x.shape[-2:]) == "gram"
@@ -128,8 +162,8 @@ class NewtonSchulz:
     def _form(self, rows: int, cols: int) -> str:
         if self.method != "auto":
             return self.method
-        # Two standard steps cost 8 m^2 n + 4 m^3, a pair on the Gram matrix 4 m^2 n + 10 m^3 (m the short side).
-        # Whoever asks for fp16 gets it for every shape, and with it the Gram form.
+        # Two standard steps cost 8 m^2 n + 4 m^3, a pair on the Gram matrix 4 m^2 n + 10 m^3 (m the short side). In
+        # fp16 the Gram form is taken for every shape: it is more exact.
         chosen = self.dtype == "fp16" or 2 * max(rows, cols) > 3 * min(rows, cols)
         return "gram" if chosen and self.gram_is_exact else "standard"
 
@@ -152,7 +186,10 @@ class NewtonSchulz:
     def flops(self, rows: int, cols: int) -> int:
         """Floating-point operations of the matrix products for one rows x cols matrix (2 per multiply-add)."""
         m, n = sorted((rows, cols))
-        return sum(4 * m * m * n + (8 * len(run) - 6) * m**3 for run in self._runs(rows, cols))
+        products, runs = self.products or TORCH, self._runs(rows, cols)
+        # A run: X X^T, Z of each step, R twice and the polynomial once for each step but one, and one product with X.
+        square = sum(len(run) + 3 * (len(run) - 1) for run in runs) * products.flops(m, m)
+        return square + len(runs) * (products.flops(m, n) + 2 * m * m * n)
 
 
 def check_dtype(dtype: str, method: str, chosen: NewtonSchulz) -> None:
@@ -166,13 +203,13 @@ def check_dtype(dtype: str, method: str, chosen: NewtonSchulz) -> None:
     if chosen.method == "standard":
         raise ValueError(
             f"{dtype} with {method} is not valid: the standard form has torch.optim.Muon's bits, in bf16; allowed: "
-            "bf16, or one of the methods auto and gram"
+            "bf16 or auto, or one of the methods auto and gram"
         )
     if chosen.method == "auto" and not chosen.gram_is_exact:
         raise ValueError(
             f"{dtype} with {method} is not valid with these Newton-Schulz coefficients: they stretch small singular "
             "values so much in three steps that the Gram form is not as exact as the standard one, which is in bf16; "
-            "allowed: bf16, or the method gram"
+            "allowed: bf16 or auto, or the method gram"
         )
 
 
@@ -189,6 +226,7 @@ def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device:
     """Whether a batch of this shape gives the bits of one matrix at a time, tried once with random matrices.
 
     Libraries choose kernels by the batch too. On CPU torch does so for small matrices, and a batch is not faster there.
+    On other devices it is, so a batch that is refused is told.
     """
     if device.type == "cpu" or shape[0] == 1:
         return False
@@ -196,7 +234,38 @@ def _batch_is_exact(newton_schulz: NewtonSchulz, shape: tuple[int, ...], device:
         return True
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).bfloat16()
-    return torch.equal(newton_schulz._together(x), torch.stack([newton_schulz._alone(matrix) for matrix in x]))
+    exact = torch.equal(newton_schulz._together(x), torch.stack([newton_schulz._alone(matrix) for matrix in x]))
+    if not exact:
+        batch, rows, cols = shape
+        warnings.warn(
+            f"muon_plugin: a batch of {batch} matrices of {rows}x{cols} has other bits on {device} than one matrix at "
+            "a time in Newton-Schulz: they are orthogonalized one at a time, which is slower",
+            stacklevel=2,
+        )
+    return exact
+
+
+@functools.cache
+def error_in_fp16(device: torch.device) -> float:
+    """The error of fp16's Gram form on this device, against float64, tried once; told where it is too large.
+
+    A device may sum products in less than fp32, or have no subnormal numbers.
+    """
+    newton_schulz = NewtonSchulz(coefficients_for(5, "simple"), "gram", dtype="fp16").on(device)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(TRIED, generator=generator, device=device).bfloat16()
+    exact = x.double() / x.double().norm()
+    for a, b, c in newton_schulz.coefficients:
+        gram = exact @ exact.mT
+        exact = a * exact + (b * gram + c * gram @ gram) @ exact
+    error = float((newton_schulz._alone(x).double() - exact).norm() / exact.norm())
+    if not error <= TOLERATED:
+        warnings.warn(
+            f"muon_plugin: Newton-Schulz in fp16 has an error of {error:.2%} on {device}, where {TOLERATED:.1%} is "
+            "allowed: it runs in bf16",
+            stacklevel=2,
+        )
+    return error
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -206,23 +275,8 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     """||X||_F, of memory that is aligned as a matrix of its own is."""
-    norm: Tensor = _aligned(x).norm()
+    norm: Tensor = aligned(x).norm()
     return norm
-
-
-def _fp32_norms(matrices: Sequence[Tensor]) -> Tensor:
-    """||X||_F of each, in fp32: each of its own, but on CUDA in one kernel."""
-    return torch.stack(torch._foreach_norm([_aligned(x) for x in matrices], dtype=torch.float32))
-
-
-def _divided(x: Tensor, norms: Tensor) -> Tensor:
-    """X / ||X||_F in fp16: divided in fp32, and rounded once."""
-    out = torch.empty(x.shape, dtype=torch.float16, device=x.device)
-    return torch.div(x, norms, out=out)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _one_step(x: Tensor, triple: Triple, products: Products) -> Tensor:

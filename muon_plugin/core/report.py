@@ -9,6 +9,7 @@ from typing import Any
 from .adamw import AdamWHalf
 from .halves import Halves
 from .heads import Heads
+from .orthogonalize import NewtonSchulz
 from .plan import Plan
 from .routing import Routing, by_pattern
 from .settings import Settings
@@ -22,16 +23,18 @@ NO_HEAD = "per_head_muon changes nothing here: no matrix that is trained now hol
 def table(
     routing: Routing,
     options: str,
+    newton_schulz: NewtonSchulz,
     halves: Sequence[Halves],
-    plans: Mapping[str, Sequence[Plan]],
+    plans: Iterable[tuple[str, Plan]],
 ) -> str:
     """Plain text, about as many lines as a layer has parameters.
 
     Args:
         routing: every parameter's way.
         options: one line about the settings.
+        newton_schulz: as it runs on this device.
         halves: of every optimizer that is stepped: which AdamW is in use, and what this rank holds.
-        plans: what one step computes and sends: a label, shown where there are several -> the plans of the same ranks.
+        plans: what one step computes and sends: a label, shown where there are several, and a plan.
     """
     numels = {name: math.prod(shape) for name, shape in routing.shapes.items()}
     muon_names = {matrix.parameter for matrix in routing.matrices}
@@ -55,12 +58,16 @@ def table(
         *_names((name, f"{shapes[name]}, {why}") for name, why in routing.adamw.items()),
         *(f"note: {note}" for note in routing.notes),
         options,
+        *([newton_schulz.describe((m.rows, m.cols) for m in routing.matrices)] if routing.matrices else []),
     ]
-    for label, of_label in plans.items():
+    by_label: dict[str, list[Plan]] = {}
+    for label, plan in plans:
+        by_label.setdefault(label, []).append(plan)
+    for label, of_label in by_label.items():
         flops = [sum(of_rank) for of_rank in zip(*(plan.flops for plan in of_label))]
         sent = [sum(of_rank) for of_rank in zip(*(plan.bytes_sent for plan in of_label))]
         if sum(flops):
-            prefix = f"{label}: " if len(plans) > 1 else ""
+            prefix = f"{label}: " if len(by_label) > 1 else ""
             rows.append(
                 f"{prefix}Newton-Schulz a step: {si(sum(flops))}FLOP over {len(flops)} rank{'s' * (len(flops) > 1)}, "
                 f"the busiest {si(max(flops))}FLOP ({max(flops) * len(flops) / sum(flops):.2f} of the mean)"

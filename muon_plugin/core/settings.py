@@ -57,7 +57,7 @@ class Settings:
         momentum, nesterov: of the matrices (Eq. 1; an exponential average, as in ``torch.optim.Muon``).
         ns_steps, ns_coefficients: Newton-Schulz (Eq. 2): a triple, a list of triples, or a set's name.
         ns_method: "standard", "gram", or "auto": fewer FLOPs for the shape.
-        ns_dtype: of the Gram form: "bf16" or "fp16". The standard form is in bf16.
+        ns_dtype: of the Gram form: "bf16", "fp16", or "auto": fp16 on CUDA. The standard form is in bf16.
         adjust_lr_fn: "match_rms_adamw" (Eq. 4: 0.2 sqrt(max(A, B))), "original" (sqrt(max(1, A/B))), "update_norm"
             (Eq. 6: 0.2 / RMS), "none".
         betas, eps: of AdamW.
@@ -83,7 +83,7 @@ class Settings:
     ns_steps: int = 5
     ns_coefficients: Any = (3.4445, -4.7750, 2.0315)
     ns_method: str = "auto"
-    ns_dtype: str = "bf16"
+    ns_dtype: str = "auto"
     adjust_lr_fn: str = "match_rms_adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -129,7 +129,7 @@ class Settings:
         named = f", {self.ns_coefficients}" if isinstance(self.ns_coefficients, str) else ""
         by_head = ", attention head by head" if self.per_head_muon else ""
         clip = f", QK-Clip at {self.clip.threshold:g}" if self.clip is not None else ""
-        form = self.ns_method if self.ns_dtype == "bf16" else f"{self.ns_method} in {self.ns_dtype}"
+        form = self.ns_method if self.ns_dtype == "auto" else f"{self.ns_method} in {self.ns_dtype}"
         return f"{self.adjust_lr_fn}, {momentum}, {self.ns_steps} steps ({form}{named}){by_head}{clip}"
 
     @property

@@ -13,16 +13,18 @@ average differs from Eq. 1's sum by a factor that Newton-Schulz removes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import agree, together, world_of
+from .agreement import agree, alike, together, world_of
+from .by_table import Listed
 from .collector import without_collector
-from .elementwise import Run, Source, Target, apply, average, pack
+from .elementwise import Run, Source, Target, apply, average, by_table_on, pack
 from .exchange import Exchange, Turns
 from .frozen import NONE, Frozen
 from .holders import publish
@@ -74,6 +76,7 @@ class Update:
         if plan is None:
             together(lambda: _check_device(shards, device), process_group)
             matrices, index = publish(matrices, shards, process_group, device)
+            agree_on(newton_schulz, process_group, {(m.rows, m.cols) for m in matrices})
             plan = together(lambda: make_plan(matrices, index, newton_schulz.flops, 2 * normalize), process_group)
             agree("the plan", plan.describe(matrices), "Please report this as a bug", process_group)
         self.matrices, self.plan = matrices, plan
@@ -114,12 +117,12 @@ class Update:
             measure.zero_gradients(self._without_gradient(frozen), world_of(self._group)[1])
         trained = [frozen.trained(p) for p in self.tensors]
         with phase("momentum"):
-            sources = self._sources(groups, momenta, trained, offloaded)
+            sources = self._sources(groups, momenta, trained, offloaded, bool(frozen.names))
         # A parameter without a gradient is skipped, as in torch's optimizers. (The engines fill in zeros.)
-        targets = [
+        targets = Listed(
             Target(p.view(-1), float(of["lr"]), 1 - float(of["lr"]) * of["weight_decay"]) if source else None
             for p, of, source in zip(self.tensors, groups, sources)
-        ]
+        )
 
         def seen(run: Run, change: Tensor) -> None:
             parameter = self.matrices[run.matrix].parameter
@@ -151,10 +154,14 @@ class Update:
         momenta: Sequence[Tensor],
         trained: Sequence[Sequence[Strided]],
         offloaded: bool,
+        any_frozen: bool,
     ) -> list[Source | None]:
         """Updates the momenta; what the direction of each tensor is made of, None without a gradient."""
         found: list[Source | None] = []
         averages = []
+        # Where nothing is frozen and this rank packs each element once, momentum is updated in the same pass.
+        device = self._exchange.device
+        packed = by_table_on(device) and self._exchange.reads_all and not any_frozen
         for p, momentum, group, parts in zip(self.tensors, momenta, groups, trained):
             if p.grad is None or not parts:
                 found.append(None)
@@ -163,10 +170,14 @@ class Update:
             if offloaded:
                 found.append(_offloaded(grad, flat, mu, group["nesterov"], parts))
                 continue
+            source = Source(grad, flat, mu) if group["nesterov"] else Source(flat)
+            if packed and flat.device == device:
+                found.append(replace(source, gradient=grad, average=1 - mu))
+                continue
             averages += [(part.view(flat), part.view(grad), 1 - mu) for part in parts]
-            found.append(Source(grad, flat, mu) if group["nesterov"] else Source(flat))
+            found.append(source)
         average(averages)
-        return found
+        return Listed(found)
 
     def _without_gradient(self, frozen: Frozen) -> int:
         """How many of the matrices that are not frozen have a gradient of zeros alone. Collective."""
@@ -180,6 +191,25 @@ class Update:
             dist.all_reduce(seen, group=self._group)
         zero = (seen == 0).tolist()
         return sum(none and m.parameter not in frozen.names for none, m in zip(zero, self.matrices))
+
+
+def agree_on(newton_schulz: NewtonSchulz | None, process_group: Any, shapes: Iterable[tuple[int, int]] = ()) -> None:
+    """Checks that matrices of these shapes get the same bits on every rank. Collective.
+
+    Args:
+        newton_schulz: as it runs on this rank's device; None where the rank has no matrix.
+        process_group: the ranks.
+        shapes: products are tried for them here, so that no rank finds out alone in a step that they fail.
+
+    Raises:
+        ValueError: on every rank, with the ranks that would compute otherwise.
+    """
+    fact = together(lambda: newton_schulz.describe(sorted(shapes)) if newton_schulz else None, process_group)
+    advice = (
+        "Use GPUs of one kind and the same packages on every rank, or Newton-Schulz' method standard (ns_method, "
+        "--muon-ns-method)"
+    )
+    alike("how matrices are orthogonalized, so their bits would depend on the layout", fact, advice, process_group)
 
 
 def _offloaded(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool, parts: Sequence[Strided]) -> Source:

@@ -37,9 +37,9 @@ def add_arguments(parser: Any) -> Any:
     )
     group.add_argument(
         "--muon-ns-dtype",
-        default="bf16",
+        default="auto",
         choices=DTYPES,
-        help="Of the Gram form of Newton-Schulz, which fp16 takes for every shape",
+        help="Of the Gram form of Newton-Schulz, which fp16 takes for every shape; auto: fp16 on CUDA, bf16 on the CPU",
     )
     group.add_argument(
         "--muon-offload", action="store_true", help="Keep Muon's momentum in pinned CPU memory between steps"

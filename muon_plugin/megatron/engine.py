@@ -21,12 +21,12 @@ from ..core.call import Call
 from ..core.halves import Halves
 from ..core.layout import Shard
 from ..core.measure import Part
-from ..core.plan import Plan
+from ..core.orthogonalize import NewtonSchulz
 from ..core.process_groups import joint_groups
 from ..core.qk_clip import Clip, summary
 from ..core.report import table
 from ..core.routing import Routing, check_heads
-from ..core.update import Update
+from ..core.update import Update, agree_on
 from . import qk_clip
 from .arguments import asks_for_muon, plain
 from .monitor import MonitoredOptimizer, StepMonitor, arguments
@@ -96,11 +96,15 @@ def build(
     tp_ranks = dist.get_rank(tp), dist.get_rank(expert_tp)
     frozen = frozen_parameters(model_chunks)
     first = world_of(ranks)[0] == 0
+    newton_schulz = together(lambda: settings.newton_schulz.on(device), ranks)
+    agree_on(newton_schulz, ranks)
     phases.start(ranks, bool(live))
 
     def convert() -> list[Converted]:
         return [
-            _convert(optimizer, found, routing, settings, group, tp_ranks, device, of_experts, frozen, first)
+            _convert(
+                optimizer, found, routing, settings, newton_schulz, group, tp_ranks, device, of_experts, frozen, first
+            )
             for optimizer, of_experts, group in zip(live, experts, process_groups)
         ]
 
@@ -110,7 +114,8 @@ def build(
         clip = _clip(attention, converted, model_chunks, found, world_of(tp), process_groups[-1], device)
         routing = replace(routing, notes=(*routing.notes, summary(attention.layers, attention.setting)))
     together(lambda: _prove(converted, routing), ranks)
-    together(lambda: _report(converted, routing, settings, dist.get_world_size(groups.pp)) if first else None, ranks)
+    stages = dist.get_world_size(groups.pp)
+    together(lambda: _report(converted, routing, settings, newton_schulz, stages) if first else None, ranks)
     _watch(chained, converted, found, routing, model_chunks[0].ddp_config, device, ranks, clip)
     return chained
 
@@ -231,6 +236,7 @@ def _convert(
     found: Sequence[Parameter],
     routing: Routing,
     settings: Settings,
+    newton_schulz: NewtonSchulz,
     process_group: Any,
     tp_ranks: tuple[int, int],
     device: torch.device,
@@ -246,7 +252,7 @@ def _convert(
         [shard for shard in held if shard.parameter in muon],
         process_group,
         device,
-        settings.newton_schulz.on(device),
+        newton_schulz,
         settings.scale,
     )
     tensors = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
@@ -286,14 +292,15 @@ def _check_model(model_chunks: Any) -> None:
         raise ValueError("GTP weight rematerialization is not supported with Muon: leave its group size at 1")
 
 
-def _report(converted: Sequence[Converted], routing: Routing, settings: Settings, stages: int) -> None:
+def _report(
+    converted: Sequence[Converted], routing: Routing, settings: Settings, newton_schulz: NewtonSchulz, stages: int
+) -> None:
     """Prints the start-up table, of the optimizers in which this rank takes part: the first of all ranks."""
     if stages > 1:
         routing = replace(routing, notes=(*routing.notes, f"this is pipeline stage 0 of {stages}"))
-    plans: dict[str, list[Plan]] = {}
-    for each in converted:
-        plans.setdefault("experts" if each.experts else "dense layers", []).extend(each.halves.muon.plans)
-    print(table(routing, settings.describe(), [each.halves for each in converted], plans), flush=True)
+    plans = [("experts" if e.experts else "dense layers", plan) for e in converted for plan in e.halves.muon.plans]
+    halves = [each.halves for each in converted]
+    print(table(routing, settings.describe(), newton_schulz, halves, plans), flush=True)
     for note in settings.notes:
         print(f"muon_plugin: {note}", flush=True)
 

@@ -105,7 +105,7 @@ class Settings:
     method: str
     offload: bool
     per_head: bool = False
-    dtype: str = "bf16"
+    dtype: str = "auto"
     scalar: str = "adam"
     lion_beta1: float = 0.95
     lion_beta2: float = 0.98
@@ -175,7 +175,7 @@ class Settings:
             method=ours("muon_ns_method", "auto"),
             offload=ours("muon_offload", False),
             per_head=ours("muon_split_qkv_per_head", False),
-            dtype=ours("muon_ns_dtype", "bf16"),
+            dtype=ours("muon_ns_dtype", "auto"),
             scalar=ours("muon_scalar_optimizer", "adam"),
             lion_beta1=ours("lion_beta1", 0.95),
             lion_beta2=ours("lion_beta2", 0.98),
@@ -223,7 +223,7 @@ class Settings:
             "muon_scale_mode": self.scale_mode,
             "muon_extra_scale_factor": self.extra_scale_factor,
         }
-        form = self.method if self.dtype == "bf16" else f"{self.method} in {self.dtype}"
+        form = self.method if self.dtype == "auto" else f"{self.method} in {self.dtype}"
         ours = (
             f"scale {self.extra_scale_factor:g} x {self.scale_mode}, momentum {self.momentum:g}"
             f"{' (Nesterov)' if self.nesterov else ''}, {self.steps} steps ({self.coefficients}, {form})"

@@ -13,6 +13,7 @@ from typing import Any
 from ..command_line import Parser, positive, positive_number, split_at_dashes
 from . import models, plot, tables
 from .cost import Rates, plan_stages
+from .counts import META
 from .models import Model, Parallel
 from .planned import Planned
 
@@ -72,7 +73,7 @@ def run(arguments: Sequence[str]) -> Planned:
         )
     if own.plot:
         plot.check(own.plot)
-    flops = model.newton_schulz.flops
+    flops = model.newton_schulz.on(META).flops
     sweep = {
         n: plan_stages(model.stages(n), flops, model.scalars, model.state)
         for n in (_sweep(ranks, model.unit) if own.plot else [ranks])

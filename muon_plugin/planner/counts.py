@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..core import launches
 from ..core.exchange import ended
 from ..core.layout import Shard, cut_shards
 from ..core.orthogonalize import NewtonSchulz
@@ -93,12 +94,19 @@ class Counter(TorchDispatchMode):
 
     def __enter__(self) -> Counter:
         dist.batch_isend_irecv = self._batch  # type: ignore[assignment]
+        launches.counted = self._launch
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         dist.batch_isend_irecv = self._post
+        launches.counted = None
+
+    def _launch(self, nbytes: int) -> None:
+        """Of a Triton kernel, or a small copy to the device for one."""
+        self._counts["kernels"] += 1
+        self._counts["elementwise"] += nbytes
 
     def _batch(self, messages: list[Any]) -> list[Any]:
         self._counts["messages"] += len(messages)

@@ -250,14 +250,14 @@ BAD = [
     ({"ns_steps": 0}, "ns_steps=0"),
     ({"ns_steps": 2.5}, "ns_steps=2.5"),
     ({"ns_method": "fast"}, "ns_method='fast' is not valid; allowed: auto, standard, gram"),
-    ({"ns_dtype": "fp32"}, "ns_dtype='fp32' is not valid; allowed: bf16, fp16"),
+    ({"ns_dtype": "fp32"}, "ns_dtype='fp32' is not valid; allowed: auto, bf16, fp16"),
     (
         {"ns_dtype": "fp16", "ns_method": "standard"},
-        "ns_dtype='fp16' with ns_method='standard' is not valid.* allowed: bf16, or one of the methods",
+        "ns_dtype='fp16' with ns_method='standard' is not valid.* allowed: bf16 or auto, or one of the methods",
     ),
     (
         {"ns_dtype": "fp16", "ns_coefficients": [8.0, -20.0, 14.0]},
-        "ns_dtype='fp16' with ns_method='auto' is not valid with these .* allowed: bf16, or the method gram",
+        "ns_dtype='fp16' with ns_method='auto' is not valid with these .* allowed: bf16 or auto, or the method gram",
     ),
     ({"ns_coefficients": "best"}, "ns_coefficients='best' is not a known set"),
     ({"adjust_lr_fn": "rms"}, "adjust_lr_fn='rms' is not valid; allowed: match_rms_adamw"),

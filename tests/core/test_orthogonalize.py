@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from muon_plugin.core import products
+from muon_plugin.core import orthogonalize, products
 from muon_plugin.core.coefficients import COEFFICIENT_SETS, coefficients_for
 from muon_plugin.core.orthogonalize import NewtonSchulz, runs_of
 from tests.support.combinations import FULL, covering
@@ -123,7 +126,92 @@ def test_entries_near_the_smallest_number_of_fp16_cost_nothing():
     assert fp16 < standard
 
 
-def test_fp16_is_a_choice():
+@dataclass(frozen=True)
+class Coarse(products.Products):
+    """In fp16 with a smallest number of 2**-16 in place of 2**-24: small matrices are to it as 4096x16384 to fp16."""
+
+    def gram(self, x: Tensor) -> Tensor:
+        return self.rounded(super().gram(x.float()))
+
+    def symmetric(self, c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+        return self.rounded(super().symmetric(c.float(), a.float(), b.float(), beta, alpha))
+
+    def apply(self, polynomial: Tensor, x: Tensor, beta: float = 0.0) -> Tensor:
+        return self.rounded(super().apply(polynomial.float(), x.float(), beta))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return torch.where(x.abs() < 2**-6, (x * 2**16).round() / 2**16, x).half()
+
+
+def test_entries_below_the_range_of_fp16_are_scaled_into_it(monkeypatch):
+    x = matrix(256, 1024)
+    expected = exact(x, PAPER)
+    coarse = NewtonSchulz(PAPER, dtype="fp16", products=Coarse())
+    assert error(coarse(x[None])[0], expected) < 0.004
+    monkeypatch.setattr(orthogonalize, "SCALE", 1.0)
+    assert error(coarse(x[None])[0], expected) > 0.006
+
+
+@pytest.mark.parametrize("method", ["auto", "gram", "standard"])
+def test_auto_is_fp16_in_the_gram_form_on_cuda_and_bf16_elsewhere(monkeypatch, method):
+    cpu, cuda, planned = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
+    monkeypatch.setattr(orthogonalize, "products_on", lambda device, dtype: products.TORCH)
+    monkeypatch.setattr(orthogonalize, "error_in_fp16", {cuda: 0.0025}.__getitem__)  # only CUDA is tried
+    auto = NewtonSchulz(PAPER, method, dtype="auto")
+    assert auto.on(cpu).dtype == "bf16"
+    for device in (cuda, planned):
+        found = auto.on(device)
+        assert found.dtype == ("bf16" if method == "standard" else "fp16")
+        assert found.on(device) == found
+        assert found._form(512, 512) == ("standard" if method == "standard" else "gram")
+        assert replace(auto, dtype="bf16").on(device).dtype == "bf16"
+        steep = NewtonSchulz(((8.0, -20.0, 14.0),) * 5, method, dtype="auto").on(device)
+        assert steep.dtype == "bf16"  # these coefficients do not allow the Gram form
+    x = matrix(48, 200)[None]
+    assert torch.equal(auto(x)[0], NewtonSchulz(PAPER, method)(x)[0])
+
+
+def in_bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Inexact(products.Widened):
+    """A device that loses fp16's last three bits in one of the products."""
+
+    def gram(self, x: Tensor) -> Tensor:
+        return in_bf16(super().gram(x))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_device_on_which_fp16_is_not_exact_is_found_and_takes_bf16(monkeypatch, exact):
+    device = torch.device("cuda:7")
+    on_it = products.WIDENED if exact else Inexact()
+    monkeypatch.setattr(orthogonalize, "products_on", lambda device, dtype: on_it)
+    generator, drawn = torch.Generator, torch.randn
+    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    monkeypatch.setattr(torch, "randn", lambda shape, generator, device: drawn(shape, generator=generator))
+    monkeypatch.setattr(orthogonalize, "TRIED", (128, 512))
+    orthogonalize.error_in_fp16.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [NewtonSchulz(PAPER, dtype="auto").on(device) for _ in range(2)]
+    assert found[0] == found[1]
+    if exact:
+        assert (found[0].dtype, caught) == ("fp16", [])
+        assert 0.002 < orthogonalize.error_in_fp16(device) < 0.003
+    else:
+        assert found[0].dtype == "bf16"
+        (line,) = (str(one.message) for one in caught)
+        assert re.fullmatch(
+            r"muon_plugin: Newton-Schulz in fp16 has an error of .*% on cuda:7, where 0.5% is allowed: it runs in bf16",
+            line,
+        )
+        assert re.match(r"Newton-Schulz in bf16; fp16 has an error of .*% on this device; ", found[0].describe())
+    orthogonalize.error_in_fp16.cache_clear()
+
+
+def test_fp16_is_a_choice_on_the_cpu():
     x = matrix(48, 200)[None]
     assert torch.equal(NewtonSchulz(PAPER)(x)[0], NewtonSchulz(PAPER, dtype="bf16")(x)[0])
     assert not torch.equal(NewtonSchulz(PAPER)(x)[0], NewtonSchulz(PAPER, dtype="fp16")(x)[0])

@@ -227,7 +227,7 @@ def test_bad_configs_end_in_one_error_on_every_rank(ranks):
     keys = ["lr", "weight_decay", "momentum", "ns_steps", "ns_coefficients", "ns_method", "adjust_lr_fn", "betas"]
     keys += ["eps", "ns_dtype", "exclude", "split", "adamw", "per_head_muon", "torch_adam", "Lr", "muon_momentum"]
     allowed = {
-        *((setting, "auto") for setting in ("ns_method", "adamw")),
+        *((setting, "auto") for setting in ("ns_method", "ns_dtype", "adamw")),
         ("exclude", "[]"),
         ("split", "{}"),
         ("weight_decay", str(2**70)),

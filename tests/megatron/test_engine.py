@@ -217,7 +217,7 @@ REFUSED = {
     "fp16 in the standard form": (
         {"muon_ns_dtype": "fp16", "muon_ns_method": "standard"},
         "--muon-ns-dtype fp16 with --muon-ns-method standard",
-        "bf16, or one of the methods",
+        "bf16 or auto, or one of the methods",
     ),
 }
 

@@ -19,9 +19,9 @@ from muon_plugin.planner.counts import META, Counter, Counts, as_rank, count
 #: The most of each that a step may cost: kernels, bytes of elementwise traffic an element, messages, collective calls,
 #: messages in a batch, MiB of extra memory.
 BUDGETS = {
-    "GPT 24 x 1024, ZeRO-1, DP 8": (96, 57, 0, 0, 0, 121),
-    "Llama 8B, ZeRO-3, DP 64": (129, 77, 0, 6, 0, 949),
-    "Moonlight 16B, Megatron, DP 64, EP 8": (500, 56, 8, 2, 4, 326),
+    "GPT 24 x 1024, ZeRO-1, DP 8": (150, 40, 0, 0, 0, 170),
+    "Llama 8B, ZeRO-3, DP 64": (300, 40, 0, 16, 0, 860),
+    "Moonlight 16B, Megatron, DP 64, EP 8": (400, 40, 64, 6, 4, 350),
 }
 
 

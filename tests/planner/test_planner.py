@@ -69,7 +69,8 @@ def test_deepspeeds_counts_are_those_of_a_real_run(ranks, tmp_path, world, stage
     options: dict[str, Any] = {"sub_group_size": 5_000} if stage == 3 else {}
     if (world, stage) == (4, 1):
         options = {"round_robin_gradients": True, "parameter_alignment": True}
-    params = {"adjust_lr_fn": "update_norm", "per_head_muon": stage in (2, 3) and world == 2}
+    # On CUDA, for which the planner counts, auto is fp16.
+    params = {"adjust_lr_fn": "update_norm", "ns_dtype": "bf16", "per_head_muon": stage in (2, 3) and world == 2}
     # masters of 16 bits, and moments
     narrow = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True} if stage == 2 else {}
     settings = config(stage, "bf16", params=params, zero_optimization=options, bf16=narrow)
@@ -103,7 +104,7 @@ MODEL = shlex.split("""
     --num-query-groups 4 --kv-channels 6 --swiglu --normalization RMSNorm --disable-bias-linear --seq-length 16
     --position-embedding-type rope --max-position-embeddings 16 --untie-embeddings-and-output-weights --mock-data
     --vocab-size 64 --make-vocab-size-divisible-by 32 --tokenizer-type NullTokenizer --bf16 --micro-batch-size 1
-    --global-batch-size 4 --train-iters 10 --lr 0.01 --optimizer muon --use-distributed-optimizer
+    --global-batch-size 4 --train-iters 10 --lr 0.01 --optimizer muon --use-distributed-optimizer --muon-ns-dtype bf16
 """)
 MOE = shlex.split("""
     --num-experts 4 --moe-ffn-hidden-size 20 --moe-shared-expert-intermediate-size 20 --moe-router-topk 2

@@ -21,8 +21,12 @@ needs_triton = pytest.mark.skipif(
 
 
 def repair_bf16() -> None:
-    """Lets the interpreter multiply bf16, whose bits it keeps in uint16: its `tl.dot` multiplies these as integers."""
+    """Lets the interpreter multiply bf16, whose bits it keeps in uint16, and round to it.
+
+    Its `tl.dot` multiplies these bits as integers, and it cuts fp32 where a GPU rounds.
+    """
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -33,6 +37,15 @@ def repair_bf16() -> None:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
+    cast = InterpreterBuilder.cast_impl
+
+    def rounded(self: Any, source: Any, kind: Any) -> Any:
+        if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, kind)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
+        return TensorHandle(values.view(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = rounded
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: original(self, wide(a), wide(b), *rest)
 
 
