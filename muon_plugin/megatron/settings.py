@@ -264,7 +264,8 @@ def _precision(config: Any) -> dict[str, Any]:
 
 
 def _offload_fraction(config: Any) -> Any:
-    return getattr(config, "optimizer_offload_fraction", 1.0) if config.optimizer_cpu_offload else 0.0
+    offloads = getattr(config, "optimizer_cpu_offload", False)
+    return getattr(config, "optimizer_offload_fraction", 1.0) if offloads else 0.0
 
 
 def _as_in_the_paper(config: Any) -> Any:
