@@ -135,8 +135,9 @@ def choose_owners(costs: Sequence[int], held: Sequence[Holders], world: int, sca
     """Chooses the ranks that compute.
 
     Each attempt has a capacity, the load that no rank should exceed. Several are tried, from the best balance to the
-    least communication. If none comes near the lower bound (the mean load, or the costliest matrix), a search between
-    them fills ranks one by one (best fit). Of the best balanced attempts, the one that sends the fewest elements wins.
+    least communication. If none comes near the lower bound (the mean load, or the costliest matrix), one more gives
+    each matrix to the least loaded rank, and a search between them fills ranks one by one (best fit). Of the best
+    balanced attempts, the one that sends the fewest elements wins.
 
     Args:
         costs: of each matrix.
@@ -148,6 +149,9 @@ def choose_owners(costs: Sequence[int], held: Sequence[Holders], world: int, sca
     # Where every rank holds as much of every matrix, it does not matter who has room.
     slacks = SLACKS[:1] if all(of.share.evenly for of in held) else SLACKS
     tried = [_assign(costs, held, world, bound * slack) for slack in slacks]
+    if min(owners.busiest for owners in tried) > bound * TOLERANCE:
+        # Best fit puts two large matrices on a rank where a large one and two smaller ones would have filled it.
+        tried.append(_assign(costs, held, world, 0))
     low, high = bound, float(min(owners.busiest for owners in tried))
     for _ in range(SEARCH if high > bound * TOLERANCE else 0):
         middle = (low + high) / 2

@@ -120,3 +120,16 @@ def test_large_matrices_travel_in_rounds():
     assert plan.rounds == 3
     for owner in (0, 1):
         assert sorted(r.round for r in plan.routes if r.owner == owner) == [0, 1, 2]
+
+
+def test_a_large_matrix_and_two_smaller_ones_share_a_rank():
+    """Llama-3 8B over 64 ranks, where symmetric products count by half: two large ones on a rank leave no room for the
+    squares of the others, and best fit alone ends 10% above the mean."""
+    costs = {(14336, 4096): 2405, (4096, 4096): 1374, (1024, 4096): 41}
+    counts = {(14336, 4096): 96, (4096, 4096): 64, (1024, 4096): 64}
+    shapes = [shape for shape, count in counts.items() for _ in range(count)]
+    matrices = [Matrix(f"w{i}", f"w{i}", *s, Strided(0, s[0] * s[1])) for i, s in enumerate(shapes)]
+    index = Index.of_lists(
+        [[(i, (Strided(0, m.numel),)) for i, m in enumerate(matrices) if i % 64 == r] for r in range(64)]
+    )
+    assert make_plan(matrices, index, lambda rows, cols: costs[rows, cols]).balance < 1.05

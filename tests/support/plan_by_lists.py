@@ -87,6 +87,8 @@ def _owners(
 
     bound = max(sum(costs) / world, max(costs, default=0))
     tried = [assigned(bound * slack) for slack in SLACKS]
+    if min(max(load) for _, load in tried) > bound * TOLERANCE:
+        tried.append(assigned(0))
     low, high = bound, float(min(max(load) for _, load in tried))
     for _ in range(SEARCH if high > bound * TOLERANCE else 0):
         middle = (low + high) / 2
