@@ -15,6 +15,9 @@ DeepSpeed's functions are wrapped only here, and the wrappers act only when the 
 - ``zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint``: the wrapper reads the tag that was asked for then.
 - ``DeepSpeedEngine.get_mom``: the wrapper reports Muon's momentum, where DeepSpeed looks for Adam's betas (`monitor`).
 - ``DeepSpeedZeroOptimizer_Stage3.offload_states`` rejects any optimizer but FusedAdam; the wrapper allows this one.
+
+Two things are set on an engine that trains with Muon, and on no other: while ZeRO's wrapper is built, Muon is in the
+place of DeepSpeedCPUAdam (`cpu_adam`); and the stages of a pipeline take part in the same sums of norms (`pipeline`).
 """
 
 from __future__ import annotations

@@ -60,11 +60,8 @@ class Kept:
         lower_bits: bool,
         offloaded: Collection[Tensor],
     ) -> None:
-        self._state, self._dtypes, self._offloaded = (
-            state,
-            {**dict.fromkeys(MOMENTS, torch.float32), **dtypes},
-            offloaded,
-        )
+        self._state, self._offloaded = state, offloaded
+        self._dtypes = {**dict.fromkeys(MOMENTS, torch.float32), **dtypes}
         self._weights = dict(weights)
         self._lower_bits = {main for main, weight in weights.items() if lower_bits and weight.dtype == torch.bfloat16}
         #: main parameters that have no memory between steps -> what is kept of them

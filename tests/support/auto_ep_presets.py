@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -10,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.support.integers import build, gathered, gradient
-from tests.support.parallel_models import first_expert
+from tests.support.integers import build, gathered
+from tests.support.parallel_models import first_expert, of_integers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -98,28 +96,6 @@ def built(rank: int, settings: dict[str, Any], preset: str, ep: int) -> Any:
         for p in engine.module.parameters():
             deepspeed.zero.register_external_parameter(engine.module, p)
     return engine
-
-
-def of_integers(model: nn.Module, step: int) -> Tensor:
-    """A loss with the gradients of integers.py, in the place of the model's forward."""
-    from deepspeed.utils import groups
-
-    loss = torch.zeros(())
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        number = zlib.crc32(name.encode()) % 10**6
-        if getattr(p, "allreduce", True):
-            group = groups._get_data_parallel_group()
-            grad = gradient(p.shape, number, step, 0, dist.get_rank(group), dist.get_world_size(group), 1)
-        else:
-            group = groups._get_expert_data_parallel_group(p.group_name)
-            rank, size = dist.get_rank(group), dist.get_world_size(group)
-            first = first_expert(p)
-            grads = [gradient(p.shape[1:], number + first + i, step, 0, rank, size, 1) for i in range(p.shape[0])]
-            grad = torch.stack(grads) * (dist.get_world_size() / size)
-        loss = loss + (p.float() * grad).sum()
-    return loss
 
 
 def trained(rank: int, settings: dict[str, Any], preset: str, ep: int) -> tuple[dict[str, Tensor], list[float], int]:
