@@ -71,9 +71,20 @@ def send_output_to(log: Path) -> TextIO:
     return terminal
 
 
-def deepspeed_config(args: argparse.Namespace) -> dict:
-    """Reads the JSON config and fills in what the command line decides."""
+def multiplies_bf16() -> bool:
+    """Whether the devices of all processes have instructions for bf16. Collective."""
+    on_cpu = get_accelerator().device_name() == "cpu"
+    here = not on_cpu or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return mean_over_ranks(torch.tensor(float(here), device=get_accelerator().current_device_name())) == 1
+
+
+def deepspeed_config(args: argparse.Namespace, terminal: TextIO) -> dict:
+    """Reads the JSON config and fills in what the command line and the devices decide."""
     config = json.loads(args.config.read_text())
+    if config.get("bf16", {}).get("enabled") and not multiplies_bf16():
+        config["bf16"]["enabled"] = False  # torch would multiply element by element: hours for what takes minutes
+        if dist.get_rank() == 0:
+            print("These CPUs have no instructions for bf16: training in fp32.", file=terminal, flush=True)
     config["optimizer"] = {"type": args.optimizer, "params": {"lr": args.lr, "weight_decay": args.weight_decay}}
     if args.optimizer == "AdamW":
         # betas: usual for language models, and what Muon uses for the parameters it leaves to AdamW.
@@ -145,7 +156,7 @@ class Metrics:
 def train(args: argparse.Namespace, terminal: TextIO) -> None:
     """One training run."""
     info = json.loads((args.data / "info.json").read_text()) if (args.data / "info.json").exists() else {}
-    config = deepspeed_config(args)
+    config = deepspeed_config(args, terminal)
     transformers.set_seed(args.seed)  # the same initial weights on every rank and for both optimizers
     model = make_model(info.get("vocab_size", data.VOCAB_SIZE), args.hidden)
     engine, _, _, scheduler = deepspeed.initialize(model=model, config=config)
