@@ -32,7 +32,15 @@ def pytest_unconfigure(config):
 
 
 #: Files whose module-scoped fixtures take long to make.
-SHARED = {f"tests/{name}" for name in ("cluster/test_slurm.py", "paper/test_paper.py", "deepspeed/test_patch.py")}
+SHARED = {
+    f"tests/{name}"
+    for name in (
+        "cluster/test_slurm.py",
+        "paper/test_paper.py",
+        "deepspeed/test_patch.py",
+        "kernels/test_symmetric_triton.py",
+    )
+}
 #: The same, with one fixture for each first parameter.
 SHARED_BY_PARAMETER = {f"tests/{name}" for name in ("deepspeed/test_clients.py", "megatron/test_patches.py")}
 

@@ -12,6 +12,7 @@ import pytest
 from torch import Tensor
 
 from tests.support import ROOT
+from tests.support.combinations import some
 from tests.support.deepspeed_runs import resume, save, weights_alone
 from tests.support.integers import config, differing, trained
 
@@ -36,7 +37,7 @@ def registered(ranks):
     return {stage: ranks(2).run(trained, config(stage, "bf16")) for stage in (0, 1, 3)}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", some([1, 3, 0], 1))
 def test_a_patched_tree_ends_in_the_same_bits(ranks, registered, patched, stage):
     found = ranks(2, deepspeed=patched).run(without_register, config(stage, "bf16"), patched)
     for ours, theirs in zip(found, registered[stage]):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.combinations import some
 from tests.support.deepspeed_runs import OLD, WAYS_TO_LOAD_WEIGHTS, mended, weights_alone
 from tests.support.integers import config, differing
 from tests.support.parallel_models import ReplacedExperts, build_replaced
@@ -16,7 +17,7 @@ CASES = [(None, stage, dtype) for stage, dtype in ((0, "fp32"), (0, "bf16"), (0,
 CASES += [(None, 3, "bf16"), (OLD, 0, "bf16"), (OLD, 1, "bf16"), (OLD, 3, "bf16")]
 
 
-@pytest.mark.parametrize(("release", "stage", "dtype"), CASES)
+@pytest.mark.parametrize(("release", "stage", "dtype"), some(CASES, 5))
 def test_the_weights_of_another_optimizers_checkpoint_load_and_stay(ranks, tmp_path, release, stage, dtype):
     """DeepSpeed loads nothing in ZeRO-3, or another tag's weights; in stage 0 the next step restores the old ones."""
     job = (mended, weights_alone) if release == OLD else (weights_alone,)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.support.combinations import in_turn
+from tests.support.combinations import covering, in_turn
 from tests.support.counted import bytes_sent
 from tests.support.integers import build as deepspeed_build
 from tests.support.integers import config as deepspeed_config
@@ -32,6 +32,8 @@ from tests.support.megatron_model import (
     trained,
 )
 from tests.support.ranks import RankError
+
+RELEASES = ("0.16.1", "0.19.2")
 
 
 def updates(optimizer: Any) -> list[Any]:
@@ -94,19 +96,26 @@ def first_update(rank: int, layout: Layout) -> dict[str, Tensor]:
     return {name: (before[name] - after[name]) / 0.01 / max(40, 24) ** 0.5 for name in before}
 
 
-@pytest.mark.parametrize(("world", "layout"), [(2, Layout(tp=2)), (4, Layout(tp=4)), (4, Layout(tp=2)), (4, Layout())])
-def test_nothing_is_computed_twice_under_tp(ranks, release, world, layout):
+TWICE = [(2, Layout(tp=2)), (4, Layout(tp=4)), (4, Layout(tp=2)), (4, Layout())]
+
+
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, TWICE))
+def test_nothing_is_computed_twice_under_tp(ranks, release, case):
     """Megatron #6683, #6720: TP ranks repeat the same Newton-Schulz. Here: the FLOPs that ran are one process's."""
+    world, layout = case
     alone, *_ = ranks.alone(counted, Layout(), megatron=release)
     found = ranks(world, release).run(counted, layout)
     assert sum(ran for ran, *_ in found) == alone
     assert [ran for ran, *_ in found] == [planned for _, planned, *_ in found]
 
 
-@pytest.mark.parametrize(("world", "layout"), [(3, Layout()), (4, Layout(tp=2)), (4, Layout(tp=4)), (3, Layout("moe"))])
-def test_pieces_go_to_one_owner_and_back(ranks, release, world, layout):
+CUT = [(3, Layout()), (4, Layout(tp=2)), (4, Layout(tp=4)), (3, Layout("moe"))]
+
+
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, CUT))
+def test_pieces_go_to_one_owner_and_back(ranks, release, case):
     """Megatron-LM PR 1428: an all-gather of everything. Here: at most 4 bytes per element of what is cut, in all."""
-    found = ranks(world, release).run(counted, layout)
+    found = ranks(case[0], release).run(counted, case[1])
     assert [sent for *_, sent, _, _ in found] == [planned for *_, planned, _ in found]
     assert 0 < sum(sent for *_, sent, _, _ in found) <= sum(most for *_, most in found)
 
@@ -176,7 +185,6 @@ def under_deepspeed(rank: int, layout: Layout, steps: int) -> dict[str, Tensor]:
     return {name.replace("/", "."): p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
-RELEASES = ("0.16.1", "0.19.2")
 REFUSED = {
     **{
         field: (
@@ -308,8 +316,7 @@ def wrong_model(rank: int, layout: Layout, wrong: str) -> None:
     get_megatron_optimizer(config_for(layout), models[wrong])
 
 
-@pytest.mark.parametrize("value", [float("nan"), 0.0], ids=["NaN", "zeros"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("release", "dtype", "value"), covering(RELEASES, ["bf16", "fp32"], [float("nan"), 0.0]))
 def test_where_shards_lie_is_not_told_from_weights(ranks, release, dtype, value):
     """They may be anything before a checkpoint is loaded (--no-initialization); another layout is told all the same."""
     for told in ranks(3, release).run(told_of_wrong_tables, Layout(dtype=dtype), value):

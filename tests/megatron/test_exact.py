@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tests.support.combinations import covering, in_turn
+from tests.support.combinations import covering, in_turn, some
 from tests.support.integers import differing
 from tests.support.megatron_model import Layout, trained
 
@@ -26,7 +26,7 @@ DENSE = {(1, 1, 2), (1, 1, 3), (2, 1, 1), (2, 1, 2), (1, 2, 1), (1, 2, 2), (4, 1
 
 @pytest.mark.parametrize(
     ("release", "dtype", "tp", "pp", "dp"),
-    covering(RELEASES, ("bf16", "fp32"), (1, 2, 4), (1, 2), (1, 2, 3), valid=lambda *case: case[2:] in DENSE),
+    some(covering(RELEASES, ("bf16", "fp32"), (1, 2, 4), (1, 2), (1, 2, 3), valid=lambda *case: case[2:] in DENSE), 6),
 )
 def test_dense(ranks, release, dtype, tp, pp, dp):
     check(ranks, release, tp * pp * dp, Layout(dtype=dtype, tp=tp, pp=pp))
@@ -46,7 +46,7 @@ MOE = [
 ]
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, MOE))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(MOE, 5)))
 def test_experts(ranks, release, case):
     world, cut = case
     check(ranks, release, world, Layout("moe", **cut))
@@ -73,7 +73,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, OTHERS))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(OTHERS, 6)))
 def test_others(ranks, release, case):
     check(ranks, release, *OTHERS[case])
 

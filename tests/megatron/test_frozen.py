@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.combinations import in_turn
 from tests.support.integers import differing
 from tests.support.megatron_model import (
     Layout,
@@ -63,8 +64,12 @@ def states(chunks: list, optimizer: object) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, Layout()), (3, Layout(dtype="fp32")), (4, Layout(tp=2))])
-def test_what_is_frozen_stays_and_goes_on_afterwards_in_the_same_bits(ranks, release, world, layout):
+LAYOUTS = [(1, Layout()), (3, Layout(dtype="fp32")), (4, Layout(tp=2))]
+
+
+@pytest.mark.parametrize(("release", "case"), in_turn(("0.16.1", "0.19.2"), LAYOUTS))
+def test_what_is_frozen_stays_and_goes_on_afterwards_in_the_same_bits(ranks, release, case):
+    world, layout = case
     alone = ranks.alone(come_and_go, Layout(dtype=layout.dtype), megatron=release)[0]
     for found, moved, frozen in ranks(world, release).run(come_and_go, layout):
         assert (moved, frozen) == ([], 3)

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from tests.support import ROOT
-from tests.support.combinations import FULL
+from tests.support.combinations import FULL, some
 from tests.support.commands import command
 from tests.support.jobs import environment
 
@@ -43,7 +43,7 @@ def test_a_dry_run_checks_every_argument_and_prints_the_plan(dry_run, script):
     assert ("experts  " in done.stdout) == (script in ("mixtral_8x7b", "moonlight_16b_a3b"))
 
 
-@pytest.mark.parametrize("stage", ["2a", "2b", "3"])
+@pytest.mark.parametrize("stage", some(["2b", "2a", "3"], 1))
 def test_moonlights_later_stages(dry_run, stage):
     assert dry_run("moonlight_16b_a3b", STAGE=stage).returncode == 0
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.combinations import in_turn
+from tests.support.combinations import in_turn, some
 from tests.support.fused_adam import fused_adam
 from tests.support.integers import differing
 from tests.support.megatron_checkpoints import STEPS, first_half, load, second_half
@@ -80,7 +80,7 @@ def test_layouts_change_no_bit(ranks, release, case):
 KINDS = ["fully_reshardable", "dp_reshardable", "legacy"]
 
 
-@pytest.mark.parametrize(("release", "kind"), in_turn(RELEASES, KINDS))
+@pytest.mark.parametrize(("release", "kind"), in_turn(RELEASES, some(KINDS, 1)))
 def test_resumed_under_another_layout(ranks, release, kind, tmp_path):
     before, after = Layout(muon=LION), Layout(tp=2 if kind == "fully_reshardable" else 1, muon=LION)
     ranks(2, release).run(first_half, before, kind, str(tmp_path))
@@ -114,7 +114,8 @@ def _taken_over(layout: Layout, kind: str, folder: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("release", "case"), in_turn(RELEASES, list(zip(["lion", "lion", "adam", "Megatron's AdamW"], [*KINDS, KINDS[0]])))
+    ("release", "case"),
+    in_turn(RELEASES, some(zip(["lion", "lion", "adam", "Megatron's AdamW"], [*KINDS, KINDS[0]]), 2)),
 )
 def test_lion_and_adamw_take_each_other_over(ranks, release, case, tmp_path):
     """The first moment is kept; the second one of Lion's checkpoint is its square, so AdamW's first step is small."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.combinations import some
 from tests.support.integers import differing
 from tests.support.megatron_model import Layout, build, full_masters, full_weights, optimizer_for, step, trained
 
@@ -85,7 +86,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", some(LAYOUTS, 3))
 def test_logged_sizes_are_those_of_the_whole_model_and_measuring_changes_no_bit(ranks, tmp_path, name):
     world, layout = LAYOUTS[name]
     *others, last = ranks(world, "0.19.2").run(watched, layout, str(tmp_path))

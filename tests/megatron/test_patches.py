@@ -82,6 +82,7 @@ def test_a_patched_clip_qk_leaves_the_weights_to_muon(ranks, patched):
     assert ranks(2, str(folder)).run(clipped, Layout()) == [150.0, 150.0]
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1; test_pretrain.py goes through the same parser with our hooks")
 def test_the_patched_command_line(patched):
     """0.19.2's wheel has the training code: its parser gets the plugin's flags, its checks let Muon through."""
     version, folder = patched

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from muon_plugin.megatron.precision import joined, split
-from tests.support.combinations import in_turn
+from tests.support.combinations import in_turn, some
 from tests.support.fused_adam import fused_adam
 from tests.support.integers import differing
 from tests.support.megatron_checkpoints import STEPS, first_half, load, second_half
@@ -81,7 +81,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, LAYOUTS))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(LAYOUTS, 3)))
 def test_layouts_change_no_bit(ranks, release, case):
     world, layout = case
     alone = Layout(layout.model, dtype=layout.dtype, grad_reduce_in_fp32=layout.grad_reduce_in_fp32, muon=layout.muon)
@@ -92,7 +92,7 @@ KINDS = ["fully_reshardable", "dp_reshardable", "legacy"]
 FROM_TO = [(BITS, {}), ({}, PART), (BF16, BF16)]
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, list(zip(KINDS, FROM_TO))))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(zip(KINDS, FROM_TO), 2)))
 def test_resumed_with_and_without(ranks, release, case, tmp_path):
     """Checkpoints have fp32 throughout, so they do not depend on it."""
     kind, (before, after) = case
@@ -148,15 +148,18 @@ ADAM = {"optimizer": "adam"}
     ("release", "case"),
     in_turn(
         RELEASES,
-        [
-            ("fully_reshardable", {**ADAM, **BITS}, {}),
-            ("dp_reshardable", {**ADAM, **BITS}, BITS),
-            ("dp_reshardable", {**ADAM, **WHOLE}, BF16),
-            ("fully_reshardable", BITS, {**ADAM, **WHOLE}),
-        ],
+        some(
+            [
+                ("fully_reshardable", {**ADAM, **BITS}, {}),
+                ("dp_reshardable", {**ADAM, **BITS}, BITS),
+                ("dp_reshardable", {**ADAM, **WHOLE}, BF16),
+                ("fully_reshardable", BITS, {**ADAM, **WHOLE}),
+            ],
+            2,
+        ),
     ),
 )
-@pytest.mark.parametrize("stand_in", [False, True])
+@pytest.mark.parametrize("stand_in", some([True, False], 1))
 def test_megatrons_precision_aware_adamw_and_muon_take_each_other_over(ranks, release, case, stand_in, tmp_path):
     """FusedAdam's checkpoints have the bits that weights lack in the place of main parameters: they are put together.
 

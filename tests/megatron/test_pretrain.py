@@ -21,10 +21,10 @@ MTP, VIRTUAL = "--mtp-num-layers 1", "--num-virtual-stages-per-pipeline-rank 2"
 RUNS = {
     "dense, TP 2": (2, f"{UNTIED} {TP}"),
     "experts, EP 2": (2, f"{UNTIED} {EP} {EXPERTS}"),
-    "tied, PP 2, multi-token prediction": (2, f"{PP} {MTP}"),
 }
 if FULL:
     RUNS |= {
+        "tied, PP 2, multi-token prediction": (2, f"{PP} {MTP}"),
         "dense": (1, UNTIED),
         "tied": (1, ""),
         "tied, TP 2, PP 2": (4, f"{TP} {PP}"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.combinations import in_turn
+from tests.support.combinations import in_turn, some
 from tests.support.integers import differing
 from tests.support.megatron_checkpoints import STEPS, first_half, second_half
 from tests.support.megatron_model import Layout, trained
@@ -68,7 +68,7 @@ def in_fp8(rank: int, job: Any, *args: Any) -> Any:
 CASES = [(2, {}, {"tp": 2}), (3, {}, {}), (2, BITS, {}), (4, {"muon_scalar_optimizer": "lion"}, {"tp": 2})]
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, CASES))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(CASES, 2)))
 def test_main_parameters_are_those_of_the_run_without_it(ranks, release, case):
     world, settings, cut = case
     found = ranks(world, release).run(in_fp8, trained, Layout(muon={**settings, **RECIPE}, **cut, **FP8))[0]
@@ -85,7 +85,7 @@ def test_main_parameters_are_those_of_the_run_without_it(ranks, release, case):
     assert few == 16
 
 
-@pytest.mark.parametrize(("release", "kind"), in_turn(RELEASES, ["fully_reshardable", "dp_reshardable"]))
+@pytest.mark.parametrize(("release", "kind"), in_turn(RELEASES, some(["fully_reshardable", "dp_reshardable"], 1)))
 def test_checkpoints_have_main_parameters(ranks, release, kind, tmp_path):
     """Saved with it, resumed without."""
     ranks(2, release).run(in_fp8, first_half, Layout(muon=RECIPE, **FP8), kind, str(tmp_path))

@@ -43,6 +43,14 @@ def _values(parameters: Sequence[Sequence[Any]], case: tuple[int, ...]) -> tuple
     return tuple(values[i] for values, i in zip(parameters, case))
 
 
+def some(cases: Iterable[Case], count: int, full: bool = FULL) -> list[Case]:
+    """So many of the cases, evenly spaced from the first to the last; with `full`, all of them."""
+    every = list(cases)
+    if full or count >= len(every):
+        return every
+    return [every[i * (len(every) - 1) // max(count - 1, 1)] for i in range(count)]
+
+
 def in_turn(parameter: Sequence[Any], cases: Iterable[Case], full: bool = FULL) -> list[tuple[Any, Case]]:
     """Every case with one value of the parameter, which take turns; with `full`, with each."""
     if full:
