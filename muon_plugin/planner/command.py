@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         ("tflops", "of Newton-Schulz's bf16 products a rank, 1e12 a second"),
         ("gb-per-s", "network of a rank, each way, 1e9 bytes a second"),
         ("memory-gb-per-s", "memory of a rank, 1e9 bytes a second"),
+        ("launch-us", "host time of a kernel, 1e-6 seconds"),
+        ("batch-us", "latency of a collective or of messages posted together, 1e-6 seconds"),
     ):
         default = getattr(rates, flag.replace("-", "_"))
         parser.add_argument(f"--{flag}", type=positive_number, default=default, help=f"{text} (default {default:g})")
@@ -73,12 +75,12 @@ def run(arguments: Sequence[str]) -> Planned:
         )
     if own.plot:
         plot.check(own.plot)
-    flops = model.newton_schulz.on(META).flops
+    newton_schulz = model.newton_schulz.on(META)
     sweep = {
-        n: plan_stages(model.stages(n), flops, model.scalars, model.state)
+        n: plan_stages(model.stages(n), newton_schulz, model.scalars, model.state)
         for n in (_sweep(ranks, model.unit) if own.plot else [ranks])
     }
-    rates = Rates(own.tflops, own.gb_per_s, own.memory_gb_per_s)
+    rates = Rates(own.tflops, own.gb_per_s, own.memory_gb_per_s, own.launch_us, own.batch_us)
     planned = Planned(model, own.nodes, own.gpus_per_node, sweep[ranks], rates, sweep, own.json)
     if own.plot:
         plot.draw(planned, Path(own.plot))

@@ -1,23 +1,25 @@
 """The cost of a call on each rank, and how long a step takes at given rates.
 
-FLOPs, bytes and state are counted with the plan that a real run would make; times are these counts over the rates.
+FLOPs, bytes and state are counted with the plan that a real run would make, kernels, elementwise traffic, messages and
+extra memory by running one rank's step on the meta device (`counts`); times are these counts over the rates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from ..core.holders import Even, Index, Pieces
 from ..core.layout import Block, Strided, by_parameter, in_matrices
+from ..core.orthogonalize import NewtonSchulz
 from ..core.plan import BYTES, make_plan
 from .calls import PlannedCall, Stage, numel
+from .counts import Counts, busiest, count
 
-#: Bytes that the step reads and writes in a rank's memory for each element of its shards. AdamW: gradient, two moments
-#: and the weight, the last three twice, fp32. Muon: with our Triton kernels 34 to 39 were counted
-#: (benchmarks/counts.py).
-ADAMW_MEMORY, MUON_MEMORY = 28, 40
+#: Bytes that AdamW's step reads and writes in a rank's memory for each element of its shards: gradient, two moments
+#: and the weight, the last three twice, fp32.
+ADAMW_MEMORY = 28
 #: Bytes of an element of Muon's momentum.
 MUON_STATE = 4
 
@@ -30,11 +32,16 @@ class Rates:
         tflops: of Newton-Schulz's bf16 products, 1e12 a second (40% of an H100's peak).
         gb_per_s: over the network, each way, 1e9 bytes a second (80% of a 400 Gb/s card).
         memory_gb_per_s: of the elementwise updates, 1e9 bytes a second (75% of an H100's peak).
+        launch_us: host time of a kernel, 1e-6 seconds. The host runs ahead of the GPU, so it counts only where all
+            kernels take the host longer than the GPU.
+        batch_us: latency of a collective call, or of messages that are posted together, 1e-6 seconds.
     """
 
     tflops: float = 400.0
     gb_per_s: float = 40.0
     memory_gb_per_s: float = 2500.0
+    launch_us: float = 5.0
+    batch_us: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Load:
         sent: bytes that each rank sends in the exchange.
         state, adamw_state: bytes of optimizer state on each rank, and what they would be with AdamW for everything.
         costliest: FLOPs of the costliest matrix.
+        held: most elements of matrices, and of the rest, on a rank.
+        counting: counts the step of the rank with parts of most matrices.
     """
 
     call: PlannedCall
@@ -74,11 +83,16 @@ class Load:
     state: Sequence[int]
     adamw_state: Sequence[int]
     costliest: int
-    held: tuple[int, int] = field(default=(0, 0))  # most elements of matrices, and of the rest, on a rank
+    held: tuple[int, int] = (0, 0)
+    counting: Callable[[], Counts] = field(default=Counts, compare=False)
 
     @cached_property
     def total(self) -> int:
         return sum(self.flops)
+
+    @cached_property
+    def counts(self) -> Counts:
+        return self.counting()
 
     @property
     def mean(self) -> float:
@@ -94,15 +108,15 @@ class Load:
         return self.call.elements * each * (self.call.dp - 1) / self.call.dp
 
     def seconds(self, rates: Rates) -> dict[str, float]:
-        """Muon's Newton-Schulz, exchange and elementwise part, of the busiest ranks, one after the other."""
+        """Muon's Newton-Schulz, exchange and elementwise part, of the busiest ranks, and the host's launches."""
         elements = sum(m.numel for m in self.call.matrices)
         # Broadcasts are counted at their source; a ring or tree passes each update on, once a rank.
         wire = BYTES * elements * (self.call.dp > 1) if self.call.replicas else max(self.sent)
-        muon, rest = self.held
         return {
             "newton_schulz": max(self.flops) / rates.tflops / 1e12,
-            "exchange": wire / rates.gb_per_s / 1e9,
-            "elementwise": (MUON_MEMORY * muon + ADAMW_MEMORY * rest) / rates.memory_gb_per_s / 1e9,
+            "exchange": wire / rates.gb_per_s / 1e9 + self.counts.collectives * rates.batch_us / 1e6,
+            "elementwise": (self.counts.elementwise + ADAMW_MEMORY * self.held[1]) / rates.memory_gb_per_s / 1e9,
+            "launches": self.counts.kernels * rates.launch_us / 1e6,
         }
 
     def adamw_seconds(self, rates: Rates) -> float:
@@ -142,10 +156,15 @@ class StageLoad:
                 found[key] = found.get(key, 0.0) + value
         return found
 
+    @cached_property
+    def counts(self) -> Counts:
+        """Of the calls' counted ranks, one after the other."""
+        return sum((load.counts for load in self.loads), Counts())
+
 
 def plan_stages(
     stages: Sequence[Stage],
-    flops: Callable[[int, int], int],
+    newton_schulz: NewtonSchulz,
     scalars: int,
     state: tuple[int, int] | None = None,
 ) -> list[StageLoad]:
@@ -153,27 +172,31 @@ def plan_stages(
 
     Args:
         stages: one for each kind of pipeline stage.
-        flops: cost of a rows x cols matrix.
+        newton_schulz: the iteration, on the meta device, which stands for CUDA.
         scalars: bf16 numbers that are sent with each update (two for an fp32 scale, Eq. 6).
         state: bytes of an element of a matrix, and of any other; None: fp32 momentum, and AdamW's moments as the call
             has them.
     """
-    return [StageLoad(stage, tuple(plan_call(call, flops, scalars, state) for call in stage.calls)) for stage in stages]
+    return [
+        StageLoad(stage, tuple(plan_call(call, newton_schulz, scalars, state) for call in stage.calls))
+        for stage in stages
+    ]
 
 
 def plan_call(
     call: PlannedCall,
-    flops: Callable[[int, int], int],
+    newton_schulz: NewtonSchulz,
     scalars: int,
     state: tuple[int, int] | None = None,
 ) -> Load:
     """The counts of one call, as the plan of a real run has them."""
-    costliest = max((flops(m.rows, m.cols) for m in call.matrices), default=0)
-    of_ranks: tuple[Sequence[int], Sequence[int]] = ([0] * call.ranks, [0] * call.ranks)
-    if call.matrices:
-        plan = make_plan(call.matrices, index_of(call), flops, scalars)
-        of_ranks = plan.flops, plan.bytes_sent
-    return Load(call, *of_ranks, *_state(call, state), costliest, _most_held(call))
+    held = _most_held(call)
+    if not call.matrices:
+        return Load(call, [0] * call.ranks, [0] * call.ranks, *_state(call, state), 0, held)
+    costliest = max(newton_schulz.flops(m.rows, m.cols) for m in call.matrices)
+    plan = make_plan(call.matrices, index_of(call), newton_schulz.flops, scalars)
+    counting = partial(count, call, plan, busiest(plan), newton_schulz, scalars)
+    return Load(call, plan.flops, plan.bytes_sent, *_state(call, state), costliest, held, counting)
 
 
 def index_of(call: PlannedCall) -> Index:
@@ -228,4 +251,4 @@ def _state(call: PlannedCall, state: tuple[int, int] | None) -> tuple[list[int],
 def _most_held(call: PlannedCall) -> tuple[int, int]:
     if call.padded is not None:
         return (call.padded, 0) if call.matrices else (0, call.padded)
-    return max(_held_by(call), key=lambda of_rank: MUON_MEMORY * of_rank[0] + ADAMW_MEMORY * of_rank[1])
+    return max(_held_by(call), key=sum)

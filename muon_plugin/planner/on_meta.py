@@ -178,6 +178,7 @@ def stages(args: Any, settings: Settings) -> Iterator[BuiltStage]:
         routing = route(found, chunks, settings.split_qkv, per_head=settings.per_head)
         partitions = tuple(p.partition for p in found)
         yield BuiltStage(tuple(numbers), partitions, routing, partial(_buffers, chunks, found, args, numbers[0]))
+    _no_process_groups()  # a step is counted in one of its own
 
 
 def _kind(stage: int, args: Any) -> str:
@@ -224,9 +225,7 @@ def _process_groups(stage: int, args: Any) -> None:
     from megatron.core import parallel_state as mpu
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if dist.is_initialized():
-        mpu.destroy_model_parallel()
-        dist.destroy_process_group()
+    _no_process_groups()
     cut = sizes(args)
     # Shapes do not depend on DP and CP, and thousands of process groups take seconds: the fewest ranks that do.
     of_stage = math.lcm(cut["tp"], cut["etp"] * cut["ep"])
@@ -240,6 +239,14 @@ def _process_groups(stage: int, args: Any) -> None:
         expert_tensor_parallel_size=cut["etp"],
         create_gloo_process_groups=False,
     )
+
+
+def _no_process_groups() -> None:
+    from megatron.core import parallel_state as mpu
+
+    if dist.is_initialized():
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _build(args: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..core.report import si
@@ -12,6 +13,8 @@ from .planned import Planned
 
 #: The paper's count: fp32 gradients reduce-scattered, fp32 weights all-gathered; its bound for Muon: bf16 gathered too.
 PAPER_BYTES, PAPER_BOUND = 8, 1.25
+#: The parts of Muon's step on the GPU.
+DEVICE = {"elementwise": "elementwise", "newton_schulz": "Newton-Schulz", "exchange": "exchange"}
 #: Above these, `reasons` explains a call: balance over the bound, traffic over AdamW's.
 BALANCE, TRAFFIC = 1.05, 1.02
 
@@ -36,13 +39,17 @@ def totals(planned: Planned) -> dict[str, float]:
 
 
 def step_seconds(planned: Planned, stages: Sequence[StageLoad]) -> dict[str, float]:
-    """Of the slowest stage: each part, and AdamW's and Muon's step, the parts one after the other."""
-    steps = []
-    for of_stage in stages:
-        parts = of_stage.seconds(planned.rates, planned.model.traffic)
-        muon = sum(value for key, value in parts.items() if key != "adamw")
-        steps.append({**parts, "adamw_step": parts["engine"] + parts["adamw"], "muon_step": muon})
-    return max(steps, key=lambda step: step["muon_step"])
+    """Of the slowest stage: each part, and AdamW's and Muon's step, the parts one after the other.
+
+    The host launches kernels while the GPU computes: "launches" is what Muon's part takes at least.
+    """
+    return max((_step(planned, of_stage) for of_stage in stages), key=lambda step: step["muon_step"])
+
+
+def _step(planned: Planned, of_stage: StageLoad) -> dict[str, float]:
+    parts = of_stage.seconds(planned.rates, planned.model.traffic)
+    muon = max(sum(parts[key] for key in DEVICE), parts["launches"])
+    return {**parts, "adamw_step": parts["engine"] + parts["adamw"], "muon_step": parts["engine"] + muon}
 
 
 def _groups(of_stage: StageLoad, load: Load) -> int:
@@ -147,14 +154,24 @@ def _sizes(planned: Planned) -> str:
 
 
 def _times(planned: Planned) -> list[str]:
-    rates, seconds = planned.rates, step_seconds(planned, planned.stages)
-    ms = {key: f"{value * 1e3:.1f} ms" if value < 10 else f"{value:.1f} s" for key, value in seconds.items()}
+    rates, of = planned.rates, step_seconds(planned, planned.stages)
+    ms = {key: f"{value * 1e3:.1f} ms" if value < 10 else f"{value:.1f} s" for key, value in of.items()}
+    counts = max(planned.stages, key=lambda stage: _step(planned, stage)["muon_step"]).counts
+    peak = max(of_stage.counts.peak for of_stage in planned.stages)
+    muon = " + ".join(f"{name} {ms[key]}" for key, name in DEVICE.items())
+    if of["launches"] > sum(of[key] for key in DEVICE):
+        muon = f"the host's launches {ms['launches']}, which take longer than {muon}"
     return [
-        f"a step at {rates.tflops:g} TFLOP/s, {rates.gb_per_s:g} GB/s of network and {rates.memory_gb_per_s:g} GB/s of "
-        "memory a rank, nothing overlapped, the slowest stage:",
+        f"counted on the rank of the slowest stage that has parts of most matrices: {counts.kernels:,} kernels, "
+        f"{counts.bytes_each:.0f} bytes of elementwise traffic for each element of a matrix, {counts.messages:,} "
+        f"messages, {counts.collectives:,} calls that communicate",
+        f"memory of a step, beside weights, gradients and state: at most {si(peak)}B a rank",
+        "a step of the slowest stage, nothing overlapped:",
         f"  AdamW {ms['adamw_step']} = engine's traffic {ms['engine']} + elementwise {ms['adamw']}",
-        f"  Muon  {ms['muon_step']} = engine's traffic {ms['engine']} + elementwise {ms['elementwise']} + "
-        f"Newton-Schulz {ms['newton_schulz']} + exchange {ms['exchange']}",
+        f"  Muon  {ms['muon_step']} = engine's traffic {ms['engine']} + {muon}",
+        f"  at these rates of a rank: traffic and exchange {rates.gb_per_s:g} GB/s and {rates.batch_us:g} us a call, "
+        f"elementwise {rates.memory_gb_per_s:g} GB/s, Newton-Schulz {rates.tflops:g} TFLOP/s, launches "
+        f"{rates.launch_us:g} us a kernel",
     ]
 
 
@@ -237,4 +254,5 @@ def _call_json(of_stage: StageLoad, load: Load) -> dict[str, Any]:
         "busiest_bytes_sent": max(load.sent),
         "state_bytes_a_rank": max(load.state),
         "adamw_state_bytes_a_rank": max(load.adamw_state),
+        "counted_on_a_rank": asdict(load.counts),
     }

@@ -20,11 +20,13 @@ from muon_plugin import Muon, planner
 from muon_plugin.core.coefficients import coefficients_for
 from muon_plugin.core.layout import Partition, Shard, pieces
 from muon_plugin.core.orthogonalize import NewtonSchulz
+from muon_plugin.core.plan import make_plan
 from muon_plugin.core.routing import route
 from muon_plugin.planner import cost
 from muon_plugin.planner.calls import Zero, zero_calls
 from muon_plugin.planner.command import run
-from muon_plugin.planner.tables import as_json
+from muon_plugin.planner.counts import META, busiest, count
+from muon_plugin.planner.tables import as_json, step_seconds, text
 from tests.support import ROOT
 from tests.support.combinations import FULL, some
 from tests.support.counted import bytes_sent
@@ -262,32 +264,32 @@ def test_tens_of_thousands_of_ranks_that_all_hold_a_part_of_everything(tmp_path,
 @pytest.mark.parametrize("scalars", [0, 2])
 def test_many_ranks_are_counted_as_lists_of_all_parts_are(stage, scalars):
     """Where every rank holds a part of everything, none is written down; owners and counts are those of lists."""
-    flops = NewtonSchulz(coefficients_for(5, "simple")).flops
+    newton_schulz = NewtonSchulz(coefficients_for(5, "simple"))
     shapes = {f"layers.{i}.w": (7 + 5 * i, 64 - 3 * i) for i in range(9)}
     shapes |= {f"layers.{i}.experts.gate_up_proj": (3, 24 + 2 * i, 11) for i in range(4)}
     shapes |= {f"layers.{i}.fused": (48, 16) for i in range(3)}
     matrices = route(shapes, split={"fused": {"sizes": [1, 2], "groups": 16}}).matrices
     for world in (1, 2, 3, 7, 16, 100):
-        found, plan = counts_and_lists(shapes, matrices, stage, world, flops, scalars)
+        found, plan = counts_and_lists(shapes, matrices, stage, world, newton_schulz, scalars)
         assert (list(found.flops), list(found.sent)) == (plan.flops, plan.bytes_sent)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_planner_at_many_ranks_searches_for_balance_as_a_run_does(stage):
     """0.1.0 chose owners anew above 200,000 ranges, without the best-fit search of `make_plan`."""
-    flops = NewtonSchulz(coefficients_for(5, "simple")).flops
+    newton_schulz = NewtonSchulz(coefficients_for(5, "simple"))
     shapes = {f"layers.{i}.{j}.w": (16 + 8 * (j % 3), 32 + 16 * (j % 5)) for i in range(10) for j in range(32)}
     matrices = route(shapes).matrices
-    found, plan = counts_and_lists(shapes, matrices, stage, 128, flops, 0)
+    found, plan = counts_and_lists(shapes, matrices, stage, 128, newton_schulz, 0)
     assert (list(found.flops), list(found.sent)) == (plan.flops, plan.bytes_sent)
-    costs = sorted((flops(m.rows, m.cols) for m in matrices), reverse=True)
+    costs = sorted((newton_schulz.flops(m.rows, m.cols) for m in matrices), reverse=True)
     longest_first = [0] * 128  # what there was without the search
     for each in costs:
         longest_first[longest_first.index(min(longest_first))] += each
     assert max(found.flops) < max(longest_first)
 
 
-def counts_and_lists(shapes, matrices, stage, world, flops, scalars):
+def counts_and_lists(shapes, matrices, stage, world, newton_schulz, scalars):
     """What the planner counts, and the plan from lists of what every rank holds."""
     parameters, tensor = [Partition.of(name, shape) for name, shape in shapes.items()], torch.empty(0)
     (call,) = zero_calls("all", parameters, matrices, Zero(stage), world)
@@ -296,7 +298,7 @@ def counts_and_lists(shapes, matrices, stage, world, flops, scalars):
         spans = [(call.parameters[span.number].name, span) for span in call.held(rank)]
         shards = [Shard.of_range(name, span.start, span.length, tensor) for name, span in spans]
         lists.append([(piece.matrix, piece.inside) for piece in pieces(matrices, shards, {id(tensor): 0})])
-    return cost.plan_call(call, flops, scalars), plan_by_lists(matrices, lists, flops, scalars)
+    return cost.plan_call(call, newton_schulz, scalars), plan_by_lists(matrices, lists, newton_schulz.flops, scalars)
 
 
 # Names and shapes.
@@ -359,6 +361,29 @@ def test_the_table_tells_why_and_the_picture_is_drawn(shapes, tmp_path):
         for t in (1e-3, 2e-3)
     )
     assert slow["newton_schulz"] == 2 * fast["newton_schulz"] == max(planned.stages[0].loads[0].flops) / 1e9
+
+
+def test_times_are_what_a_counted_step_moves_over_the_rates(tmp_path):
+    (tmp_path / "shapes.json").write_text(json.dumps(SHAPES))
+    arguments = ["--shapes", str(tmp_path / "shapes.json"), "--nodes", "1", "--gpus-per-node", "4"]
+    planned = run([*arguments, "--launch-us", "1e-3", "--batch-us", "7"])
+    (load, rest) = planned.stages[0].loads
+    call, newton_schulz = load.call, planned.model.newton_schulz.on(META)
+    plan = make_plan(call.matrices, cost.index_of(call), newton_schulz.flops)
+    counted = count(call, plan, busiest(plan), newton_schulz)
+    assert load.counts == counted
+    assert min(counted.kernels, counted.elementwise, counted.collectives, counted.peak) > 0
+    of = step_seconds(planned, planned.stages)
+    assert of["elementwise"] == pytest.approx((counted.elementwise + 28 * rest.held[1]) / 2.5e12)
+    assert of["exchange"] == pytest.approx(max(load.sent) / 4e10 + 7e-6 * counted.collectives)
+    assert of["launches"] == pytest.approx(1e-9 * counted.kernels)
+    assert of["muon_step"] == of["engine"] + of["elementwise"] + of["newton_schulz"] + of["exchange"]
+    assert f": {counted.kernels} kernels, {counted.bytes_each:.0f} bytes" in " ".join(text(planned).split())
+    slow = run([*arguments, "--launch-us", "1e6"])
+    of = step_seconds(slow, slow.stages)
+    assert of["muon_step"] == of["engine"] + of["launches"]
+    assert "the host's launches" in " ".join(text(slow).split())
+    assert as_json(planned)["stages"][0]["calls"][0]["counted_on_a_rank"]["kernels"] == counted.kernels
 
 
 def test_settings_are_told_as_a_run_tells_them(tmp_path):
