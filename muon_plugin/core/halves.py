@@ -34,17 +34,18 @@ class MuonHalf:
     """The tensors that hold parts of matrices; `Update` has their step.
 
     Args:
-        momentum: name of the momentum in the state: fp32, of the tensor's shape.
+        momentum: name of the momentum in the state, of the tensor's shape.
         options: values of "momentum" and "nesterov", where the parameter groups do not have them.
         offload: whether the momentum is kept in pinned CPU memory between steps.
         beside: returns further state for a new tensor; a "step" in it is incremented by each step.
+        dtype: of the momentum between steps: fp32, or bf16, which is rounded stochastically (`rounding`) and has a
+            "step" in the state.
 
     Attributes:
         bytes_each: state of an element.
     """
 
     name = "Muon"
-    bytes_each = 4
 
     def __init__(
         self,
@@ -52,8 +53,11 @@ class MuonHalf:
         options: Mapping[str, Any] | None = None,
         offload: bool = False,
         beside: Callable[[Tensor], dict[str, Any]] = lambda p: {},
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.momentum, self.options, self.offload, self.beside = momentum, dict(options or {}), offload, beside
+        self.momentum, self.options, self.offload, self.dtype = momentum, dict(options or {}), offload, dtype
+        self._beside = beside
+        self.bytes_each = dtype.itemsize
         self.updates: list[Update] = []
         self._update_of: dict[Tensor, Update | None] = {}
 
@@ -78,8 +82,13 @@ class MuonHalf:
     def plans(self) -> list[Plan]:
         return [update.plan for update in self.updates]
 
+    def beside(self, p: Tensor) -> dict[str, Any]:
+        """The state of a new tensor but its momentum."""
+        counted = {"step": torch.tensor(0.0)} if self.dtype != torch.float32 else {}
+        return counted | self._beside(p)
+
     def new_state(self, p: Tensor) -> dict[str, Any]:
-        return {**self.beside(p), self.momentum: self._placed(torch.zeros_like(p, dtype=torch.float32))}
+        return {**self.beside(p), self.momentum: self._placed(torch.zeros_like(p, dtype=self.dtype))}
 
     def _placed(self, momentum: Tensor) -> Tensor:
         return momentum.cpu().pin_memory() if self.offload and momentum.device.type != "cpu" else momentum
@@ -97,10 +106,11 @@ class MuonHalf:
             )
 
     def adopt(self, p: Tensor, state: State, saved: Mapping[str, Any]) -> None:
-        """Restores saved state in fp32: torch's own `load_state_dict` casts it to the parameter's dtype."""
-        # Only the keys of a new state: a checkpoint may hold more. `step` is cloned, as engines may share one tensor.
-        kept = {key: state[p][key].clone() for key in self.beside(p)}
-        state[p] = {**kept, self.momentum: self._placed(saved[self.momentum].to(p.device, torch.float32, copy=True))}
+        """Restores saved state in its own dtype: torch's own `load_state_dict` casts it to the parameter's."""
+        # Only the keys of a new state: a checkpoint may hold more, or lack the count. `step` is cloned, as engines may
+        # share one tensor.
+        kept = {key: state[p].get(key, value).clone() for key, value in self.beside(p).items()}
+        state[p] = {**kept, self.momentum: self._placed(saved[self.momentum].to(p.device, self.dtype, copy=True))}
 
     def turns(
         self,
@@ -129,7 +139,7 @@ class MuonHalf:
                 if not state[p]:  # the tensor was on NVMe when the optimizer was attached
                     state[p] = self.new_state(p)
             step = update.turns(
-                [{**group_of[p], **self.options} for p in update.tensors],
+                [self._options(group_of[p], state[p]) for p in update.tensors],
                 [state[p][self.momentum] for p in update.tensors],
                 self.offload,
                 frozen,
@@ -141,6 +151,10 @@ class MuonHalf:
         for p in group_of:
             if "step" in state[p]:
                 state[p]["step"] += 1
+
+    def _options(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+        counted = {"step": int(state["step"])} if self.dtype != torch.float32 else {}
+        return {**group, **self.options, **counted}
 
 
 class Halves:

@@ -40,7 +40,7 @@ class Muon(Optimizer):
 
     For every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda and momentum mu::
 
-        M <- M + (1 - mu) (G - M)                         momentum, fp32 (Eq. 1, as an exponential average)
+        M <- M + (1 - mu) (G - M)                         momentum (Eq. 1, as an exponential average)
         D  = G + mu (M - G)                               Nesterov; without it D = M
         O  = NewtonSchulz(D)                              bf16, about U V^T of D's SVD (Eq. 2)
         W <- W (1 - eta lambda) - eta s(A, B) O           s = 0.2 sqrt(max(A, B)) (Eqs. 3 and 4)
@@ -66,12 +66,13 @@ class Muon(Optimizer):
         **settings: keyword arguments, all of them optional; `muon_plugin.core.settings.Settings` has their defaults and
             says what each may be. Of both halves: ``lr``, ``weight_decay``. Of the matrices: ``muon_lr``, ``momentum``,
             ``nesterov``, ``adjust_lr_fn`` (s above), ``ns_steps``, ``ns_coefficients``, ``ns_method``, ``ns_dtype``
-            (Newton-Schulz), ``offload``, ``per_head_muon``, ``qk_clip``. Of the rest: ``adam_lr``, ``betas``, ``eps``,
-            ``adamw``. Which is which: ``exclude`` (patterns of names that go to AdamW), ``split`` (how a fused
-            projection is cut into matrices).
+            (Newton-Schulz), ``momentum_dtype``, ``offload``, ``per_head_muon``, ``qk_clip``. Of the rest: ``adam_lr``,
+            ``betas``, ``eps``, ``adamw``. Which is which: ``exclude`` (patterns of names that go to AdamW), ``split``
+            (how a fused projection is cut into matrices).
 
-    State, created on every rank before the first step: for tensors that hold matrices ``momentum_buffer``, fp32 and of
-    the tensor's shape (under an engine the `host` names it); for the rest ``step``, ``exp_avg`` and ``exp_avg_sq``.
+    State, created on every rank before the first step: for tensors that hold matrices ``momentum_buffer``, of
+    ``momentum_dtype`` and the tensor's shape (under an engine the `host` names it), and ``step`` if it is in bf16; for
+    the rest ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
     Raises:
         ValueError: for an invalid setting or parameter, with the allowed values; on every rank, if any rank has one.
@@ -208,7 +209,7 @@ class Muon(Optimizer):
         phases.start(self.process_group, any(p not in self._waiting for call in with_matrices for p in call.tensors))
         one = next((call for call in with_matrices if call.tensors), None)  # a pipeline stage may have no matrix
         agree_on(together(lambda: self._newton_schulz(one) if one else None, self.process_group), self.process_group)
-        muon = MuonHalf(self.host.momentum, offload=self.settings.offload)
+        muon = MuonHalf(self.host.momentum, offload=self.settings.offload, dtype=self.settings.momentum_type)
         self._plan(muon)
         rest = self._new_adamw([call for call in self.calls if not self.param_groups[call.group]["use_muon"]])
         parameters, left_out = ({name: p for p, name in of.items()} for of in (self.names, self.left_out))

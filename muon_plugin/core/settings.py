@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from .adamw import implementations
 from .checks import BETAS, PATTERN_TABLE, PATTERNS, SWITCH, above, at_least, in_range, one_of, require, whole
 from .coefficients import coefficients_for, notes
 from .orthogonalize import DTYPES, METHODS, NewtonSchulz, check_dtype
 from .qk_clip import QKClip
 
+MOMENTUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADJUST_LR_FNS = ("match_rms_adamw", "original", "update_norm", "none")
 #: What a client's parameter group may set for itself.
 GROUP_KEYS = ("lr", "weight_decay", "momentum", "nesterov", "betas", "eps")
@@ -41,6 +44,7 @@ CHECKS = {
     "adjust_lr_fn": one_of(ADJUST_LR_FNS),
     "betas": BETAS,
     "eps": above(0),
+    "momentum_dtype": one_of(MOMENTUM_DTYPES),
     "offload": SWITCH,
     "per_head_muon": SWITCH,
     "exclude": PATTERNS,
@@ -61,6 +65,8 @@ class Settings:
         adjust_lr_fn: "match_rms_adamw" (Eq. 4: 0.2 sqrt(max(A, B))), "original" (sqrt(max(1, A/B))), "update_norm"
             (Eq. 6: 0.2 / RMS), "none".
         betas, eps: of AdamW.
+        momentum_dtype: of the matrices' momentum between steps: "fp32", or "bf16", half of its memory: stochastically
+            rounded, and gradients are overwritten in the step.
         offload: the momentum of the matrices is kept in pinned CPU memory between steps, and their gradients are
             overwritten in the step. The same bits.
         per_head_muon: each head of query, key and value is a matrix of its own (Kimi K3, arXiv 2607.24653; GLM-5,
@@ -89,6 +95,7 @@ class Settings:
     eps: float = 1e-8
     muon_lr: float | None = None
     adam_lr: float | None = None
+    momentum_dtype: str = "fp32"
     offload: bool = False
     per_head_muon: bool = False
     exclude: tuple[str, ...] = ()
@@ -120,12 +127,17 @@ class Settings:
         return NewtonSchulz(coefficients_for(self.ns_steps, self.ns_coefficients), self.ns_method, dtype=self.ns_dtype)
 
     @property
+    def momentum_type(self) -> torch.dtype:
+        return MOMENTUM_DTYPES[self.momentum_dtype]
+
+    @property
     def clip(self) -> QKClip | None:
         return QKClip.of(self.qk_clip)
 
     def describe(self) -> str:
         """One line for the start-up table and the planner."""
-        momentum = f"momentum {self.momentum:g}{' in CPU memory' if self.offload else ''}"
+        places = [*["in bf16"] * (self.momentum_dtype == "bf16"), *["in CPU memory"] * self.offload]
+        momentum = " ".join([f"momentum {self.momentum:g}", *places])
         named = f", {self.ns_coefficients}" if isinstance(self.ns_coefficients, str) else ""
         by_head = ", attention head by head" if self.per_head_muon else ""
         clip = f", QK-Clip at {self.clip.threshold:g}" if self.clip is not None else ""

@@ -24,7 +24,7 @@ from torch import Tensor
 from .agreement import agree, alike, together, world_of
 from .by_table import Listed
 from .collector import without_collector
-from .elementwise import Run, Source, Target, apply, average, by_table_on, pack
+from .elementwise import PORTION, Run, Source, Target, apply, average, by_table_on, pack
 from .exchange import Exchange, Turns
 from .frozen import NONE, Frozen
 from .holders import publish
@@ -32,6 +32,7 @@ from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
 from .phases import current, phase
 from .plan import Plan, make_plan
+from .rounding import stochastic
 
 
 class Measurement(Protocol):
@@ -104,8 +105,10 @@ class Update:
         """Updates `tensors` from their gradients, in turns: see `exchange.Turns`. Collective.
 
         Args:
-            groups: for each of `tensors`, its "lr", "weight_decay", "momentum" and "nesterov".
-            momenta: for each of `tensors`, its momentum: fp32, of the tensor's shape.
+            groups: for each of `tensors`, its "lr", "weight_decay", "momentum" and "nesterov"; with a momentum in bf16
+                also the number of the "step".
+            momenta: for each of `tensors`, its momentum: fp32 or bf16, of the tensor's shape. With bf16 its gradient is
+                overwritten.
             offloaded: whether the momenta are in CPU memory; one at a time is then copied to its gradient's device.
             frozen: what stays as it is. The plan does not change: the matrices are orthogonalized, and not applied.
             measure: is told of the gradients and updates.
@@ -167,6 +170,9 @@ class Update:
                 found.append(None)
                 continue
             grad, flat, mu = p.grad.reshape(-1).float(), momentum.view(-1), group["momentum"]
+            if momentum.dtype != torch.float32:
+                found.append(_in_bf16(grad, flat, mu, group["nesterov"], parts, group["step"]))
+                continue
             if offloaded:
                 found.append(_offloaded(grad, flat, mu, group["nesterov"], parts))
                 continue
@@ -219,6 +225,22 @@ def _offloaded(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool, parts:
     average([(part.view(here), part.view(grad), 1 - mu) for part in parts])
     momentum.copy_(here)
     return Source(grad.lerp_(here, mu) if nesterov else grad.copy_(here))
+
+
+def _in_bf16(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool, parts: Sequence[Strided], step: int) -> Source:
+    """Updates these parts of a momentum in bf16, on the device or in CPU memory. The direction, made of what has not
+    been rounded yet, overwrites the gradient."""
+    here = momentum.to(grad.device, non_blocking=True)
+    for part in parts:
+        for first in range(0, part.numel, PORTION):
+            for at in part.cut(first, min(first + PORTION, part.numel)):
+                kept, direction = at.view(here), at.view(grad)
+                values = kept.float().lerp_(direction, 1 - mu)
+                kept.copy_(stochastic(values, step))
+                direction.lerp_(values, mu) if nesterov else direction.copy_(values)
+    if here is not momentum:
+        momentum.copy_(here)
+    return Source(grad)
 
 
 def _check_device(shards: Sequence[Shard], device: torch.device) -> None:

@@ -26,6 +26,7 @@ def refusals(engine: Any) -> list[Refusal]:
     zero = engine._config.zero_config
     return [
         *_offload(zero),
+        _momentum(engine, zero),
         *_zero(zero),
         *_experts(engine),
         *_precision(engine),
@@ -61,6 +62,13 @@ def _offload(zero: Any) -> list[Refusal]:
         ),
         Refusal(where, "nvme", without_aio, aio),
     ]
+
+
+def _momentum(engine: Any, zero: Any) -> Refusal:
+    """The swapper's buffers are fp32."""
+    own = getattr(getattr(engine, "client_optimizer", None), "settings", None)
+    dtype = own.momentum_dtype if own is not None else (engine.optimizer_params() or {}).get("momentum_dtype", "fp32")
+    return Refusal("momentum_dtype with offload to NVMe", "bf16", dtype == "bf16" and bool(_on_nvme(zero)), "fp32")
 
 
 def _zero(zero: Any) -> list[Refusal]:

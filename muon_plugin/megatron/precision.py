@@ -4,7 +4,8 @@ Under AdamW, Transformer Engine's FusedAdam does the one, and holds the main par
 other, and steps what it offloads on the CPU. Here Megatron builds its ordinary optimizer, with main parameters in fp32,
 and a step works on fp32 tensors on the device. Before and after it:
 
-- moments whose dtype is bf16 are rounded to the nearest, as FusedAdam does;
+- moments whose dtype is bf16 are rounded to the nearest, as FusedAdam does, but for the momentum of matrices, which is
+  rounded stochastically (core/rounding.py);
 - of the main parameter of a bf16 weight only the lower 16 bits are kept, as FusedAdam does: the weight has the upper
   ones. The weight is the main parameter rounded to the nearest; one that lies halfway is rounded away from zero. So the
   main parameter can be put together again, to the bit;
@@ -22,7 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+from ..core.rounding import stochastic
+
+MOMENTUM = "momentum_buffer"
+MOMENTS = (MOMENTUM, "exp_avg", "exp_avg_sq")
 
 
 def split(main: Tensor, weight: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ class Kept:
         self._lower_bits = {main for main, weight in weights.items() if lower_bits and weight.dtype == torch.bfloat16}
         #: main parameters that have no memory between steps -> what is kept of them
         self._mains: dict[Tensor, Tensor] = {}
-        self._close({})
+        self._close({}, None)
 
     @property
     def writes_weights(self) -> bool:
@@ -92,8 +96,12 @@ class Kept:
             self._mains.get(main, main).copy_(values)
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
-        """While it lasts, the state is in fp32, on the device, with every main parameter in its memory."""
+    def opened(self, step: int | None = None) -> Iterator[None]:
+        """While it lasts, the state is in fp32, on the device, with every main parameter in its memory.
+
+        Args:
+            step: the number of the step that is made meanwhile; None where moments stay as they are.
+        """
         before = {}
         for p, name, moment in self._kept_otherwise():
             before[p, name] = moment
@@ -105,7 +113,7 @@ class Kept:
         try:
             yield
         finally:
-            self._close(before)
+            self._close(before, step)
 
     def _kept_otherwise(self) -> list[tuple[Tensor, str, Tensor]]:
         """Moments that are kept in another dtype or place than they have in a step."""
@@ -118,9 +126,9 @@ class Kept:
 
     def close(self) -> None:
         """Gives moments that a checkpoint has brought their dtypes and places."""
-        self._close_moments({})
+        self._close_moments({}, None)
 
-    def _close(self, before: Mapping[tuple[Tensor, str], Tensor]) -> None:
+    def _close(self, before: Mapping[tuple[Tensor, str], Tensor], step: int | None) -> None:
         for main, weight in self._weights.items():
             if main in self._lower_bits:
                 kept = split(main, weight)
@@ -132,15 +140,17 @@ class Kept:
             if kept is not main:
                 self._mains[main] = kept
                 main.untyped_storage().resize_(0)
-        self._close_moments(before)
+        self._close_moments(before, step)
 
-    def _close_moments(self, before: Mapping[tuple[Tensor, str], Tensor]) -> None:
+    def _close_moments(self, before: Mapping[tuple[Tensor, str], Tensor], step: int | None) -> None:
         for p, name, moment in self._kept_otherwise():
-            kept = before.get((p, name))
+            kept, dtype = before.get((p, name)), self._dtypes[name]
+            if step is not None and name == MOMENTUM and dtype == torch.bfloat16:
+                moment = stochastic(moment, step)
             if p in self._offloaded:
-                kept = _put(moment.to(self._dtypes[name]), kept)
+                kept = _put(moment.to(dtype), kept)
             else:
-                kept = moment.to(self._dtypes[name]) if kept is None else kept.copy_(moment)
+                kept = moment.to(dtype) if kept is None else kept.copy_(moment)
             self._state()[p][name] = kept
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+import torch
+
 from ..core.holders import Even, Index, Pieces
 from ..core.layout import Block, Strided, by_parameter, in_matrices
 from ..core.orthogonalize import NewtonSchulz
@@ -195,7 +197,8 @@ def plan_call(
         return Load(call, [0] * call.ranks, [0] * call.ranks, *_state(call, state), 0, held)
     costliest = max(newton_schulz.flops(m.rows, m.cols) for m in call.matrices)
     plan = make_plan(call.matrices, index_of(call), newton_schulz.flops, scalars)
-    counting = partial(count, call, plan, busiest(plan), newton_schulz, scalars)
+    momentum = torch.bfloat16 if state is not None and state[0] == 2 else torch.float32
+    counting = partial(count, call, plan, busiest(plan), newton_schulz, scalars, momentum)
     return Load(call, plan.flops, plan.bytes_sent, *_state(call, state), costliest, held, counting)
 
 

@@ -235,7 +235,14 @@ def busiest(plan: Plan) -> int:
     return max(range(len(plan.flops)), key=lambda rank: (parts[rank], plan.flops[rank]))
 
 
-def count(call: PlannedCall, plan: Plan, rank: int, newton_schulz: NewtonSchulz, scalars: int = 0) -> Counts:
+def count(
+    call: PlannedCall,
+    plan: Plan,
+    rank: int,
+    newton_schulz: NewtonSchulz,
+    scalars: int = 0,
+    momentum: torch.dtype = torch.float32,
+) -> Counts:
     """One step of a call with matrices.
 
     Args:
@@ -243,14 +250,15 @@ def count(call: PlannedCall, plan: Plan, rank: int, newton_schulz: NewtonSchulz,
         rank: of them.
         newton_schulz: the iteration.
         scalars: bf16 numbers that are sent with each update.
+        momentum: its dtype between steps.
     """
     shards = shards_of(call, rank, {matrix.parameter for matrix in call.matrices})
     with as_rank(rank, call.ranks):
         update = Update(call.matrices, shards, None, META, newton_schulz.on(META), lambda _: 0.5, bool(scalars), plan)
-        momenta = [torch.empty_like(p) for p in update.tensors]
+        momenta = [torch.empty_like(p, dtype=momentum) for p in update.tensors]
         for p in update.tensors:
             p.grad = torch.empty_like(p)
-        groups = [{"lr": 0.5, "weight_decay": 0.5, "momentum": 0.5, "nesterov": True}] * len(momenta)
+        groups = [{"lr": 0.5, "weight_decay": 0.5, "momentum": 0.5, "nesterov": True, "step": 0}] * len(momenta)
         ended(update.turns(groups, momenta))  # finds what later steps keep
         with Counter() as counter:
             ended(update.turns(groups, momenta))

@@ -199,6 +199,7 @@ def deepspeed(
         tp * pp * math.lcm(ep, cp),
         sizes,
         stages,
+        (settings.momentum_type.itemsize, 2 * zero.moment_bytes),
     )
 
 

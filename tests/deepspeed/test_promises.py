@@ -14,7 +14,7 @@ from muon_plugin.core import holders
 from muon_plugin.core.exchange import ended
 from tests.support.combinations import covering, in_turn
 from tests.support.counted import bytes_sent
-from tests.support.deepspeed_runs import interrupted, overflow
+from tests.support.deepspeed_runs import interrupted, overflow, state_bytes
 from tests.support.integers import IntegerModel, build, config, differing, train, trained
 from tests.support.ranks import RankError
 
@@ -172,19 +172,6 @@ def test_state_is_four_bytes_a_matrix_element_and_eight_for_the_rest(ranks, stag
     muon, adamw = (sum(share[i] for share in shares) for i in (0, 1))
     assert 0 <= muon - 4 * 8025 * each <= 4 * 2 * world
     assert 0 <= adamw - 8 * 1053 * each <= 8 * 2 * world
-
-
-def state_bytes(rank: int, settings: dict[str, Any]) -> tuple[int, int]:
-    engine = build(rank, settings)
-    train(engine, rank, 1)
-    muon = engine.basic_optimizer
-    found = {True: 0, False: 0}
-    for group in muon.param_groups:
-        for p in group["params"]:
-            found[group["use_muon"]] += sum(
-                value.nbytes for key, value in muon.state[p].items() if isinstance(value, Tensor) and key != "step"
-            )
-    return found[True], found[False]
 
 
 def test_state_exists_before_the_first_step(ranks):

@@ -73,6 +73,7 @@ def test_deepspeeds_counts_are_those_of_a_real_run(ranks, tmp_path, world, stage
         options = {"round_robin_gradients": True, "parameter_alignment": True}
     # On CUDA, for which the planner counts, auto is fp16.
     params = {"adjust_lr_fn": "update_norm", "ns_dtype": "bf16", "per_head_muon": stage in (2, 3) and world == 2}
+    params |= {"momentum_dtype": "bf16"} if stage == 1 else {}
     # masters of 16 bits, and moments
     narrow = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True} if stage == 2 else {}
     settings = config(stage, "bf16", params=params, zero_optimization=options, bf16=narrow)

@@ -161,3 +161,16 @@ def weights_alone(rank: int, settings: dict[str, Any], folder: Path, how: str = 
 def whole(engine: Any) -> dict[str, Tensor]:
     with gathered(engine.module):
         return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
+
+
+def state_bytes(rank: int, settings: dict[str, Any]) -> tuple[int, int]:
+    engine = build(rank, settings)
+    train(engine, rank, 1)
+    muon = engine.basic_optimizer
+    found = {True: 0, False: 0}
+    for group in muon.param_groups:
+        for p in group["params"]:
+            found[group["use_muon"]] += sum(
+                value.nbytes for key, value in muon.state[p].items() if isinstance(value, Tensor) and key != "step"
+            )
+    return found[True], found[False]

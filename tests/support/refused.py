@@ -32,7 +32,7 @@ def engine() -> Any:
         "fp16_master_weights_and_gradients": True,
         "bf16_optimizer_states": False,
         "load_universal_checkpoint": True,
-        "optimizer_params": {"muon_lr": 0.1, "adam_lr": 0.1},
+        "optimizer_params": {"muon_lr": 0.1, "adam_lr": 0.1, "momentum_dtype": "bf16"},
         "scheduler_name": "WarmupLR",
         "scheduler_params": schedule,
         "get_data_types": (torch.bfloat16, torch.float32),
