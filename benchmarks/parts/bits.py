@@ -315,7 +315,8 @@ def core(device: str, test: str, _: Progress) -> dict[str, Any]:
     """One of the core's checks, in a process of its own."""
     variables = {key: value for key, value in os.environ.items() if not key.startswith("MUON_TESTS")}
     variables |= {"GPU_TESTS_DEVICE": device}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{CORE}::{test}"]
+    own = "addopts=-q --import-mode=importlib"  # a second -q, as in the project's, leaves out how many have passed
+    command = [sys.executable, "-m", "pytest", "-o", own, "-p", "no:cacheprovider", f"{CORE}::{test}"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     said = done.stdout.strip().splitlines()
     if done.returncode:
