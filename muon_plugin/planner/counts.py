@@ -12,6 +12,7 @@ from collections import Counter as Tally
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ META = torch.device("meta")
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 #: Operations that launch nothing; views beside them are told by their schema.
 NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_unsafe_view")
+#: The functions of torch.distributed by which a step communicates.
+POSTED = ("batch_isend_irecv", "broadcast", "all_to_all_single")
 #: They write their first argument without reading it.
 FILLS = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_")
 #: What torch hands to one launch of a multi-tensor kernel: so many tensors, by the number of lists, and so many chunks
@@ -85,7 +88,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self._counts = Tally[str]()
         self._live = 0
-        self._post = dist.batch_isend_irecv
+        self._posting = {name: getattr(dist, name) for name in POSTED}
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     @property
@@ -93,14 +96,16 @@ class Counter(TorchDispatchMode):
         return Counts(**self._counts)
 
     def __enter__(self) -> Counter:
-        dist.batch_isend_irecv = self._batch  # type: ignore[assignment]
+        for name in POSTED:
+            setattr(dist, name, partial(getattr(self, f"_{name}"), self._posting[name]))
         launches.counted = self._launch
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        dist.batch_isend_irecv = self._post
+        for name, posting in self._posting.items():
+            setattr(dist, name, posting)
         launches.counted = None
 
     def _launch(self, nbytes: int) -> None:
@@ -108,18 +113,27 @@ class Counter(TorchDispatchMode):
         self._counts["kernels"] += 1
         self._counts["elementwise"] += nbytes
 
-    def _batch(self, messages: list[Any]) -> list[Any]:
+    def _batch_isend_irecv(self, post: Any, messages: list[Any]) -> Any:
         self._counts["messages"] += len(messages)
         self._counts["collectives"] += 1
         self._counts["batch"] = max(self._counts["batch"], len(messages))
-        return self._post(messages)
+        self._counts["sent"] += sum(message.tensor.nbytes for message in messages if message.op is dist.isend)
+        return post(messages)
+
+    def _broadcast(self, post: Any, tensor: Tensor, source: int, **kwargs: Any) -> Any:
+        self._counts["collectives"] += 1
+        self._counts["sent"] += tensor.nbytes * (dist.get_world_size() - 1) * (source == dist.get_rank())
+        return post(tensor, source, **kwargs)
+
+    def _all_to_all_single(self, post: Any, come: Tensor, go: Tensor, *sizes: Sequence[int], **kwargs: Any) -> Any:
+        own = sizes[1][dist.get_rank()] if sizes else go.numel() // dist.get_world_size()
+        self._counts["collectives"] += 1
+        self._counts["sent"] += go.nbytes - own * go.element_size()
+        return post(come, go, *sizes, **kwargs)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        if function.namespace == "c10d":
-            self._collective(name, args)
-            return function(*args, **kwargs)
         given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
         found = function(*args, **kwargs)
         made = {id(storage): storage for t in _tensors(found) if id(storage := t.untyped_storage()) not in given}
@@ -143,18 +157,6 @@ class Counter(TorchDispatchMode):
             self._live += size
             self._counts["allocations"] += 1
         self._counts["peak"] = max(self._counts["peak"], self._live)
-
-    def _collective(self, name: str, args: Sequence[Any]) -> None:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        self._counts["collectives"] += name not in ("send", "recv_")
-        if name == "send":
-            self._counts["sent"] += args[0][0].nbytes
-        elif name == "broadcast_" and args[2] == rank:
-            self._counts["sent"] += args[0][0].nbytes * (size - 1)
-        elif name == "alltoall_base_":
-            _, tensor, _, _, splits = args[:5]
-            own = splits[rank] if splits else tensor.numel() // size
-            self._counts["sent"] += tensor.nbytes - own * tensor.element_size()
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -205,9 +207,15 @@ def _bytes(tensor: Tensor) -> int:
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
+class Nothing:
+    """The handle of a collective in which nobody else takes part."""
+
+    def wait(self) -> None: ...
+
+
 @contextmanager
 def as_rank(rank: int, size: int) -> Iterator[None]:
-    """torch.distributed as one of `size` ranks sees it, alone.
+    """torch.distributed as one of `size` ranks sees it, alone: messages go nowhere.
 
     Raises:
         RuntimeError: where torch.distributed runs already.
@@ -219,11 +227,16 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
             f"torch.distributed runs here ({dist.get_backend()}); allowed: a process without it, to count a step in"
         )
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    posting = {name: getattr(dist, name) for name in POSTED}
+    for name in POSTED:  # torch 2.6 has none of them on meta
+        setattr(dist, name, lambda *_, of=name, **__: [] if of == "batch_isend_irecv" else Nothing())
     try:
         group = dist.distributed_c10d._get_default_group()
         group._register_backend(META, group.BackendType.CUSTOM, group._get_backend(torch.device("cpu")))
         yield
     finally:
+        for name in POSTED:
+            setattr(dist, name, posting[name])
         dist.destroy_process_group()
 
 

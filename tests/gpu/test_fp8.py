@@ -5,6 +5,7 @@ megatron/test_quantized.py has the same on the CPU, where there are no types of 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from tests.support.integers import differing
 from tests.support.megatron_model import Layout, build, named, optimizer_for, step
 from tests.support.ranks import Ranks
 
-pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
 RELEASE = "0.19.2"
 #: Compute capability that a recipe needs.
 RECIPES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+    pytest.mark.skipif(find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"),
+]
 
 
 def trained(rank: int, layout: Layout, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
