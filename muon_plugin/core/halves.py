@@ -109,7 +109,7 @@ class MuonHalf:
         """Restores saved state in its own dtype: torch's own `load_state_dict` casts it to the parameter's."""
         # Only the keys of a new state: a checkpoint may hold more, or lack the count. `step` is cloned, as engines may
         # share one tensor.
-        kept = {key: state[p].get(key, value).clone() for key, value in self.beside(p).items()}
+        kept = {key: torch.as_tensor(state[p].get(key, new)).clone() for key, new in self.beside(p).items()}
         state[p] = {**kept, self.momentum: self._placed(saved[self.momentum].to(p.device, self.dtype, copy=True))}
 
     def turns(

@@ -27,7 +27,7 @@ def stochastic(values: Tensor, step: int) -> Tensor:
         bf16, of the same shape.
     """
     bits = values.view(torch.int32)
-    noise = mixed(bits ^ _signed(_mixed(step))).bitwise_and_(0xFFFF)
+    noise = mixed(bits ^ _signed(step * GOLDEN & 0xFFFFFFFF)).bitwise_and_(0xFFFF)
     rounded = noise.add_(bits).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
     return torch.where(values.isnan(), values.bfloat16(), rounded)
 
@@ -35,6 +35,8 @@ def stochastic(values: Tensor, step: int) -> Tensor:
 #: Shifts and factors of a hash of 32 bits in which each bit of the result depends on all (lowbias32 of Chris Wellons'
 #: hash-prospector).
 SHIFTS, FACTORS = (16, 15, 16), (0x7FEB352D, 0x846CA68B)
+#: 2**32 over the golden ratio, odd: its multiples are spread evenly, so that steps differ in many bits.
+GOLDEN = 0x9E3779B1
 
 
 def mixed(bits: Tensor) -> Tensor:
@@ -44,14 +46,6 @@ def mixed(bits: Tensor) -> Tensor:
         if factor is not None:
             bits *= _signed(factor)
     return bits
-
-
-def _mixed(number: int) -> int:
-    """The same for one number."""
-    number = (number + 0x9E3779B9) & 0xFFFFFFFF  # zero would stay zero
-    for shift, factor in zip(SHIFTS, (*FACTORS, 1)):
-        number = (number ^ (number >> shift)) * factor & 0xFFFFFFFF
-    return number
 
 
 def _signed(number: int) -> int:

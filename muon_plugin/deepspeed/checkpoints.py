@@ -153,16 +153,21 @@ def _take(muon: Muon, zero: Path, with_states: bool) -> set[str]:
 
 
 def _take_groups(muon: Muon, saved: dict[str, Any], zero: Path) -> list[int]:
-    """Restores the options of groups that match saved ones, and AdamW's step; the numbers of the other groups."""
+    """Restores the options of groups that match saved ones, and the count of steps; the numbers of the other groups."""
     kept = muon.take_groups(saved["param_groups"])
     states = saved.get(OPTIMIZER_STATE_DICT, {}).get("state", {})  # from ZeRO-3; from 1 and 2, a file for a parameter
     steps = [state["step"] for state in states.values() if "step" in state]
     for call in muon.calls:
-        if not muon.param_groups[call.group]["use_muon"]:
-            files = [zero / shard.parameter / "step.pt" for shard in call.shards]
-            found = steps + [torch.load(file, weights_only=True) for file in files if file.exists()]
+        files = [zero / shard.parameter / "step.pt" for shard in call.shards]
+        found = steps + [torch.load(file, weights_only=True) for file in files if file.exists()]
+        counted = max(map(float, found), default=0.0)
+        if muon.param_groups[call.group]["use_muon"]:
+            for p in call.tensors:  # the rounding of a momentum in bf16 depends on it
+                if "step" in muon.state[p]:
+                    muon.state[p]["step"].fill_(counted)
+        else:
             for p in call.tensors:
-                muon.state[p]["step"] = max(map(float, found), default=0.0)
+                muon.state[p]["step"] = counted
             muon.halves.adamw.adopt(muon.param_groups[call.group], call.tensors, muon.state)
     return kept
 

@@ -109,8 +109,8 @@ class InnerOptimizer(Optimizer):
 
     def _turns(self) -> Turns:
         before = max((group.get("step", 0) for group in self.param_groups), default=0)
-        counted = (int(state["step"]) for state in self.state.values() if "step" in state)
-        with self.kept.opened(int(max(before, *counted, 0))):
+        step = next((state["step"] for state in self.state.values() if "step" in state), before)  # one count for all
+        with self.kept.opened(int(step)):
             yield from self.halves.turns(self.param_groups, self.state)
         if not self._in_tensors:  # FusedAdam counts in its groups, but skips groups without a tensor of its own
             for group in self.param_groups:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -88,7 +89,8 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self._counts = Tally[str]()
         self._live = 0
-        self._posting = {name: getattr(dist, name) for name in POSTED}
+        posting: dict[str, Any] = {name: partial(getattr(self, f"_{name}"), getattr(dist, name)) for name in POSTED}
+        self._posted = mock.patch.multiple(dist, **posting)
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     @property
@@ -96,16 +98,14 @@ class Counter(TorchDispatchMode):
         return Counts(**self._counts)
 
     def __enter__(self) -> Counter:
-        for name in POSTED:
-            setattr(dist, name, partial(getattr(self, f"_{name}"), self._posting[name]))
+        self._posted.start()
         launches.counted = self._launch
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for name, posting in self._posting.items():
-            setattr(dist, name, posting)
+        self._posted.stop()
         launches.counted = None
 
     def _launch(self, nbytes: int) -> None:
@@ -208,9 +208,15 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class Nothing:
-    """The handle of a collective in which nobody else takes part."""
+    """A collective in which nobody else takes part, and its handle; of messages, as many handles as arrive."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait(self) -> None: ...
+    def __len__(self) -> int:
+        return 0
+
+    def __iter__(self) -> Iterator[Nothing]:
+        return iter(())
 
 
 @contextmanager
@@ -227,16 +233,13 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
             f"torch.distributed runs here ({dist.get_backend()}); allowed: a process without it, to count a step in"
         )
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    posting = {name: getattr(dist, name) for name in POSTED}
-    for name in POSTED:  # torch 2.6 has none of them on meta
-        setattr(dist, name, lambda *_, of=name, **__: [] if of == "batch_isend_irecv" else Nothing())
     try:
         group = dist.distributed_c10d._get_default_group()
         group._register_backend(META, group.BackendType.CUSTOM, group._get_backend(torch.device("cpu")))
-        yield
+        nothing: dict[str, Any] = dict.fromkeys(POSTED, Nothing)  # torch 2.6 has none of them on meta
+        with mock.patch.multiple(dist, **nothing):
+            yield
     finally:
-        for name in POSTED:
-            setattr(dist, name, posting[name])
         dist.destroy_process_group()
 
 

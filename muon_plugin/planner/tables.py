@@ -154,15 +154,15 @@ def _sizes(planned: Planned) -> str:
 
 
 def _times(planned: Planned) -> list[str]:
-    rates, of = planned.rates, step_seconds(planned, planned.stages)
+    slowest = max(planned.stages, key=lambda of_stage: _step(planned, of_stage)["muon_step"])
+    rates, of, counts = planned.rates, _step(planned, slowest), slowest.counts
     ms = {key: f"{value * 1e3:.1f} ms" if value < 10 else f"{value:.1f} s" for key, value in of.items()}
-    counts = max(planned.stages, key=lambda stage: _step(planned, stage)["muon_step"]).counts
     peak = max(of_stage.counts.peak for of_stage in planned.stages)
     muon = " + ".join(f"{name} {ms[key]}" for key, name in DEVICE.items())
     if of["launches"] > sum(of[key] for key in DEVICE):
         muon = f"the host's launches {ms['launches']}, which take longer than {muon}"
     return [
-        f"counted on the rank of the slowest stage that has parts of most matrices: {counts.kernels:,} kernels, "
+        f"counted on the ranks of the slowest stage that have parts of most matrices: {counts.kernels:,} kernels, "
         f"{counts.bytes_each:.0f} bytes of elementwise traffic for each element of a matrix, {counts.messages:,} "
         f"messages, {counts.collectives:,} calls that communicate",
         f"memory of a step, beside weights, gradients and state: at most {si(peak)}B a rank",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.combinations import covering, in_turn, some
-from tests.support.deepspeed_runs import interrupted, state_bytes
+from tests.support.deepspeed_runs import interrupted, resume, save, state_bytes
 from tests.support.integers import build, config, differing, train, trained
 from tests.support.ranks import RankError
 
@@ -51,6 +51,15 @@ def test_resuming_is_bit_exact(ranks, tmp_path, dtype, stage):
     straight = ranks.alone(trained, config(reference(stage, dtype), dtype, params=BF16), 6)
     for found in ranks(2).run(interrupted, config(stage, dtype, params=BF16), str(tmp_path)):
         assert differing(found, straight) == []
+
+
+@pytest.mark.parametrize(("stage", "world", "other", "other_world"), [(1, 2, 3, 3), (2, 3, 1, 1), (3, 2, 2, 2)])
+def test_resumed_at_another_stage_and_world(ranks, tmp_path, stage, world, other, other_world):
+    """Universal checkpoints have the count of the steps beside each parameter, or once for all."""
+    ranks(world).run(save, config(stage, "bf16", params=BF16), tmp_path, 3)
+    whole = ranks.alone(trained, config(1, "bf16", params=BF16), 5)
+    for found in ranks(other_world).run(resume, config(other, "bf16", params=BF16), tmp_path, 3, 2):
+        assert differing(found, whole) == []
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

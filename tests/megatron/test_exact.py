@@ -54,8 +54,8 @@ def test_experts(ranks, release, case):
 
 OTHERS = {
     "virtual stages": (2, Layout(pp=2, vp=2)),
-    "context parallel": (4, Layout(tp=2, cp=2)),
     "two instances": (4, Layout(instances=2)),
+    "context parallel": (4, Layout(tp=2, cp=2)),
     "two instances, TP": (4, Layout(tp=2, instances=2)),
     "overlaps": (4, Layout(tp=2, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=3000)),
     "small buckets": (3, Layout(bucket_size=500)),
@@ -73,7 +73,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(OTHERS, 6)))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(OTHERS, 8)))
 def test_others(ranks, release, case):
     check(ranks, release, *OTHERS[case])
 

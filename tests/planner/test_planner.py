@@ -479,3 +479,9 @@ def test_the_commands_exit_code_is_2_and_python_gets_a_value_error():
     assert "'many' is not valid; allowed: a whole number from 1 on" in done.stderr
     with pytest.raises(ValueError, match="allowed: a whole number from 1 on"):  # from a process, as --megatron is there
         planner.report(["--megatron", "arguments.txt", "--nodes", "many", "--gpus-per-node", "8"])
+
+
+@pytest.mark.skipif(not FULL, reason="FULL=1: Megatron's parser is imported for it, which takes 12 seconds of a core")
+def test_python_gets_what_megatrons_parser_says_as_a_value_error(megatron):
+    with pytest.raises(ValueError, match="--tensor-model-parallel-sise"):
+        planner.report(megatron([], [*MODEL, "--tensor-model-parallel-sise", "2"]))
