@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+INT64 = 2**63 - 1
 #: Elements of which `checksum` takes the bits at a time: it needs three int64 for each.
 CHUNK = 2**22
 
@@ -154,13 +155,46 @@ def together(work: Callable[[], T], group: Any = None) -> T:
         result = work()
     except Exception as caught:  # whatever it is: a rank that raises alone leaves the others hanging
         error = caught
+    if not _any(error is not None, group):
+        return result  # type: ignore[return-value]
     errors = gather(None if error is None else str(error), group)
     if error is not None:
         raise error
-    failed = [(rank, message) for rank, message in zip(ranks_of(group), errors, strict=True) if message is not None]
-    if failed:
-        raise ValueError(f"rank {failed[0][0]} of {world_of(None)[1]} failed: {failed[0][1]}")
-    return result  # type: ignore[return-value]
+    rank, message = next(told for told in zip(ranks_of(group), errors, strict=True) if told[1] is not None)
+    raise ValueError(f"rank {rank} of {world_of(None)[1]} failed: {message}")
+
+
+def _any(here: bool, group: Any) -> bool:
+    """Whether it is so on any rank."""
+    if world_of(group)[1] == 1:
+        return here
+    flag = torch.tensor([int(here)], dtype=torch.int64, device=_wire(group))
+    largest(flag, group)
+    return bool(flag.item())
+
+
+def _same(fact: str | None, group: Any) -> bool:
+    """Whether all ranks that have the fact have the same one, by 126 bits of its digest.
+
+    They have if its smallest value is its largest: one message, where objects take two that are many times as slow.
+    """
+    if world_of(group)[1] == 1:
+        return True
+    sent = [-1] * 4  # less than what any rank sends that has the fact
+    if fact is not None:
+        digest = int(_digest([fact]), 16)
+        words = [digest & INT64, digest >> 63 & INT64]
+        sent = [*words, *(INT64 - word for word in words)]
+    found = torch.tensor(sent, dtype=torch.int64, device=_wire(group))
+    largest(found, group)
+    high, low = found[:2].tolist(), [INT64 - n for n in found[2:].tolist()]
+    return high == low or -1 in high
+
+
+def _wire(group: Any) -> torch.device:
+    """The device of numbers that the backend of `group` sends."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return wire_of(group, accelerator or torch.device("cpu"))
 
 
 def agree(what: str, lines: Sequence[str], advice: str, group: Any = None) -> None:
@@ -172,14 +206,14 @@ def agree(what: str, lines: Sequence[str], advice: str, group: Any = None) -> No
 
     def alike(count: int) -> bool:
         """Whether so many first lines are."""
-        return len(set(gather(_digest(lines[:count]), group))) == 1
+        return _same(_digest(lines[:count]), group)
 
-    everyone = gather((len(lines), _digest(lines)), group)
-    if len(set(everyone)) == 1:
+    if _same(f"{len(lines)} {_digest(lines)}", group):
         return
-    same, differing = 0, min(count for count, _ in everyone)
+    counts = gather(len(lines), group)
+    same, differing = 0, min(counts)
     if alike(differing):
-        found = [f"{count} entries" for count, _ in everyone]
+        found = [f"{count} entries" for count in counts]
     else:
         while differing - same > 1:  # all lines of thousands of ranks would be gigabytes
             middle = (same + differing) // 2
@@ -202,8 +236,7 @@ def alike(what: str, fact: str | None, advice: str, group: Any = None) -> None:
     Raises:
         ValueError: on every rank, with the ranks of each.
     """
-    short = None if fact is None else _digest([fact])[:16]  # the facts of thousands of ranks are megabytes
-    if len(set(gather(short, group)) - {None}) < 2:
+    if _same(fact, group):  # the facts of thousands of ranks are megabytes
         return
     found: dict[str, list[int]] = {}
     for rank, of_rank in zip(ranks_of(group), gather(fact, group), strict=True):

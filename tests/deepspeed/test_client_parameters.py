@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.support.combinations import some
-from tests.support.integers import IntegerModel, build, config, differing, gathered, train, trained, weights
+from tests.support.integers import STEPS, IntegerModel, build, config, differing, gathered, train, trained, weights
 from tests.support.ranks import RankError
 
 
@@ -35,7 +35,7 @@ def client_optimizer(rank: int, settings: dict[str, Any], as_callable: bool) -> 
         return Muon(model.named_parameters(), model=model, **params)
 
     engine = build(rank, settings, model, optimizer=make if as_callable else make())
-    train(engine, rank, 10)
+    train(engine, rank, STEPS)
     return weights(engine)
 
 
@@ -70,7 +70,7 @@ def test_the_optimizer_knows_parameters_by_object_not_by_name(ranks, how, stage)
 
 
 def under_other_names(rank: int, settings: dict[str, Any], how: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The weights after ten steps, by the inner model's names; what rank 0 printed at start."""
+    """The weights after some steps, by the inner model's names; what rank 0 printed at start."""
     import deepspeed
 
     import muon_plugin
@@ -89,7 +89,7 @@ def under_other_names(rank: int, settings: dict[str, Any], how: str) -> tuple[di
         model = torch.compile(inner, backend="eager")
     with redirect_stdout(StringIO()) as printed:
         engine = build(rank, settings, model, optimizer=muon)
-    train(engine, rank, 10)
+    train(engine, rank, STEPS)
     if how == "submodule":  # DeepSpeed has masters of what is in the optimizer alone
         with gathered(inner):
             found = {name: p.detach().clone() for name, p in inner.named_parameters()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from muon_plugin.core import messages, plan
 from tests.support.combinations import covering, in_turn, some
-from tests.support.integers import IntegerModel, build, config, differing, train, trained, weights
+from tests.support.integers import STEPS, IntegerModel, build, config, differing, train, trained, weights
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -23,7 +23,7 @@ def reference(ranks):
 
 
 @pytest.mark.parametrize(("dtype", "stage", "world", "gas"), covering(DTYPES, (0, 1, 2, 3), (1, 2, 3, 4), (1, 4)))
-def test_ten_steps_end_in_the_same_bits(ranks, reference, dtype, stage, world, gas):
+def test_layouts_end_in_the_same_bits(ranks, reference, dtype, stage, world, gas):
     for rank, found in enumerate(ranks(world).run(trained, config(stage, dtype, gas))):
         assert differing(found, reference[dtype]) == [], f"rank {rank}"
 
@@ -40,7 +40,7 @@ def test_rounds_and_batches_of_messages_change_no_bit(ranks, reference, stage, r
 def in_small_rounds(rank: int, settings: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
     with mock.patch.object(plan, "WORTHWHILE", 1), mock.patch.object(messages, "MOST", 2):
         engine = build(rank, settings, IntegerModel())
-        train(engine, rank, 10)
+        train(engine, rank, STEPS)
     rounds = max(plan.rounds for plan in engine.basic_optimizer.plans)
     found = weights(engine)
     engine.destroy()
@@ -219,7 +219,7 @@ class Projections(nn.Module):
 
 def rows(rank: int, settings: dict[str, Any], fused: bool) -> dict[str, Tensor]:
     model = Projections(fused)
-    train(build(rank, settings, model), rank, 10)
+    train(build(rank, settings, model), rank, STEPS)
     return {name: model.whole(name).detach() for name in model.names}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.support.combinations import covering, in_turn, some
 from tests.support.deepspeed_runs import interrupted
-from tests.support.integers import build, config, differing, train, trained
+from tests.support.integers import STEPS, build, config, differing, train, trained
 from tests.support.ranks import RankError
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -107,7 +107,7 @@ def test_a_part_of_the_sub_groups_stays_on_the_device(ranks, dtype, world):
 
 
 def kept_on_device(rank: int, settings: dict[str, Any]) -> tuple[dict[str, Tensor], int, bool]:
-    """Weights after ten steps, how many sub-groups were stepped as those of the device, whether by another optimizer"""
+    """Weights, how many sub-groups were stepped as those of the device, whether by another optimizer"""
     from tests.support.integers import weights
 
     engine = build(rank, settings)
@@ -116,7 +116,7 @@ def kept_on_device(rank: int, settings: dict[str, Any]) -> tuple[dict[str, Tenso
     kept = int((1 - 0.4) * count)
     for number in range(kept):
         zero.subgroup_to_device[number] = "the device"
-    train(engine, rank, 10)
+    train(engine, rank, STEPS)
     assert {"betas", "eps"} - set(muon.param_groups[0]) == {"betas", "eps"}  # the group of matrices
     return weights(engine), kept, zero.backup_optimizer is not muon
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import muon_plugin
 from tests.support.combinations import FULL, covering, in_turn, some
 from tests.support.deepspeed_runs import convert
-from tests.support.integers import build, config, differing
+from tests.support.integers import STEPS, build, config, differing
 from tests.support.integers import trained as trained_on_integers
 from tests.support.monitored import written
 from tests.support.parallel_models import (
@@ -61,9 +61,9 @@ def steps(engine: Any, rank: int, tp: int, first: int, last: int) -> None:
 
 
 def trained(rank: int, settings: dict[str, Any], tp: int) -> dict[str, Tensor]:
-    """Ten steps: whole weights."""
+    """Whole weights after some steps."""
     engine = built(rank, settings, tp)
-    steps(engine, rank, tp, 0, 10)
+    steps(engine, rank, tp, 0, STEPS)
     return gathered(engine, tp)
 
 
@@ -102,7 +102,7 @@ def test_autotp_changes_no_bit(ranks, stage, world, offload, gas):
 
 def saved(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> None:
     engine = built(rank, settings, tp)
-    steps(engine, rank, tp, 0, 6)
+    steps(engine, rank, tp, 0, STEPS - 2)
     engine.save_checkpoint(str(folder), tag="tag")
     if rank == 0:
         convert(folder)
@@ -112,7 +112,7 @@ def saved(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> None:
 def resumed(rank: int, settings: dict[str, Any], tp: int, folder: Path) -> dict[str, Tensor]:
     engine = built(rank, {**settings, "checkpoint": {"load_universal": True}}, tp)
     engine.load_checkpoint(str(folder))
-    steps(engine, rank, tp, 6, 10)
+    steps(engine, rank, tp, STEPS - 2, STEPS)
     return gathered(engine, tp)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.support.attention import HEADS, Model, trained, trained_apart
 from tests.support.combinations import covering, some
-from tests.support.integers import IntegerModel, build, config, differing, gathered, train
+from tests.support.integers import STEPS, IntegerModel, build, config, differing, gathered, train
 from tests.support.model_sweep import build as build_model
 from tests.support.parallel_models import described
 from tests.support.ranks import RankError
@@ -73,7 +73,7 @@ def under_autotp(rank: int, settings: dict[str, Any], tp: int) -> dict[str, Tens
     model.cut = True
     assert model.grouped.num_heads == 6 // tp or tp == 4  # DeepSpeed has written this rank's number
     dp_rank, dp = dist.get_rank(engine.data_parallel_group), engine.dp_world_size
-    for step in range(10):
+    for step in range(STEPS):
         engine.backward(engine(step, 0, dp_rank, dp, 1))
         engine.step()
     found = {}

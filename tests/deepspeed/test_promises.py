@@ -15,7 +15,7 @@ from muon_plugin.core.exchange import ended
 from tests.support.combinations import covering, in_turn
 from tests.support.counted import bytes_sent
 from tests.support.deepspeed_runs import interrupted, overflow, state_bytes
-from tests.support.integers import IntegerModel, build, config, differing, train, trained
+from tests.support.integers import STEPS, IntegerModel, build, config, differing, train, trained
 from tests.support.ranks import RankError
 
 
@@ -38,8 +38,8 @@ def test_gradient_clipping_does_not_shrink_the_update(ranks, stage, world):
     found = ranks(world).run(changes, clipped)[0]
     for name in ("down.weight", "wide.weight"):
         assert spectral(found[name]) == pytest.approx(spectral(free[name]), rel=0.02), name
-    everywhere = ranks.alone(changes, config(0, params={"weight_decay": 0.0}, gradient_clipping=1.0), 10)
-    found = ranks(world).run(changes, clipped, 10)[0]
+    everywhere = ranks.alone(changes, config(0, params={"weight_decay": 0.0}, gradient_clipping=1.0), STEPS)
+    found = ranks(world).run(changes, clipped, STEPS)[0]
     for name in ("down.weight", "wide.weight", "qkv.weight"):  # the clip factor is a sum over shards: it may round
         assert (found[name] - everywhere[name]).norm() < 2**-8 * everywhere[name].norm(), name
 

@@ -23,7 +23,7 @@ def reference(ranks):
 
 
 @pytest.mark.parametrize(("dtype", "stage", "world"), some(covering(DTYPES, (0, 1, 2, 3), (1, 2, 3)), 7))
-def test_ten_steps_end_in_the_same_bits(ranks, reference, dtype, stage, world):
+def test_layouts_end_in_the_same_bits(ranks, reference, dtype, stage, world):
     for rank, found in enumerate(ranks(world, deepspeed=OLD).run(mended, trained, config(stage, dtype, gas=2))):
         assert differing(found, reference[dtype]) == [], f"rank {rank}"
 

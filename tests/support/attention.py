@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.support.integers import build, gathered, gradient, train
+from tests.support.integers import STEPS, build, gathered, gradient, train
 from tests.support.parallel_models import described, part_of
 
 HIDDEN = 24
@@ -128,7 +128,7 @@ class Apart(nn.Module):
         return loss
 
 
-def trained(rank: int, settings: dict[str, Any], steps: int = 10) -> dict[str, Tensor]:
+def trained(rank: int, settings: dict[str, Any], steps: int = STEPS) -> dict[str, Tensor]:
     """What `Model` ends in."""
     model = Model()
     engine = build(rank, settings, model)
@@ -137,7 +137,7 @@ def trained(rank: int, settings: dict[str, Any], steps: int = 10) -> dict[str, T
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def trained_apart(rank: int, settings: dict[str, Any], steps: int = 10) -> dict[str, Tensor]:
+def trained_apart(rank: int, settings: dict[str, Any], steps: int = STEPS) -> dict[str, Tensor]:
     """What the same model with a parameter for each head ends in, without per-head Muon."""
     model = Apart()
     engine = build(rank, settings, model)

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.support.combinations import FULL
-from tests.support.integers import gradient
+from tests.support.integers import STEPS, gradient
 
 VOCAB, SEQUENCE = 64, 16
 
@@ -113,9 +112,14 @@ def _latent(options: dict[str, Any], low_rank: bool) -> Any:
 
 
 def parallel(layout: Layout) -> None:
-    """Megatron's process groups for this layout, in place of those before."""
+    """Megatron's process groups for this layout, in place of those before, unless these are of the same sizes."""
     from megatron.core import parallel_state
 
+    sizes = layout.tp, layout.pp, layout.vp, layout.cp, layout.ep, layout.etp or layout.tp, layout.instances
+    kept = not layout.vp and parallel_state.model_parallel_is_initialized()  # vp: its number changes in a forward
+    if kept and getattr(parallel_state, "_sizes", None) == sizes:
+        return
+    parallel_state._sizes = sizes
     parallel_state.destroy_model_parallel()
     gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):  # hundreds of gloo's threads would pile up
@@ -403,7 +407,7 @@ def full_masters(chunks: list[Any], optimizer: Any, layout: Layout) -> dict[str,
     return {f"{name} (fp32)": value for name, value in found.items()}
 
 
-def trained(rank: int, layout: Layout, steps: int = 10 if FULL else 5, **options: Any) -> dict[str, Tensor]:
+def trained(rank: int, layout: Layout, steps: int = STEPS, **options: Any) -> dict[str, Tensor]:
     """Steps from scratch: the whole weights, and the fp32 masters, that they end in."""
     chunks = build(layout)
     optimizer = optimizer_for(chunks, layout, **options)
