@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
-from functools import cache
+import sys
+from functools import cache, lru_cache
 from typing import Any
 
 #: What leaves the outputs of a projection as they are, in another shape.
@@ -20,15 +20,38 @@ def split_in(block: type) -> frozenset[str]:
     A reading of the source, which finds what is written in one expression or passed on by one variable: what it does
     not find may be split all the same. Empty where there is no source.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(block)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
+    definition = definition_of(block)
     found: set[str] = set()
-    for method in ast.walk(tree):
+    for method in ast.walk(definition) if definition else ():
         if isinstance(method, ast.FunctionDef):
             found |= _split_in(method)
     return frozenset(found)
+
+
+def definition_of(block: type) -> ast.ClassDef | None:
+    """The class statement of the class; None where there is no source."""
+    return _definitions(block.__module__).get(block.__qualname__)
+
+
+@lru_cache(maxsize=8)  # a model has its blocks in few modules, of thousands of lines
+def _definitions(module: str) -> dict[str, ast.ClassDef]:
+    """The last class statement of each qualified name. (`inspect.getsource` parses the whole module for each class.)"""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
+    found: dict[str, ast.ClassDef] = {}
+    scopes: list[tuple[str, ast.AST]] = [("", tree)]
+    for prefix, scope in scopes:
+        for node in ast.iter_child_nodes(scope):
+            within = prefix
+            if isinstance(node, ast.ClassDef):
+                found[prefix + node.name] = node
+                within = f"{prefix}{node.name}."
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                within = f"{prefix}{node.name}.<locals>."
+            scopes.append((within, node))
+    return found
 
 
 def _split_in(method: ast.FunctionDef) -> set[str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
-import inspect
-import textwrap
 from typing import Any
 
 import torch
 from torch import nn
+
+from muon_plugin.core.modelling_code import definition_of
+from tests.support.combinations import FULL
 
 #: The kinds of models that are trained most, with the names that transformers gives their tables.
 MAPPINGS = (
@@ -81,13 +82,21 @@ def build(name: str) -> nn.Module:
     import transformers
 
     model_class = getattr(transformers, name)
-    config = model_class.config_class()
+    config = model_class.config_class(**({} if FULL else _FEWER.get(name, {})))
     for key, value in _NEEDED.get(name, {}).items():
         *parts, last = key.split(".")
         setattr(functools.reduce(getattr, parts, config), last, value)
     with torch.device("meta"):
         return model_class(config)
 
+
+#: In the default tests: of what the default config has many alike.
+_FEWER: dict[str, dict[str, Any]] = {
+    "DeepseekV3ForCausalLM": {"num_hidden_layers": 6, "n_routed_experts": 32},
+    "DeepseekV4ForCausalLM": {"num_hidden_layers": 8, "n_routed_experts": 32},
+    "Glm4MoeForCausalLM": {"num_hidden_layers": 4, "n_routed_experts": 32},
+    "Qwen3NextForCausalLM": {"num_hidden_layers": 8, "num_experts": 32},
+}
 
 #: What the default config lacks.
 _NEEDED: dict[str, dict[str, Any]] = {
@@ -102,12 +111,9 @@ _NEEDED: dict[str, dict[str, Any]] = {
 @functools.cache
 def split_by_code(block: type) -> dict[str, str]:
     """Attribute of `block` -> the expression by which a method splits its output (or the product with it)."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(block)))
-    except (OSError, TypeError):
-        return {}
+    definition = definition_of(block)
     found: dict[str, str] = {}
-    for method in ast.walk(tree):
+    for method in ast.walk(definition) if definition else ():
         if isinstance(method, ast.FunctionDef):
             _Reader(found).visit(method)
     return found
