@@ -32,10 +32,10 @@ TRAINERS: dict[str, tuple[int, bool, dict[str, Any]]] = {
             "torch_compile_backend": "eager",
         },
     ),
-    "optimizer of the script": (1, False, {}),
 }
 if FULL:
     TRAINERS |= {
+        "optimizer of the script": (1, False, {}),
         "many settings, stage 3": (3, *TRAINERS["many settings"][1:]),
         "optimizer of the script, stage 3": (3, False, {"lr_scheduler_type": "cosine", "bf16": True}),
         "stage 0": (0, True, {}),

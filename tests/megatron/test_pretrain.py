@@ -19,11 +19,11 @@ TP, PP, EP = (f"--{name}-model-parallel-size 2" for name in ("tensor", "pipeline
 MTP, VIRTUAL = "--mtp-num-layers 1", "--num-virtual-stages-per-pipeline-rank 2"
 
 RUNS = {
-    "dense, TP 2": (2, f"{UNTIED} {TP}"),
     "experts, EP 2": (2, f"{UNTIED} {EP} {EXPERTS}"),
 }
 if FULL:
     RUNS |= {
+        "dense, TP 2": (2, f"{UNTIED} {TP}"),
         "tied, PP 2, multi-token prediction": (2, f"{PP} {MTP}"),
         "dense": (1, UNTIED),
         "tied": (1, ""),

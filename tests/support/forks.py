@@ -81,6 +81,7 @@ class Engine:
         device: "cpu" or "cuda".
         clients: the folder of the libraries in `CLIENTS`, or None.
         beside: a folder of further packages, which are found after all others, or None.
+        loop: with Megatron-Core, whether ranks run its training loop or DeepSpeed, too.
     """
 
     megatron: str | None = None
@@ -88,6 +89,7 @@ class Engine:
     device: str = "cpu"
     clients: str | None = None
     beside: str | None = None
+    loop: bool = True
 
     def prepare(self) -> None:
         """Imports all that ranks will need, and starts no thread."""
@@ -100,7 +102,7 @@ class Engine:
         torch.set_num_threads(1)
         # On CUDA "auto" takes DeepSpeed's AdamW where DeepSpeed is imported, which a run under Megatron does not do.
         with suppress(ImportError):
-            if self.megatron and self.device == "cuda":
+            if self.megatron and (self.device == "cuda" or not self.loop):
                 raise ImportError
             import deepspeed
 
@@ -125,7 +127,7 @@ class Engine:
             import megatron.core.optimizer  # noqa: F401
 
             _import(MEGATRON)
-            if importlib.util.find_spec("megatron.training"):
+            if self.loop and importlib.util.find_spec("megatron.training"):
                 _import(MEGATRON_TRAINING)
         for name in COMMON:
             importlib.import_module(name)
