@@ -89,9 +89,10 @@ def test_each_library_of_the_products_is_measured_alone(monkeypatch):
     assert found["one"] == Shared((("one", "1.0"),))
 
 
+@pytest.mark.skipif(not FULL, reason="FULL=1; benchmarks are no promise, and the same runs are in the engines' tests")
 def test_steps(tmp_path):
     release(RELEASE)
-    found = worked("steps", tmp_path, leave=() if FULL else ("DeepSpeed: its AdamW",))
+    found = worked("steps", tmp_path)
     assert "DeepSpeed: muon_plugin and AdamW" not in found, "the cases in their place are not needed"
     for engine in ("Megatron", "DeepSpeed"):
         (ranks,) = found[f"{engine}: all"].value.values()

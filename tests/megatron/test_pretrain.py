@@ -151,10 +151,10 @@ def test_a_model_that_is_frozen_as_a_whole_is_left_alone():
 
 RESUMED = {
     "DP 2 to PP 2, bf16": (2, "--bf16", 2, f"--bf16 {PP}"),
-    "experts, EP 2": (2, f"{EP} {EXPERTS}", 2, f"{EP} {EXPERTS}"),
 }
 if FULL:
     RESUMED |= {
+        "experts, EP 2": (2, f"{EP} {EXPERTS}", 2, f"{EP} {EXPERTS}"),
         "PP 2 to DP 2, bf16": (2, f"--bf16 {PP}", 2, "--bf16"),
         "TP 2": (2, TP, 2, TP),
         "TP 2 x PP 2 to TP 2": (4, f"{TP} {PP}", 2, TP),

@@ -162,7 +162,7 @@ def test_ranks_that_do_not_come_are_named_and_one_that_cannot_reach_the_master_s
     )
 
 
-@pytest.mark.parametrize("what", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("what", some([signal.SIGSTOP, signal.SIGKILL], 1))
 def test_a_rank_that_stops_answering_is_named(tmp_path, what):
     job = Job(tmp_path, 3, [*PREFLIGHT, "--timeout", "10"])
     until = time.monotonic() + TIMEOUT
