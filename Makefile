@@ -9,7 +9,7 @@ export TORCH_RELEASES ?= $(CURDIR)/.venv/torch-releases
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint wheel slurm other-torch bench bench-megatron gpu clean
+.PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint wheel slurm other-torch docs bench bench-megatron gpu clean
 
 train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; 8 minutes on 2 cores, half an hour without bf16 instructions
 	$(BIN)/python examples/llama/compare.py
@@ -25,7 +25,7 @@ paper-runs: .venv/examples  ## the paper's experiments from scratch at the small
 	$(BIN)/python examples/paper/run.py --scale toy
 	$(BIN)/python examples/paper/report.py --logged runs/paper/toy.jsonl --out runs/paper/report
 
-test: lint .venv/megatron .venv/older_deepspeed .venv/emerging_optimizers .venv/compiled .venv/client_libraries $(if $(FULL),.venv/client_scripts other-torch) slurm  ## everything that CI runs; FULL=1 for every combination
+test: lint docs .venv/megatron .venv/older_deepspeed .venv/emerging_optimizers .venv/compiled .venv/client_libraries $(if $(FULL),.venv/client_scripts other-torch) slurm  ## everything that CI runs; FULL=1 for every combination
 	REQUIRE_RELEASES=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --durations=25
 
 test-fast: .venv/dev .venv/megatron-0.19.2  ## lint, types, the core and one path through each engine; 90 seconds on 2 cores
@@ -48,7 +48,10 @@ wheel: .venv/base  ## the wheel and the source distribution, in dist/, checked f
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
-bench: .venv/dev  ## DeepSpeed's built-in Muon, ours and AdamW in one run; then the table in the README
+docs: .venv/docs  ## the documentation as a site, in site/; a dead link or an unknown reference is an error
+	$(BIN)/mkdocs build --strict
+
+bench: .venv/dev  ## DeepSpeed's built-in Muon, ours and AdamW in one run; then the table in docs/performance.md
 	$(BIN)/python benchmarks/deepspeed_muon.py
 	$(BIN)/python benchmarks/into_readme.py
 
@@ -131,6 +134,10 @@ $(TORCH_RELEASES)/%/installed: | .venv/dev
 	$(BIN)/python -m pip install -q absl-py
 	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade \
 	  --target .venv/megatron-core/emerging-optimizers-0.3.0 emerging-optimizers==0.3.0
+	touch $@
+
+.venv/docs: .venv/base docs/requirements.txt
+	$(BIN)/python -m pip install -q -r docs/requirements.txt
 	touch $@
 
 .venv/gpu: .venv/emerging_optimizers

@@ -1,4 +1,4 @@
-"""Puts the measured results into the README and docs/design.md: tables there are files under benchmarks/results/.
+"""Puts the measured results into the README and the pages of docs: tables there are files under benchmarks/results/.
 
 python benchmarks/into_readme.py                   # the tables
 python benchmarks/into_readme.py --train runs/llama    # and first takes over what `make train` gave (or runs/megatron)
@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "design.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("design", "paper", "performance")))
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""What the README says is what is true."""
+"""What the README and the documentation say is what is true."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import re
 import sys
 from dataclasses import fields
 
+import pytest
+
 from muon_plugin.core.settings import Settings
 from tests.support import ROOT
 
-README = (ROOT / "README.md").read_text()
+REPOSITORY = "https://github.com/muon-plugin/muon_plugin/"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_tables_are_those_that_were_measured(monkeypatch):
@@ -24,7 +27,7 @@ def test_the_tables_are_those_that_were_measured(monkeypatch):
 
 def test_every_setting_is_in_the_table_with_its_default():
     rows = {}
-    for line in README.splitlines():
+    for line in (ROOT / "docs" / "settings.md").read_text().splitlines():
         if line.startswith("| `"):
             names, defaults = (re.findall(r"`([^`]+)`", cell) for cell in line.split(" | ")[:2])
             rows |= dict(zip(names, defaults))
@@ -37,6 +40,10 @@ def test_every_setting_is_in_the_table_with_its_default():
             assert rows[setting.name] == "lr"
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if target.startswith(REPOSITORY):
+            assert (ROOT / re.sub(r"(blob|tree)/main/", "", target.removeprefix(REPOSITORY))).exists(), target
+        else:
+            assert target.startswith(("http", "mailto:", "#")) or (page.parent / target).exists(), target

@@ -46,9 +46,7 @@ def test_a_workflow_calls_targets_that_exist(path):
 def test_every_change_is_linted_tested_and_built():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     assert "pull_request" in workflow[True]  # YAML 1.1 reads the key `on` as a truth value
-    expected = {"lint", "test", "wheel", "docs"} & TARGETS
-    assert expected >= {"lint", "test", "wheel"}
-    assert expected <= targets_called(workflow)
+    assert targets_called(workflow) >= {"lint", "test", "wheel", "docs"}
 
 
 def test_only_the_job_that_publishes_gets_an_identity_and_no_job_a_stored_token():
