@@ -2,7 +2,7 @@
 
     NPROC_PER_NODE=8 swift sft --external_plugins examples/swift/muon.py --optimizer muon_plugin --deepspeed zero2 ...
 
-Learning rate and weight decay are swift's own. Other settings come from its optim_args, each value as in JSON and without
+Learning rate and weight decay are swift's own. Other settings come from its optim_args, each value as in JSON, without
 commas, a string also without quotes: --optim_args momentum=0.9,ns_steps=6,ns_method=standard.
 """
 
