@@ -69,7 +69,7 @@ def watch(model: nn.Module) -> None:
         import transformers
         from transformers.modeling_utils import AttentionInterface
 
-        hooks = Hooks("transformers", (transformers.__version__,))
+        hooks = Hooks("transformers", ())
         parameters = ["self", "attn_implementation", "default"]
         hooks.install(transformers.__version__, [Hook(AttentionInterface, "get_interface", parameters, _interface)])
         _hooks.append(hooks)

@@ -39,7 +39,7 @@ class Hooks:
 
     Attributes:
         engine: its name.
-        tested: its releases that the project's tests run with.
+        tested: its releases that the project's tests run with; none where any will do that has the functions.
     """
 
     engine: str
@@ -64,12 +64,12 @@ class Hooks:
             function = getattr(hook.holder, hook.name, None)
             found = list(inspect.signature(function).parameters) if function else "nothing of that name"
             if found != list(hook.parameters):
+                which = f"a release that was tested ({', '.join(self.tested)})" if self.tested else "another release"
                 raise RuntimeError(
                     f"unsupported {self.engine} {version}: {hook.holder.__name__}.{hook.name} has {found}, expected "
-                    f"{list(hook.parameters)}. Use a release that was tested ({', '.join(self.tested)}), or a newer "
-                    "muon_plugin"
+                    f"{list(hook.parameters)}. Use {which}, or a newer muon_plugin"
                 )
-        if release_of(version) not in self.tested:
+        if self.tested and release_of(version) not in self.tested:
             warnings.warn(
                 f"muon_plugin was not tested with {self.engine} {version} (tested: {', '.join(self.tested)}). Where "
                 "its shards lie is checked at start all the same",

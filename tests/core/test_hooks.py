@@ -35,6 +35,18 @@ def test_an_untested_release_with_warnings_as_errors_is_not_hooked_at_all():
     assert (holder.one(1), holder.two(1)) == (2, 3)
 
 
+def test_where_any_release_will_do_none_is_called_untested_and_no_error_calls_it_tested():
+    holder, functions = engine()
+    hooks = Hooks("Library", ())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hooks.install("1.1", functions)
+    hooks.remove()
+    holder.one = lambda y: y
+    with pytest.raises(RuntimeError, match=r"unsupported Library 1\.1: .* Use another release, or a newer muon_plugin"):
+        hooks.install("1.1", functions)
+
+
 def test_another_signature_leaves_everything_as_it_was():
     holder, functions = engine()
     holder.two = lambda x, y: x + y

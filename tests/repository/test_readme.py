@@ -43,7 +43,7 @@ def test_every_setting_is_in_the_table_with_its_default():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-        if target.startswith(REPOSITORY):
-            assert (ROOT / re.sub(r"(blob|tree)/main/", "", target.removeprefix(REPOSITORY))).exists(), target
+        if file := re.fullmatch(REPOSITORY + r"(?:blob|tree)/main/(.+)", target):
+            assert (ROOT / file[1]).exists(), target
         else:
             assert target.startswith(("http", "mailto:", "#")) or (page.parent / target).exists(), target
