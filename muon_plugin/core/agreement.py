@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+#: The largest int64.
 INT64 = 2**63 - 1
 #: Elements of which `checksum` takes the bits at a time: it needs three int64 for each.
 CHUNK = 2**22

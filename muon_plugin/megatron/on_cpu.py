@@ -29,7 +29,7 @@ def _send_requests_for_cuda_to_the_cpu() -> None:
     """Replaces the functions that take a device.
 
     A `TorchFunctionMode` would find them by itself, but it costs 3 us in every call of torch and every read of a
-    tensor's attribute: a fifth of the time of small models.
+    tensor's attribute: a quarter of the time of small models.
     """
     functions = {function.__name__ for function in _device._device_constructors()}
     for name in (*functions, *_LIKE):
