@@ -21,11 +21,7 @@ from tests.support.integers import config, differing, trained
 def patched(tmp_path_factory):
     """A patched copy of the installed release."""
     folder = tmp_path_factory.mktemp("patched")
-    shutil.copytree(
-        find_spec("deepspeed").submodule_search_locations[0],
-        folder / "deepspeed",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    shutil.copytree(find_spec("deepspeed").submodule_search_locations[0], folder / "deepspeed")
     diff = ROOT / "patches" / "deepspeed-0.19.8.patch"
     subprocess.run(["patch", "-p1", "--forward", "-i", str(diff)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return str(folder)
