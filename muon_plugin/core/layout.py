@@ -60,9 +60,8 @@ class Strided:
 
     def view(self, flat: Tensor) -> Tensor:
         """These positions of a contiguous 1-D tensor: (count, run), sharing memory."""
-        if self.count == 1:
-            return flat[self.start : self.start + self.run].view(1, self.run)
-        return flat.as_strided((self.count, self.run), (self.stride, 1), flat.storage_offset() + self.start)
+        stride = self.run if self.count == 1 else self.stride
+        return flat.as_strided((self.count, self.run), (stride, 1), flat.storage_offset() + self.start)
 
     def before(self, position: int) -> int:
         """How many of the elements lie below `position` of the flat tensor."""

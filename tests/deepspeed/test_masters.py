@@ -29,7 +29,7 @@ def settings(masters: str, stage: int, **params: Any) -> dict[str, Any]:
     return config(stage, masters[:4], params=params, **MASTERS[masters])
 
 
-@pytest.mark.parametrize(("masters", "stage", "world"), some(covering([*MASTERS], (1, 2, 3), (1, 2, 3)), 8))
+@pytest.mark.parametrize(("masters", "stage", "world"), some(covering([*MASTERS], (1, 2, 3), (1, 2, 3)), 6))
 def test_the_same_bits_over_stages_and_ranks(ranks, masters, stage, world):
     alone = ranks.alone(trained, settings(masters, 1))
     for found in ranks(world).run(trained, settings(masters, stage)):

@@ -32,7 +32,7 @@ def reference(stage: int, dtype: str) -> int:
             PLACES,
             valid=lambda _, stage, __, ___, place: stage > 0 or place != PLACES[2],
         ),
-        10,
+        7,
     ),
 )
 def test_the_same_bits_on_every_layout(ranks, dtype, stage, world, nesterov, place):

@@ -17,6 +17,9 @@ from tests.support.deepspeed_runs import resume, save, weights_alone
 from tests.support.integers import config, differing, trained
 
 
+STAGES = some([1, 3, 0], 1)
+
+
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory):
     """A patched copy of the installed release."""
@@ -30,10 +33,10 @@ def patched(tmp_path_factory):
 @pytest.fixture(scope="module")
 def registered(ranks):
     """What `register` ends in, by stage and who makes the optimizer; before the patched processes start."""
-    return {stage: ranks(2).run(trained, config(stage, "bf16")) for stage in (0, 1, 3)}
+    return {stage: ranks(2).run(trained, config(stage, "bf16")) for stage in STAGES}
 
 
-@pytest.mark.parametrize("stage", some([1, 3, 0], 1))
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_patched_tree_ends_in_the_same_bits(ranks, registered, patched, stage):
     found = ranks(2, deepspeed=patched).run(without_register, config(stage, "bf16"), patched)
     for ours, theirs in zip(found, registered[stage]):

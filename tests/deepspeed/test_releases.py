@@ -22,7 +22,7 @@ def reference(ranks):
     return {dtype: ranks.alone(trained, config(0, dtype)) for dtype in DTYPES}
 
 
-@pytest.mark.parametrize(("dtype", "stage", "world"), some(covering(DTYPES, (0, 1, 2, 3), (1, 2, 3)), 7))
+@pytest.mark.parametrize(("dtype", "stage", "world"), some(covering(DTYPES, (0, 1, 2, 3), (1, 2, 3)), 5))
 def test_layouts_end_in_the_same_bits(ranks, reference, dtype, stage, world):
     for rank, found in enumerate(ranks(world, deepspeed=OLD).run(mended, trained, config(stage, dtype, gas=2))):
         assert differing(found, reference[dtype]) == [], f"rank {rank}"
@@ -44,7 +44,7 @@ OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("option", some(OPTIONS, 4))
+@pytest.mark.parametrize("option", some(OPTIONS, 2))
 def test_zero_options_change_no_bit(ranks, reference, option):
     stage, sections = OPTIONS[option]
     found = ranks(2, deepspeed=OLD).run(mended, trained, config(stage, "bf16", gas=2, **sections))[0]

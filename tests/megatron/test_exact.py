@@ -46,7 +46,7 @@ MOE = [
 ]
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(MOE, 5)))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(MOE, 4)))
 def test_experts(ranks, release, case):
     world, cut = case
     check(ranks, release, world, Layout("moe", **cut))
@@ -73,7 +73,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(OTHERS, 8)))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(OTHERS, 6)))
 def test_others(ranks, release, case):
     check(ranks, release, *OTHERS[case])
 

@@ -81,7 +81,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(LAYOUTS, 3)))
+@pytest.mark.parametrize(("release", "case"), in_turn(RELEASES, some(LAYOUTS, 2)))
 def test_layouts_change_no_bit(ranks, release, case):
     world, layout = case
     alone = Layout(layout.model, dtype=layout.dtype, grad_reduce_in_fp32=layout.grad_reduce_in_fp32, muon=layout.muon)
