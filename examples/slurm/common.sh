@@ -8,7 +8,9 @@ set -uo pipefail
 
 MAX_FAILURES=${MAX_FAILURES:-3}
 export STOP_SIGNAL=${STOP_SIGNAL:-USR1}            # what the training program takes as "save and stop"
-export MUON_WATCHDOG=${MUON_WATCHDOG:-600}         # seconds without a step, then the run ends and names the rank
+# Seconds without progress in the optimizer's step, then the run ends and names the rank: fewer than NCCL's own 600.
+# Outside of it the limit is 12 times as long, or a second number: 300,500.
+export MUON_WATCHDOG=${MUON_WATCHDOG:-300}
 
 export NUM_NODES=$SLURM_JOB_NUM_NODES
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-1}      # without GPUs one process a node, over gloo

@@ -310,14 +310,14 @@ def test_a_bug_is_not_requeued_for_ever_and_a_cancelled_job_not_at_all(submit, t
 
 
 PRETRAIN = """
-import os, signal, sys, pathlib
+import os, shlex, signal, sys, pathlib
 out = pathlib.Path(os.environ["OUTPUT"])
 def handler(*_):
     (out / f"saved{os.environ['RANK']}").touch()
     raise SystemExit(0)
 starts = out / f"arguments{os.environ['RANK']}"
 signal.signal(signal.SIGTERM, handler)
-starts.write_text(" ".join(sys.argv[1:]))
+starts.write_text(shlex.join(sys.argv[1:]))
 while True:
     signal.pause()
 """
@@ -326,7 +326,9 @@ while True:
 def test_megatrons_own_flags_and_signal_reach_pretrain_gpt(submit, tmp_path):
     """Megatron's loop needs GPUs; what is tested is what its ranks are given: arguments and SIGTERM."""
     (tmp_path / "pretrain_gpt.py").write_text(PRETRAIN)
-    (tmp_path / "arguments").write_text("--optimizer muon  # a comment\n--use-distributed-optimizer\n")
+    # Quoted as in a shell, as the planner reads the same file.
+    quoted = "--moe-layer-freq '([0]*1+[1]*2)' --wandb-exp-name 'run #2'"
+    (tmp_path / "arguments").write_text(f"--optimizer muon  # a comment\n{quoted}\n--use-distributed-optimizer\n")
     out = tmp_path / "out"
     variables = {"TRAIN": str(tmp_path / "pretrain_gpt.py"), "CONFIG": str(tmp_path / "arguments"), "DATA": "some/data"}
     job = submit("megatron", "--seed", "7", OUTPUT=str(out), **variables)
@@ -336,8 +338,9 @@ def test_megatrons_own_flags_and_signal_reach_pretrain_gpt(submit, tmp_path):
     assert all((out / f"saved{rank}").exists() for rank in (0, 1))
     given = (out / "arguments1").read_text()
     assert re.fullmatch(
-        "--optimizer muon --use-distributed-optimizer --data-path some/data --save (\\S+)/checkpoint "
-        r"--load \1/checkpoint --save-interval 2 --exit-signal-handler --exit-duration-in-mins 2\d --seed 7",
+        f"--optimizer muon {re.escape(quoted)} --use-distributed-optimizer --data-path some/data "
+        r"--save (\S+)/checkpoint --load \1/checkpoint --save-interval 2 --exit-signal-handler "
+        r"--exit-duration-in-mins 2\d --seed 7",
         given,
     )
 

@@ -1,6 +1,7 @@
 # Sourced by the launch scripts beside it: the job, the data, what every model shares, and the launch itself.
 # What to edit is set by environment variables. Without a GPU: DRY_RUN=1 checks every argument and prints Muon's plan
-# (docs/planner.md; PLAN_ARGS are the planner's own options; PLAN=1 is the same).
+# (docs/planner.md). PLAN_ARGS are the planner's own options, EXTRA_ARGS more of Megatron's; both are split at spaces,
+# whatever is quoted in them.
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 NUM_NODES=${NUM_NODES:-8}
@@ -65,7 +66,7 @@ DATA_ARGS+=(--split 99,1,0)
 launch() {
     local all=("${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${COMMON_ARGS[@]}"
                "${OPTIMIZER_ARGS[@]}" "${DATA_ARGS[@]}" ${EXTRA_ARGS:-})
-    if [[ "${DRY_RUN:-0}" == 1 || "${PLAN:-0}" == 1 ]]; then
+    if [[ "${DRY_RUN:-0}" == 1 || "${PLAN:-0}" == 1 ]]; then   # PLAN=1: an older name
         [[ -d "$MEGATRON_PATH/megatron" ]] && export PYTHONPATH="$MEGATRON_PATH${PYTHONPATH:+:$PYTHONPATH}"
         exec "${PYTHON:-python}" -W ignore -m muon_plugin.planner \
             --nodes "$NUM_NODES" --gpus-per-node "$GPUS_PER_NODE" ${PLAN_ARGS:-} -- "${all[@]}"

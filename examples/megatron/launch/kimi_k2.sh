@@ -20,7 +20,8 @@ MODEL_ARGS=(
     --init-method-std 0.02
     --make-vocab-size-divisible-by 128
 )
-ATTENTION_ARGS=(                               # multi-latent attention: its norms stand before the up-projections
+ATTENTION_ARGS=(                               # multi-latent attention: its norms stand before the up-projections, so
+                                               # that --qk-layernorm and --qk-clip go together
     --multi-latent-attention
     --q-lora-rank 1536
     --kv-lora-rank 512

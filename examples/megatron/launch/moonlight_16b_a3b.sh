@@ -5,7 +5,8 @@
 # doubles at 200B tokens, so it is 2a, then 2b. STAGE=3 up to 5.7T tokens: up to 1e-4 in 100 steps, then linearly to 0.
 # Megatron's scheduler knows one warm-up and one decay, so each stage is a run of its own that loads the last one's
 # checkpoint (--override-opt_param-scheduler). Stage 2's cosine starts anew at 2b, a few percent off the paper's.
-# MUONCLIP=1 trains with Muon head by head and QK-Clip, which came after the paper.
+# MUONCLIP=1 trains with Muon head by head and QK-Clip, which came after the paper. (--qk-layernorm does not exclude it
+# in multi-latent attention, whose norms stand before the up-projections.)
 set -euo pipefail
 VOCAB_SIZE=163840
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
