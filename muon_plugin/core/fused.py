@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from .cutting import Rule, Stored
@@ -41,9 +42,9 @@ class Fused:
     blocks: str
     rule: Callable[[Any, Stored], Rule]
 
-    def applies(self, block: Any, attribute: str) -> bool:
-        name = type(block).__name__.removeprefix("Parametrized")  # as torch calls it then
-        return bool(re.fullmatch(self.layers, attribute) and re.match(self.blocks, name))
+    def applies(self, kind: str, layer: str) -> bool:
+        """Whether it is about layers of this name in blocks of this class."""
+        return bool(re.fullmatch(self.layers, layer) and re.match(self.blocks, kind))
 
 
 def _each(stored: Stored, *sizes: int) -> Rule:
@@ -182,18 +183,24 @@ KNOWN = (
 )
 
 
+@cache
+def _about(kind: str, layer: str) -> tuple[Fused, ...]:
+    """Those of `KNOWN` that apply: a model has few kinds of layers, and tens of thousands of each."""
+    kind = kind.removeprefix("Parametrized")  # as torch calls a class with parametrizations
+    return tuple(fused for fused in KNOWN if fused.applies(kind, layer))
+
+
 def known_rule(place: Place, stored: Stored) -> Rule | None:
     """How the layer at `place` is cut; None where it looks fused and its layout is not known."""
     attribute = place.attribute.lower()
     block, name = place.in_block
-    for fused in KNOWN if block is not None else ():
-        if fused.applies(block, name):
-            try:
-                rule = fused.rule(block, stored)
-            except (AttributeError, TypeError, ZeroDivisionError):
-                continue  # another kind of block with a layer of that name
-            rule = replace(rule, sizes=tuple(size for size in rule.sizes if size))  # such as no rotary part
-            return rule if rule.fits(stored) else None
+    for fused in _about(type(block).__name__, name) if block is not None else ():
+        try:
+            rule = fused.rule(block, stored)
+        except (AttributeError, TypeError, ZeroDivisionError):
+            continue  # another kind of block with a layer of that name
+        rule = replace(rule, sizes=tuple(size for size in rule.sizes if size))  # such as no rotary part
+        return rule if rule.fits(stored) else None
     if attribute in GATE_UP_NAMES and stored.outputs % 2 == 0:
         # In transformers, experts say whether gate and up take turns.
         turns = getattr(place.block, "is_concatenated", True) is False or _model_type(place) == "gpt_oss"
@@ -268,17 +275,22 @@ BATCHES = (
     Batch("o", "XLNetRelativeAttention", lambda b, shape: Stored(1, shape[0], math.prod(shape[1:]))),
     Batch("r_kernel", "Funnel", lambda b, shape: Stored(1, shape[0], math.prod(shape[1:]), True)),
 )
-#: Those in two dimensions.
-FLAT = tuple(batch for batch in BATCHES if batch.flat)
 
 
 def known_batch(place: Place, shape: tuple[int, ...]) -> Stored | None:
     """How a parameter of several matrices, or of more than two dimensions, is stored; None for other parameters."""
     for holder, attribute in ((place.block, place.attribute), (place.layer, place.name.rpartition(".")[2])):
-        for batch in BATCHES if len(shape) > 2 else FLAT:
-            if re.match(batch.blocks, type(holder).__name__) and re.fullmatch(batch.layers, attribute):
-                return batch.stored(holder, shape)
+        batch = _batch(type(holder).__name__, attribute, len(shape) <= 2)
+        if batch is not None:
+            return batch.stored(holder, shape)
     return None
+
+
+@cache
+def _batch(kind: str, layer: str, flat: bool) -> Batch | None:
+    """The first of `BATCHES` that is about layers of this name in blocks of this class, in two dimensions or more."""
+    found = (batch for batch in BATCHES if batch.flat or not flat)
+    return next((b for b in found if re.match(b.blocks, kind) and re.fullmatch(b.layers, layer)), None)
 
 
 def stored_experts(place: Place, shape: tuple[int, ...]) -> Stored:
