@@ -8,6 +8,8 @@ OTHER_TORCH ?= 2.6.0 2.14.1
 export TORCH_RELEASES ?= $(CURDIR)/.venv/torch-releases
 BIN := .venv/bin
 export DS_ACCELERATOR ?= cpu
+# The tests start hundreds of processes, each of which would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint wheel slurm other-torch docs bench bench-megatron gpu clean
 
@@ -49,7 +51,7 @@ wheel: .venv/base  ## the wheel and the source distribution, in dist/, checked f
 	$(BIN)/python -m twine check --strict dist/*
 
 docs: .venv/docs  ## the documentation as a site, in site/; a dead link or an unknown reference is an error
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m mkdocs build --strict
 
 bench: .venv/dev  ## DeepSpeed's built-in Muon, ours and AdamW in one run; then the table in docs/performance.md
 	$(BIN)/python benchmarks/deepspeed_muon.py

@@ -16,7 +16,6 @@ from tests.support.combinations import some
 from tests.support.deepspeed_runs import resume, save, weights_alone
 from tests.support.integers import config, differing, trained
 
-
 STAGES = some([1, 3, 0], 1)
 
 
