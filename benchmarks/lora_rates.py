@@ -28,8 +28,8 @@ from muon_plugin import Muon
 WIDTHS, RANKS = (128, 256), (4, 16, 64, None)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BATCH, LENGTH, STEPS, PRETRAINING = 8, 128, 150, 1000
-HEAD = """Loss (nats a byte) on text that was held out, after {steps} steps with a rate that falls linearly to 0. Before:
-{before}.
+HEAD = """Loss (nats a byte) on text that was held out, after {steps} steps with a rate that falls linearly to 0.
+Before: {before}.
 LoRA on all linear layers of the blocks with alpha = 2 r and weight decay 0; rank "all": every weight is trained, with
 weight decay 0.1. The best rate of a row is bold.
 
