@@ -18,6 +18,7 @@ UPDATE_RMS = (0.05, 0.1, 0.2, 0.4, 0.8)
 SHARES = (0.4, 0.52, 0.7, 1.0)
 SCALINGS = ("baseline", "update norm", "adjusted")
 HEADS = (("whole", False), ("per-head", True))
+MOMENTA = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,12 @@ def heads(lab: Lab) -> dict[str, Any]:
     )
 
 
+def momentum(lab: Lab) -> dict[str, Any]:
+    """Not in the paper: the momentum in bf16 between steps, rounded at random (`momentum_dtype`), all else alike."""
+    tuned = [replace(lab.searched(layers), optimizer="Muon") for layers in _up_to_middle(lab)]
+    return lab.compare({f"{dtype} {run.layers}": replace(run, momentum=dtype) for run in tuned for dtype in MOMENTA})
+
+
 def finetune(lab: Lab) -> dict[str, Any]:
     """Table 6: pretrained with one optimizer, fine-tuned on another text with either; AdamW's rate searched."""
     best = lab.searched(lab.scale.middle)
@@ -261,5 +268,5 @@ def finetune(lab: Lab) -> dict[str, Any]:
 
 EXPERIMENTS = {
     f.__name__: f
-    for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, heads, finetune)
+    for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, heads, momentum, finetune)
 }

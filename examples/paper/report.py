@@ -18,7 +18,7 @@ from typing import Any
 
 import figures
 import numpy as np
-from experiments import EXPERIMENTS, OPTIMIZERS, SCALES, SCALINGS, SHARES, UPDATE_RMS, Lab, loss_of
+from experiments import EXPERIMENTS, MOMENTA, OPTIMIZERS, SCALES, SCALINGS, SHARES, UPDATE_RMS, Lab, loss_of
 from trainer import Run
 
 from muon_plugin.metrics import GROUPS, group_of
@@ -445,6 +445,23 @@ the longer side), so both updates have the same RMS. Validation loss; logits are
 {table(header, rows)}"""
 
 
+def momentum(found: Results, out: Path) -> str:
+    """The momentum in fp32 against bf16."""
+    rows = []
+    for layers in sorted({int(label.split()[1]) for label in found}):
+        wide, narrow = (found[f"{dtype} {layers}"] for dtype in MOMENTA)
+        size, steps = figures.short(wide[0]["parameters"]), wide[0]["points"][-1]["step"]
+        behind = mean_sd(np.subtract(losses(narrow), losses(wide)).tolist(), 4)
+        rows.append([size, steps, mean_sd(losses(wide), 4), mean_sd(losses(narrow), 4), behind])
+    header = ["N", "steps", "fp32", "bf16", "bf16 - fp32, seed by seed"]
+    return f"""## The momentum in bf16 (not in the paper)
+
+With `momentum_dtype` "bf16" the momentum is kept in 2 bytes an element between steps, and rounded up or down at random
+so that its mean is exact. Learning rate, decay, batch, tokens and seeds are those of the scaling law. Validation loss.
+
+{table(header, rows)}"""
+
+
 def finetune(found: Results, out: Path) -> str:
     """Table 6."""
     rows = [
@@ -462,7 +479,7 @@ Validation loss on the second text. {_best(found, list(found))} The paper measur
 
 SECTIONS: dict[str, Callable[[Results, Path], str]] = {
     f.__name__: f
-    for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, heads, finetune)
+    for f in (scaling, shorter, control, batch, sweep, scalings, decay, spectra, attention, heads, momentum, finetune)
 }
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Run:
         text: "main", or "shifted".
         evaluations: during the run, evenly spaced.
         per_head: whether each head of query, key and value is a matrix of its own.
+        momentum: dtype of Muon's momentum between steps.
     """
 
     kind: str
@@ -74,13 +75,15 @@ class Run:
     text: str = "main"
     evaluations: int = 8
     per_head: bool = False
+    momentum: str = "fp32"
 
     @property
     def name(self) -> str:
         """Readable, and another one for another run."""
         said = asdict(self)
-        if not self.per_head:  # runs that were logged before this field was there keep their names
-            del said["per_head"]
+        for later in ("per_head", "momentum"):  # runs that were logged before these fields were there keep their names
+            if said[later] == type(self).__dataclass_fields__[later].default:
+                del said[later]
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.kind}-{self.layers}x{self.hidden}-{self.optimizer}-{digest}"
 
@@ -162,6 +165,7 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     # The update is scaled, the decay is not: lr (factor u + wd w).
     rates = {"lr": run.lr, "muon_lr": run.lr * factor}
     settings = {"weight_decay": run.weight_decay, "adjust_lr_fn": rule, "per_head_muon": run.per_head}
+    settings["momentum_dtype"] = run.momentum
     optimizer = muon_plugin.Muon(groups, model=model, **settings, **rates)
     for group in optimizer.param_groups:
         if group["use_muon"]:

@@ -113,7 +113,7 @@ def label(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:
 
 def si(amount: float) -> str:
     """Three digits and the prefix of the unit."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if amount >= size:
             return f"{amount / size:.2f} {unit}"
     return f"{amount:.0f} "

@@ -15,7 +15,7 @@ from . import models, plot, tables
 from .cost import Rates, plan_stages
 from .counts import META
 from .models import Model, Parallel
-from .planned import Planned
+from .planned import Planned, Training
 
 USAGE = """python -m muon_plugin.planner MODEL --nodes N --gpus-per-node N [OPTIONS]
 
@@ -52,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     ):
         default = getattr(rates, flag.replace("-", "_"))
         parser.add_argument(f"--{flag}", type=positive_number, default=default, help=f"{text} (default {default:g})")
+    parser.add_argument(
+        "--gpu-memory-gb", type=positive_number, default=80, help="of a GPU, 1e9 bytes (default %(default)g)"
+    )
+    parser.add_argument("--tokens", type=positive_number, help="of a step over all ranks: with it, Muon's share of one")
+    parser.add_argument("--tokens-per-s", type=positive_number, help="that a rank trains on with AdamW")
     parser.add_argument("--plot", metavar="PNG", help="draw the balance over ranks, and step times over DP sizes")
     parser.add_argument("--json", action="store_true", help="print JSON, with the counts of every rank")
     return parser
@@ -75,13 +80,28 @@ def run(arguments: Sequence[str]) -> Planned:
         )
     if own.plot:
         plot.check(own.plot)
+    if (own.tokens is None) is not (own.tokens_per_s is None):
+        raise ValueError(
+            f"--tokens {own.tokens} with --tokens-per-s {own.tokens_per_s}; allowed: both (tokens of a step over all "
+            "ranks, and tokens a second that a rank trains on with AdamW), or none"
+        )
     newton_schulz = model.newton_schulz.on(META)
     sweep = {
         n: plan_stages(model.stages(n), newton_schulz, model.scalars, model.state)
         for n in (_sweep(ranks, model.unit) if own.plot else [ranks])
     }
     rates = Rates(own.tflops, own.gb_per_s, own.memory_gb_per_s, own.launch_us, own.batch_us)
-    planned = Planned(model, own.nodes, own.gpus_per_node, sweep[ranks], rates, sweep, own.json)
+    planned = Planned(
+        model,
+        own.nodes,
+        own.gpus_per_node,
+        sweep[ranks],
+        rates,
+        sweep,
+        own.json,
+        own.gpu_memory_gb * 1e9,
+        Training(own.tokens, own.tokens_per_s) if own.tokens else None,
+    )
     if own.plot:
         plot.draw(planned, Path(own.plot))
     return planned

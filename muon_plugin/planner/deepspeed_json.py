@@ -9,21 +9,25 @@ from typing import Any
 from ..core.settings import Settings
 from .calls import Zero
 from .cost import Traffic
+from .memory import Engine
 
 SECTIONS = ("optimizer", "zero_optimization", "tensor_parallel", "bf16", "fp16", "data_types")
 #: ``communication_data_type`` -> bytes an element.
 WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
+#: DeepSpeed's default of ``reduce_bucket_size``, elements.
+REDUCE_BUCKET = 500_000_000
 
 Section = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """Muon's settings, the cut, and the bytes of the engine's own traffic."""
+    """Muon's settings, the cut, the bytes of the engine's own traffic, and what it holds in memory."""
 
     settings: Settings
     zero: Zero
     traffic: Traffic
+    engine: Engine
 
 
 def read(config: Section, zero_stage: int | None) -> DeepSpeedConfig:
@@ -55,7 +59,35 @@ def read(config: Section, zero_stage: int | None) -> DeepSpeedConfig:
         element_bytes=element_bytes,
         moment_bytes=2 if sections["bf16"].get("bf16_optimizer_states", False) else 4,
     )
-    return DeepSpeedConfig(settings, zero, _traffic(stage, gradient_bytes, element_bytes))
+    engine = Engine(
+        weights=element_bytes,
+        gradients=WIDTHS.get(str(accumulated), element_bytes),
+        masters=_master_bytes(sections, stage, half),
+        weights_cut=stage == 3,
+        gradients_cut=stage >= 2,
+        buffer=_bucket(zero_section, stage),
+        masters_on_cpu=_section(zero_section, "offload_optimizer").get("device", "none") != "none",
+        momentum_on_cpu=settings.offload,
+        momentum=settings.momentum_type.itemsize,
+    )
+    return DeepSpeedConfig(settings, zero, _traffic(stage, gradient_bytes, element_bytes), engine)
+
+
+def _master_bytes(sections: Mapping[str, Section], stage: int, half: bool) -> int:
+    """Without ZeRO the weights of an fp32 model are stepped themselves; with it, a rank's part of them is a copy."""
+    if not half:
+        return 4 if stage else 0
+    keys = (("bf16", "bf16_master_weights_and_grads"), ("fp16", "fp16_master_weights_and_grads"))
+    return 2 if any(sections[section].get(key, False) for section, key in keys) else 4
+
+
+def _bucket(section: Section, stage: int) -> int:
+    """Elements of the buckets in which gradients are reduced: two where that overlaps with the backward pass."""
+    size = section.get("reduce_bucket_size", "auto")
+    size = REDUCE_BUCKET if size == "auto" else size
+    if stage == 0 or not section.get("contiguous_gradients", True) or not isinstance(size, (int, float)):
+        return 0
+    return int(size) * (2 if stage < 3 and section.get("overlap_comm", False) else 1)
 
 
 def _section(config: Section, key: str) -> Section:

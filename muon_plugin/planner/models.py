@@ -6,8 +6,9 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from ..megatron.routing import is_expert
 from . import deepspeed_json, on_meta, shapes
 from .calls import PlannedCall, Stage, StageModel, Zero, zero_calls
 from .cost import Traffic
+from .memory import Engine
+
+#: Classes of transformers that build a model from its config, in the order in which they are asked.
+MODELS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Model:
         unit: the number of ranks must be a multiple of this.
         sizes: for a number of ranks, the sizes of the parallel dimensions by their name.
         stages: for a number of ranks, the kinds of pipeline stages.
+        engine: what the engine holds in a rank's memory.
         state: bytes of state of an element of a matrix, and of any other; None: as the calls say.
     """
 
@@ -51,6 +57,7 @@ class Model:
     unit: int
     sizes: Callable[[int], Mapping[str, int]]
     stages: Callable[[int], list[Stage]]
+    engine: Engine
     state: tuple[int, int] | None = None
 
 
@@ -107,7 +114,7 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
     flags |= {"expert-model-parallel-size": parallel.ep, "context-parallel-size": parallel.cp}
     extra = [text for flag, size in flags.items() if size for text in (f"--{flag}", str(size))]
     args, settings = on_meta.load([*arguments, *extra], world)
-    kinds = list(on_meta.stages(args, settings))
+    kinds = on_meta.stages(args, settings)
     if settings.per_head:
         check_heads("--muon-split-qkv-per-head", [kind.routing.head_facts for kind in kinds])
     import megatron.core
@@ -121,19 +128,26 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
         cut = on_meta.sizes(args, ranks)
         return [Stage(kind.numbers, ranks // cut["pp"], tuple(_megatron_calls(kind, ranks, cut))) for kind in kinds]
 
-    cut, instances = on_meta.sizes(args), args.num_distributed_optimizer_instances
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not (args.bf16 or args.fp16) else 2
+    cut, instances, half = on_meta.sizes(args), args.num_distributed_optimizer_instances, args.bf16 or args.fp16
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2
     return Model(
         f"GPTModel under Megatron-Core {megatron.core.__version__.partition('+')[0]}",
         settings.describe() + clips,
         (*settings.notes, *on_meta.assumptions(args)),
         settings.newton_schulz,
         0,
-        Traffic(gradient, 2 if args.bf16 or args.fp16 else 4),
+        Traffic(gradient, 2 if half else 4),
         "AdamW under Megatron's distributed optimizer",
         cut["pp"] * instances * math.lcm(cut["tp"] * cut["cp"], cut["etp"] * cut["ep"]),
         lambda ranks: on_meta.sizes(args, ranks),
         stages,
+        Engine(
+            weights=2 if half else 4,
+            gradients=gradient,
+            masters=(2 if settings.lower_bits else 4) if half else 0,  # in fp32 they are the weights
+            momentum_on_cpu=settings.offload,
+            momentum=settings.state_bytes[0],
+        ),
         settings.state_bytes,
     )
 
@@ -199,6 +213,7 @@ def deepspeed(
         tp * pp * math.lcm(ep, cp),
         sizes,
         stages,
+        read.engine,
         (settings.momentum_type.itemsize, 2 * zero.moment_bytes),
     )
 
@@ -219,9 +234,11 @@ def _hf_stage(path: str, settings: Settings, parallel: Parallel) -> tuple[str, l
             f"--tp {tp} --pp {pp} --ep {ep} with --hf; allowed: 1, since a Hugging Face model does not say how it "
             "is cut; use --shapes, whose entries say it, or Megatron's arguments"
         )
-    model, title = _hf_model(path)
+    model, title, left_out = _hf_model(path)
     found = [Partition.of(name, p.shape) for name, p in model.named_parameters() if p.requires_grad]
-    return title, [_stage_model((0,), found, settings, model)]
+    stage = _stage_model((0,), found, settings, model)
+    notes = (*stage.routing.notes, *left_out)
+    return title, [replace(stage, routing=replace(stage.routing, notes=notes))]
 
 
 def _zero_stage_calls(
@@ -246,8 +263,8 @@ def _zero_stage_calls(
             )
 
 
-def _hf_model(path: str) -> tuple[Any, str]:
-    """The model of a config.json without memory, and what to call it.
+def _hf_model(path: str) -> tuple[Any, str, list[str]]:
+    """The model of a config.json without memory, what to call it, and notes on what it was built without.
 
     Raises:
         ValueError: where there is none, or transformers does not know its type.
@@ -260,15 +277,53 @@ def _hf_model(path: str) -> tuple[Any, str]:
         )
     values = read_json(str(file), "--hf")
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
+        from transformers import CONFIG_MAPPING, AutoConfig
     except ImportError:
         raise ValueError("--hf needs transformers: pip install transformers; or use --shapes") from None
     if "model_type" not in values:
-        raise ValueError(f"--hf {path} has no model_type; allowed: the config.json of a causal language model")
+        raise ValueError(f"--hf {path} has no model_type; allowed: the config.json of a language model")
+    kind = values.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"--hf {path}: transformers {transformers.__version__} does not know model_type {kind!r}; allowed: a type "
+            "that it knows (pip install --upgrade transformers), or --shapes with the names and shapes of the model"
+        )
     try:
-        kind = values.pop("model_type")
+        config = AutoConfig.for_model(kind, **values)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+            model = _built(config, values.get("architectures") or ())
     except Exception as error:  # whatever a model's code does not like about its config
-        raise ValueError(f"--hf {path}: {type(error).__name__}: {error}; allowed: a causal language model") from None
-    return model, f"{kind} ({path})"
+        why = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise ValueError(f"--hf {path}: {why}; allowed: the config.json of a language model, or --shapes") from None
+    found = [*_not_in(model, config), *_multi_token_layers(model, values.get("num_nextn_predict_layers"))]
+    return model, f"{kind} ({path})", found
+
+
+def _built(config: Any, architectures: Sequence[str]) -> Any:
+    """The class that the config names, or the first that transformers has for its kind."""
+    import transformers
+
+    named = next((found for name in architectures if (found := getattr(transformers, name, None))), None)
+    if named is not None:
+        own = config if isinstance(config, named.config_class) else config.get_text_config()
+        return named._from_config(own)
+    factories: list[Any] = [getattr(transformers, name) for name in MODELS]
+    factory = next((each for each in factories if type(config) in each._model_mapping), None)
+    if factory is None:
+        raise ValueError("it is not a language model")
+    return factory.from_config(config)
+
+
+def _not_in(model: nn.Module, config: Any) -> list[str]:
+    """Parts of a composite config (a vision tower) that the model was built without."""
+    built = {type(module.config) for module in model.modules() if hasattr(module, "config")}
+    parts = {key: value for key, value in vars(config).items() if key.endswith("_config") and hasattr(value, "to_dict")}
+    return [f"without {key}: {type(model).__name__} does not have it" for key in parts if type(parts[key]) not in built]
+
+
+def _multi_token_layers(model: nn.Module, layers: int | None) -> list[str]:
+    """Those for multi-token prediction, which transformers mostly does not build."""
+    if not layers or any("mtp" in name or "nextn" in name for name, _ in model.named_parameters()):
+        return []
+    return [f"without the {layers} layers of num_nextn_predict_layers: {type(model).__name__} has none"]

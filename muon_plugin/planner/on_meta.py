@@ -35,6 +35,10 @@ from ..megatron.settings import Settings
 from .calls import StageModel
 
 GPT2_VOCABULARY = 50257
+#: What Megatron's parser says of arguments that it does not know.
+UNKNOWN = "unrecognized arguments: "
+#: Arguments of other models than GPTModel (Mamba and hybrid ones).
+OTHER_MODELS = ("hybrid_layer_pattern", "hybrid_override_pattern")
 
 
 @dataclass(frozen=True)
@@ -123,14 +127,20 @@ def _checked(arguments: Sequence[str]) -> Any:
     from megatron.training.arguments import parse_args, validate_args
 
     sys.argv = ["pretrain_gpt.py", *arguments]
-    complaint = io.StringIO()
+    unknown = ""
     try:
-        with contextlib.redirect_stderr(complaint):  # behind hundreds of lines of usage
-            args = parse_args()
-    except SystemExit as end:
-        if end.code:
-            raise ValueError(complaint.getvalue().strip().rpartition("error: ")[2]) from end
-        raise
+        args = _parsed(parse_args)
+    except ValueError as error:
+        if not str(error).startswith(UNKNOWN):
+            raise
+        args, unknown = _parsed(partial(parse_args, ignore_unknown_args=True)), str(error).removeprefix(UNKNOWN)
+    args.unknown_arguments = unknown
+    for name in OTHER_MODELS:
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: the planner builds GPTModel, whose layers are "
+                "attention and MLP; allowed: --shapes, with the names and shapes of another model"
+            )
     if not asks_for_muon(args):
         raise ValueError("--optimizer muon and --use-distributed-optimizer are both needed for this Muon")
     printed = sys.stdout
@@ -142,9 +152,27 @@ def _checked(arguments: Sequence[str]) -> Any:
     return args
 
 
+def _parsed(parse: Callable[[], Any]) -> Any:
+    """What Megatron's parser makes of sys.argv.
+
+    Raises:
+        ValueError: with its complaint, which it prints behind hundreds of lines of usage.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return parse()
+    except SystemExit as end:
+        if end.code:
+            raise ValueError(complaint.getvalue().strip().rpartition("error: ")[2]) from end
+        raise
+
+
 def assumptions(args: Any) -> list[str]:
     """What the plan assumes or leaves out, for the notes."""
     found = []
+    if args.unknown_arguments:
+        found.append(f"left out, as this Megatron-Core does not know them: {args.unknown_arguments}")
     if not (getattr(args, "padded_vocab_size", None) or args.vocab_size):
         found.append(f"the tokenizer is not loaded; {GPT2_VOCABULARY} tokens are assumed (--vocab-size)")
     if getattr(args, "mtp_num_layers", None):
@@ -164,8 +192,22 @@ def sizes(args: Any, ranks: int | None = None) -> dict[str, int]:
     return {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "cp": args.context_parallel_size, "dp": dense, "edp": experts}
 
 
-def stages(args: Any, settings: Settings) -> Iterator[BuiltStage]:
-    """Every kind of pipeline stage, built, routed and cut once."""
+def stages(args: Any, settings: Settings) -> list[BuiltStage]:
+    """Every kind of pipeline stage, built, routed and cut once.
+
+    Raises:
+        ValueError: if Megatron cannot build the model here.
+    """
+    try:
+        return list(_stages(args, settings))
+    except (AssertionError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"Megatron cannot build this model without a GPU: {error or _failed_check(error)}; allowed: a GPTModel "
+            "whose libraries are installed, or --shapes with names and shapes"
+        ) from error
+
+
+def _stages(args: Any, settings: Settings) -> Iterator[BuiltStage]:
     alike: dict[str, list[int]] = {}
     for number in range(args.pipeline_model_parallel_size):
         _process_groups(number, args)
@@ -207,12 +249,15 @@ def _config(args: Any) -> Any:
     args.moe_grouped_gemm = False
     args.tp_comm_overlap = False
     args.fp8 = None
+    args.moe_token_dispatcher_type = "allgather"  # others may want libraries that are not installed
+    args.moe_enable_deepep = False
     for name in vars(args):
         if name.endswith("_fusion"):
             setattr(args, name, False)
     config = core_transformer_config_from_args(args)
     config.perform_initialization = False
     config.persist_layer_norm = False
+    config.layernorm_zero_centered_gamma = False  # Transformer Engine's and Apex's
     if config.multi_latent_attention:
         config.qk_layernorm = False  # Transformer Engine's; a vector of the latent's size a layer is not counted
     config.context_parallel_size = 1

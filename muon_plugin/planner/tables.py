@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ..core.report import si
+from ..core.routing import by_pattern
+from . import memory
 from .cost import Load, StageLoad
+from .counts import META
 from .planned import Planned
 
 #: The paper's count: fp32 gradients reduce-scattered, fp32 weights all-gathered; its bound for Muon: bf16 gathered too.
@@ -36,6 +40,44 @@ def totals(planned: Planned) -> dict[str, float]:
         own = found[f"{key}_bytes"]
         found[f"times_{key}"] = 1 + found["exchange_bytes"] / own if own else 1.0
     return found
+
+
+def parameters(planned: Planned) -> int:
+    """Elements of the whole model; what several pipeline stages hold, as a tied embedding, is counted in each."""
+    return sum(
+        len(of_stage.stage.numbers) * load.call.copies * math.prod(p.shape)
+        for of_stage in planned.stages
+        for load in of_stage.loads
+        for p in load.call.parameters
+    )
+
+
+def memory_of_a_rank(planned: Planned) -> memory.Memory:
+    return memory.largest(planned.stages, planned.model.engine)
+
+
+def share(planned: Planned) -> dict[str, float] | None:
+    """A step of the whole training in seconds with AdamW, what Muon adds to it, and the share of this."""
+    if planned.training is None:
+        return None
+    whole, step = planned.training.seconds(planned.ranks), step_seconds(planned, planned.stages)
+    added = step["muon_step"] - step["adamw_step"]
+    return {"with_adamw": whole, "muon_adds": added, "share": added / whole}
+
+
+def costliest(planned: Planned) -> list[str]:
+    """The matrices of a call that cost most, by name; stages with the same ones share a line."""
+    found: dict[str, list[int]] = {}
+    for of_stage in planned.stages:
+        for load in of_stage.loads:
+            flops = planned.model.newton_schulz.on(META).flops
+            most = [m for m in load.call.matrices if flops(m.rows, m.cols) == load.costliest]
+            for name, shape, count in by_pattern((m.name, f"{m.rows}x{m.cols}") for m in most):
+                alike = f", {count} of them" if count > 1 else ""
+                line = f"{load.call.label}: {name} ({shape}{alike}), {si(load.costliest)}FLOP each"
+                found.setdefault(line, []).extend(of_stage.stage.numbers)
+    several = len(planned.stages) > 1
+    return [f"stage {stages_name(numbers)}, {line}" if several else line for line, numbers in found.items()]
 
 
 def step_seconds(planned: Planned, stages: Sequence[StageLoad]) -> dict[str, float]:
@@ -114,7 +156,7 @@ def text(planned: Planned) -> str:
     adamw = max(max(s.by_rank(lambda load: load.adamw_state)) for s in planned.stages)
     busiest = max((sum(max(load.flops) for load in s.loads), s.balance) for s in planned.stages)
     above = [
-        model.title,
+        f"{model.title}: {si(parameters(planned)).strip()} parameters",
         f"{_several(planned.ranks, 'rank')} = {_several(planned.nodes, 'node')} x {_several(planned.gpus, 'GPU')}: "
         f"{_sizes(planned)}",
         model.settings,
@@ -123,13 +165,17 @@ def text(planned: Planned) -> str:
     below = [
         f"Newton-Schulz: {si(found['newton_schulz_flops'])}FLOP a step over all ranks; the busiest ranks "
         f"{si(busiest[0])}FLOP, {busiest[1]:.2f} of the bound: call by call, the larger of mean and costliest matrix",
+        *(f"  the costliest of {line}" for line in costliest(planned)),
         f"state: at most {si(state)}B a rank (AdamW: {si(adamw)}B)",
+        *_memory(planned),
         f"exchange: {si(found['exchange_bytes'])}B a step over all ranks, on top of {model.traffic.each} bytes an "
         "element of the engine's own:",
         f"  {found['times_engine']:.4f} times what {model.baseline} sends",
         f"  {found['times_paper']:.4f} times in the paper's count, 4 + 4 bytes an element; its bound is "
         f"(1, {PAPER_BOUND}], 4 + 2 + 4 against 4 + 4",
         *_times(planned),
+        *_share(planned),
+        LEGEND,
         *(f"why: {reason}" for reason in reasons(planned)),
     ]
     lines = [*_wrapped(above), "", *(f"  {row}" for row in _columns(planned)), "", *_wrapped(below)]
@@ -157,7 +203,6 @@ def _times(planned: Planned) -> list[str]:
     slowest = max(planned.stages, key=lambda of_stage: _step(planned, of_stage)["muon_step"])
     rates, of, counts = planned.rates, _step(planned, slowest), slowest.counts
     ms = {key: f"{value * 1e3:.1f} ms" if value < 10 else f"{value:.1f} s" for key, value in of.items()}
-    peak = max(of_stage.counts.peak for of_stage in planned.stages)
     muon = " + ".join(f"{name} {ms[key]}" for key, name in DEVICE.items())
     if of["launches"] > sum(of[key] for key in DEVICE):
         muon = f"the host's launches {ms['launches']}, which take longer than {muon}"
@@ -165,7 +210,6 @@ def _times(planned: Planned) -> list[str]:
         f"counted on the ranks of the slowest stage that have parts of most matrices: {counts.kernels:,} kernels, "
         f"{counts.bytes_each:.0f} bytes of elementwise traffic for each element of a matrix, {counts.messages:,} "
         f"messages, {counts.collectives:,} calls that communicate",
-        f"memory of a step, beside weights, gradients and state: at most {si(peak)}B a rank",
         "a step of the slowest stage, nothing overlapped:",
         f"  AdamW {ms['adamw_step']} = engine's traffic {ms['engine']} + elementwise {ms['adamw']}",
         f"  Muon  {ms['muon_step']} = engine's traffic {ms['engine']} + {muon}",
@@ -175,6 +219,36 @@ def _times(planned: Planned) -> list[str]:
     ]
 
 
+def _memory(planned: Planned) -> Iterator[str]:
+    of = memory_of_a_rank(planned)
+    parts = {
+        "weights": of.weights,
+        "gradients": of.gradients,
+        "fp32 masters": of.masters,
+        "optimizer state": of.state,
+        "the engine's buffers": of.buffers,
+        "Muon's step": of.step,
+    }
+    shown = " + ".join(f"{name} {si(size)}B" for name, size in parts.items() if size)
+    over = "" if of.total <= planned.gpu_bytes else ", MORE THAN IT HAS"
+    yield (
+        f"memory of a rank, without activations: {si(of.total)}B of the GPU's {si(planned.gpu_bytes)}B{over} = {shown}"
+    )
+    if of.on_cpu:
+        yield f"  and {si(of.on_cpu)}B in CPU memory"
+
+
+def _share(planned: Planned) -> Iterator[str]:
+    found = share(planned)
+    if found is not None and planned.training is not None:
+        yield (
+            f"a training step of {si(planned.training.tokens).strip()} tokens takes {found['with_adamw']:.2f} s with "
+            f"AdamW; Muon adds {found['muon_adds'] * 1e3:.1f} ms, {found['share']:.2%}"
+        )
+
+
+#: Units of the whole table.
+LEGEND = "units: k 1e3, M 1e6, G 1e9, T 1e12, P 1e15; B bytes; FLOP: a multiplication or an addition"
 WIDTH = 120
 HEADER = (
     *("stage", "call", "groups x ranks", "matrices", "FLOP", "busiest", "/ mean", "/ bound"),
@@ -215,6 +289,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
     """Everything of the table and the plot, with the counts of every rank of every kind of stage."""
     return {
         "model": planned.model.title,
+        "parameters": parameters(planned),
         "ranks": planned.ranks,
         "layout": dict(planned.model.sizes(planned.ranks)),
         "settings": planned.model.settings,
@@ -233,6 +308,9 @@ def as_json(planned: Planned) -> dict[str, Any]:
             for of_stage in planned.stages
         ],
         "totals": totals(planned),
+        "memory_bytes_a_rank": asdict(of_rank := memory_of_a_rank(planned)) | {"total": of_rank.total},
+        "costliest_matrices": costliest(planned),
+        "training_step": share(planned),
         "step_seconds": step_seconds(planned, planned.stages),
         "step_seconds_by_ranks": {ranks: step_seconds(planned, stages) for ranks, stages in planned.sweep.items()},
         "reasons": reasons(planned),

@@ -81,11 +81,16 @@ def test_deepspeeds_counts_are_those_of_a_real_run(ranks, tmp_path, world, stage
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     arguments = ["--hf", str(tmp_path), "--deepspeed", str(tmp_path / "ds.json"), "--nodes", "1"]
     planned = as_json(run([*arguments, "--gpus-per-node", str(world)]))
-    assert by_rank(planned) == ranks(world).run(deepspeed_counts, settings)
+    found = ranks(world).run(deepspeed_counts, settings)
+    assert by_rank(planned) == [counts for counts, *_ in found]
+    memory = planned["memory_bytes_a_rank"]
+    assert [(memory["weights"], memory["masters"])] * world == [held for _, held in found]
+    assert planned["parameters"] == 3 * (42 * 42 * 2 + 2 * 42 * 14 + 3 * 42 * 87 + 2 * 42) + 42 + 2 * 97 * 42
     assert (len(planned["stages"][0]["calls"]) > 2) is (stage == 3)  # a sub-group is a call of its own
 
 
-def deepspeed_counts(rank: int, settings: dict[str, Any]) -> tuple[int, int, int]:
+def deepspeed_counts(rank: int, settings: dict[str, Any]) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """FLOPs, bytes sent, bytes of state; bytes of weights and of fp32 masters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -95,8 +100,12 @@ def deepspeed_counts(rank: int, settings: dict[str, Any]) -> tuple[int, int, int
     with FlopCounterMode(display=False) as counter, bytes_sent() as sent:
         engine.step()
     found = counter.get_total_flops(), sum(sent.values()), state_bytes(engine.basic_optimizer.state.values())
+    weights = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.module.parameters())
+    kept = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 gives them to a step alone
+    kept = kept or [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    masters = sum(p.nbytes for p in kept)
     engine.destroy()
-    return found
+    return found, (weights, masters)
 
 
 # Under Megatron.
@@ -421,7 +430,7 @@ def test_settings_are_told_as_a_run_tells_them(tmp_path):
         (["--shapes", "SHAPES", "--zero-stage", "4"], "zero_optimization.stage=4; allowed: 0, 1, 2, 3"),
         (["--shapes", "SHAPES", "--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: allowed"),
         (["--shapes", "SHAPES", "--deepspeed", "HEADS"], "per_head_muon=True, but of no trainable parameter"),
-        (["--hf", "SHAPES"], "has no model_type; allowed: the config.json of a causal language model"),
+        (["--hf", "SHAPES"], "has no model_type; allowed: the config.json of a language model"),
         (["--hf", "PICTURES"], "allowed: a causal language model"),
         (["--shapes", "COMMENTED.jsonc"], "allowed: a JSON object without comments, such as "),
         (["--hf", "SHAPES", "--tp", "2"], "--tp 2 --pp 1 --ep 1 with --hf; allowed: 1"),
@@ -485,3 +494,69 @@ def test_the_commands_exit_code_is_2_and_python_gets_a_value_error():
 def test_python_gets_what_megatrons_parser_says_as_a_value_error(megatron):
     with pytest.raises(ValueError, match="--tensor-model-parallel-sise"):
         planner.report(megatron([], [*MODEL, "--tensor-model-parallel-sise", "2"]))
+
+
+# What else the table says.
+
+
+def planned_for(tmp_path, config: dict[str, Any], *arguments: str) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = planner.report(["--hf", str(tmp_path), "--nodes", "1", "--gpus-per-node", "2", *arguments])
+    return " ".join(found.split())
+
+
+def test_a_whole_ranks_memory_and_muons_share_of_a_step_are_told(tmp_path):
+    found = planned_for(tmp_path, LLAMA, "--gpu-memory-gb", "0.0001", "--tokens", "4000", "--tokens-per-s", "1000")
+    assert "55.44 k parameters" in found
+    assert "GPU's 100.00 kB, MORE THAN IT HAS = weights 110.88 kB + gradients 110.88 kB + fp32 masters" in found
+    assert "a training step of 4.00 k tokens takes 2.00 s with AdamW; Muon adds" in found
+    assert "the costliest of matrices: model.layers.*.mlp." in found
+    assert "units: k 1e3" in found
+    with pytest.raises(ValueError, match=r"--tokens 4000\.0 with --tokens-per-s None; allowed: both"):
+        planned_for(tmp_path, LLAMA, "--tokens", "4000")
+
+
+def test_a_model_type_that_transformers_does_not_know_is_told_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="does not know model_type 'llama9'") as error:
+        planned_for(tmp_path, LLAMA | {"model_type": "llama9"})
+    assert len(str(error.value)) < 400
+    with pytest.raises(ValueError, match="it is not a language model"):
+        planned_for(tmp_path, {"model_type": "resnet"})
+
+
+def test_what_is_not_built_of_a_model_is_told(tmp_path):
+    text = LLAMA | {"model_type": "llama4_text", "head_dim": 14, "intermediate_size_mlp": 87, "num_local_experts": 2}
+    tower = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32}
+    both = {"model_type": "llama4", "text_config": text, "vision_config": tower | {"projector_output_dim": 32}}
+    assert "note: without" not in planned_for(tmp_path, both)
+    found = planned_for(tmp_path, both | {"architectures": ["Llama4ForCausalLM"]})
+    assert "note: without vision_config: Llama4ForCausalLM does not have it" in found
+    found = planned_for(tmp_path, {**LLAMA, "model_type": "glm4_moe", "head_dim": 14, "num_nextn_predict_layers": 1})
+    assert "note: without the 1 layers of num_nextn_predict_layers: Glm4MoeForCausalLM has none" in found
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "says"),
+    [
+        (
+            "--no-such-flag 3 --apply-layernorm-1p --num-experts 4 --moe-token-dispatcher-type flex",
+            0,
+            "note: left out, as this Megatron-Core does not know them: --no-such-flag 3",
+        ),
+        ("--hybrid-layer-pattern M*M*", 2, "--hybrid-layer-pattern M*M*: the planner builds GPTModel"),
+    ],
+)
+def test_launch_lines_of_others_end_in_a_plan_or_in_one_line(extra, code, says):
+    """Dispatchers that are not installed, Apex's norms, flags of a fork; Mamba, which is another model."""
+    arguments = [part for part in MODEL if part not in ("--normalization", "RMSNorm")]
+    command = [sys.executable, "-m", "muon_plugin.planner", "--nodes", "1", "--gpus-per-node", "4", "--"]
+    ran = subprocess.run(
+        [*command, *arguments, *shlex.split(extra)],
+        env=environment() | {"PYTHONPATH": f"{release('0.19.2')}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == code, ran.stderr
+    assert says in " ".join((ran.stdout + ran.stderr).split())
+    assert ran.stderr.count("\n") == (code > 0)
