@@ -4,6 +4,8 @@
 #   0 after the signal to stop      saved in time: requeued, goes on from there (ends at once if it was done)
 #   of the preflight, not 0         a node or setting is not fit: ends, since a restart would meet the same
 #   any other                       requeued, unless MAX_FAILURES in a row came without a new checkpoint
+#
+# Where the watchdog has ended the training, its exit code is the job's (75), and its verdict the output's last line.
 set -uo pipefail
 
 MAX_FAILURES=${MAX_FAILURES:-3}
@@ -91,8 +93,13 @@ stop() {
 trap stop USR1
 trap '[[ "$(squeue -h -j "$JOB" -o %r)" == TimeLimit ]] && failed 143 train; exit 143' TERM   # the time was too short
 
+# requeue WHY [LAST LINE]
 requeue() {
+    local drained
     say "requeued: $1"
+    drained=$(sinfo -h -R -n "$SLURM_JOB_NODELIST" -o "%N: %E" | paste -s -d ";")
+    [[ -n "$drained" ]] && say "drained or down, so that the next start may have to wait: $drained"
+    [[ -n "${2:-}" ]] && say "$2"
     scontrol requeue "$JOB" || exit 1
     exit 0
 }
@@ -103,9 +110,15 @@ progress() {
         sort -n | tail -n 1
 }
 
+# The watchdog's verdict, if it has ended the training: every rank prints it, each with its own name behind.
+verdict() {
+    sed -n 's/^\(muon_plugin watchdog: .*\)\. Rank .* exits with code 75$/\1/p' "$LOGS/$1"-*.log | head -n 1
+}
+
 # A failure is worth another start as long as checkpoints come: a bug that stops them must not be requeued for ever.
 failed() {
-    local code=$1 now count=0 last=; now=$(progress)
+    local code=$1 now count=0 last= told; now=$(progress) told=$(verdict "$2")
+    [[ -n "$told" ]] && code=75                    # torchrun's own is 1, whatever its ranks exit with
     tail -n 20 "$LOGS"/"$2"-*.log
     case $(squeue -h -j "$JOB" -o "%T %r") in
         RUNNING* | *TimeLimit) ;;
@@ -117,9 +130,16 @@ failed() {
     echo "$count $now" > "$file"
     if ((count >= MAX_FAILURES)); then
         say "failed with exit code $code, $count times in a row without a new checkpoint: not requeued"
+        [[ -n "$told" ]] && say "$told"
         exit "$code"
     fi
-    requeue "failed with exit code $code, time $count of $MAX_FAILURES without a new checkpoint"
+    requeue "failed with exit code $code, time $count of $MAX_FAILURES without a new checkpoint" "$told"
+}
+
+# Rank 0's table, which is in the log of one node, and what all ranks say.
+preflight_found() {
+    sed -sn '/^nodes  *ranks /,/^preflight: /{/^preflight: /!p}' "$LOGS"/preflight-*.log
+    grep -h "preflight: " "$LOGS"/preflight-*.log || tail -n 20 "$LOGS"/preflight-*.log
 }
 
 # run COMMAND...: preflight, training, and what its end asks for.
@@ -128,11 +148,9 @@ run() {
     say "job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes $SLURM_JOB_NODELIST, logs in $LOGS"
     if [[ "${PREFLIGHT:-1}" != 0 ]]; then
         # PREFLIGHT_ARGS: --tp and --pp of the job, --checkpoint-bytes 240G, --timeout; see --help
-        step preflight torchrun -m muon_plugin.preflight --checkpoints "$OUTPUT" ${PREFLIGHT_ARGS:-} || {
-            grep -h "preflight: " "$LOGS"/preflight-*.log || tail -n 20 "$LOGS"/preflight-*.log
-            say "the preflight failed: not started, not requeued"
-            exit 1
-        }
+        step preflight torchrun -m muon_plugin.preflight --checkpoints "$OUTPUT" ${PREFLIGHT_ARGS:-}; code=$?
+        preflight_found
+        ((code)) && { say "the preflight failed: not started, not requeued"; exit 1; }
     fi
     [[ -n "$stopping" ]] && requeue "no time left to train"
     training=1

@@ -1,6 +1,6 @@
 """Muon under DeepSpeed: `register` makes ``"optimizer": {"type": "Muon"}`` mean this Muon.
 
-DeepSpeed's functions are wrapped only here, and the wrappers act only when the config asks for Muon:
+DeepSpeed's functions are wrapped only here, and the wrappers, but for the last, act only when the config asks for Muon:
 
 - ``deepspeed.set_optimizer_flags`` would tag parameters for DeepSpeed's own Muon, which runs in the gradient path. The
   wrapper does not.
@@ -15,6 +15,7 @@ DeepSpeed's functions are wrapped only here, and the wrappers act only when the 
 - ``zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint``: the wrapper reads the tag that was asked for then.
 - ``DeepSpeedEngine.get_mom``: the wrapper reports Muon's momentum, where DeepSpeed looks for Adam's betas (`monitor`).
 - ``DeepSpeedZeroOptimizer_Stage3.offload_states`` rejects any optimizer but FusedAdam; the wrapper allows this one.
+- ``OpBuilder.jit_load``: the wrapper says that an operator is compiled, or waits for a lock (`compiling`).
 
 Two things are set on an engine that trains with Muon, and on no other: while ZeRO's wrapper is built, Muon is in the
 place of DeepSpeedCPUAdam (`cpu_adam`); and the stages of a pipeline take part in the same sums of norms (`pipeline`).
@@ -40,6 +41,7 @@ def register() -> None:
     if _hooks.installed:
         return
     import deepspeed
+    from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -48,7 +50,7 @@ def register() -> None:
     from deepspeed.utils import zero_to_fp32
 
     from ..core.muon import Muon
-    from . import checkpoints, engine, monitor, weights_only
+    from . import checkpoints, compiling, engine, monitor, weights_only
 
     if hasattr(DeepSpeedEngine, "_configure_stock_optimizer"):
         return  # patches/deepspeed-*.patch: the source calls `engine` itself
@@ -90,6 +92,7 @@ def register() -> None:
             ["checkpoint_dir", "tag", "exclude_frozen_parameters", "lazy_mode"],
             weights_only.read_zero_3,
         ),
+        Hook(OpBuilder, "jit_load", ["self", "verbose"], compiling.jit_load),
         Hook(DeepSpeedEngine, "get_mom", ["self"], monitor.get_mom),
         Hook(
             DeepSpeedZeroOptimizer_Stage3,

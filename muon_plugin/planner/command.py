@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{size}", type=positive, help=f"{help_text} parallel size; what is left of the ranks is DP"
         )
+    parser.add_argument("--checked", nargs=2, type=positive, help=argparse.SUPPRESS)  # TP, PP: the preflight's
     parser.add_argument("--zero-stage", type=int, help="0 to 3, in the place of the DeepSpeed config's; 1 without one")
     rates = Rates()
     for flag, text in (
@@ -73,6 +74,12 @@ def run(arguments: Sequence[str]) -> Planned:
     ranks = own.nodes * own.gpus_per_node
     model = _model(own, rest, ranks)
     sizes = model.sizes(ranks)
+    checked = own.checked or [sizes["tp"], sizes["pp"]]
+    if [sizes["tp"], sizes["pp"]] != checked:
+        raise ValueError(
+            f"the plan has TP {sizes['tp']}, PP {sizes['pp']}, and preflight checks the groups of --tp {checked[0]} "
+            f"--pp {checked[1]}; allowed: one layout. Give the job's --tp and --pp before the --, no others after it"
+        )
     if ranks % model.unit:
         raise ValueError(
             f"--nodes {own.nodes} x --gpus-per-node {own.gpus_per_node}: {ranks} ranks; allowed: a multiple of "

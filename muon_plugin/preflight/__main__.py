@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -266,8 +267,18 @@ class Check:
             self.problems += table.differences(answers, self.nodes)
 
     def _disk(self, first: bool) -> None:
-        folder, seconds = self.own.checkpoints, self.own.timeout
+        folder = self.own.checkpoints
         name = f".muon_plugin_preflight_{uuid.uuid4().hex[:8]}"
+        try:
+            self._shared(folder, name, first)
+        finally:
+            if self.rank == 0:  # in a thread: a file system that stands still would keep this process for ever
+                thread = threading.Thread(target=disk.remove, args=(folder, name), daemon=True)
+                thread.start()
+                thread.join(GRACE)
+
+    def _shared(self, folder: Path, name: str, first: bool) -> None:
+        seconds = self.own.timeout
         left = self._ask("the checkpoints' folder", lambda: self.rank > 0 or disk.leave(folder, name))
         if self.rank == 0:
             if left[0] == disk.MADE:
@@ -279,7 +290,6 @@ class Check:
         answers = self._ask("the shared folder", lambda: disk.find(folder, name, seconds / 2) if first else None)
         if self.rank:
             return
-        (folder / name).unlink(missing_ok=True)
         self.found.free = {self.nodes[r]: a["free"] for r, a in enumerate(answers) if a}
         for node, free in self.found.free.items():
             if free < self.own.checkpoint_bytes:
@@ -314,25 +324,36 @@ class Check:
             self.found.plan = plans[0] or ""
 
     def _of_this_job(self, planned: list[str]) -> list[str]:
-        """The planner's arguments, with this job's nodes and GPUs where they name none.
+        """The planner's arguments, with this job's nodes, GPUs and layout where they name none.
+
+        The planner refuses another layout than the one whose groups were checked. Megatron's arguments have their own,
+        which is not replaced: training would start with them.
 
         Raises:
-            ValueError: where they name others.
+            ValueError: where they name other nodes or GPUs.
             argparse.ArgumentError: for one without its number.
         """
+        mine, megatron = split_at_dashes(planned)
         count = len(set(self.nodes))
         each = self.world // count
         layout = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         layout.add_argument("--nodes", default=str(count))
         layout.add_argument("--gpus-per-node", default=str(each))
-        found, rest = layout.parse_known_args(planned)
+        layout.add_argument("--tp")
+        layout.add_argument("--pp")
+        found, rest = layout.parse_known_args(mine)
         sizes = ["--nodes", found.nodes, "--gpus-per-node", found.gpus_per_node]
         if sizes[1::2] != [str(count), str(each)]:
             raise ValueError(
                 f"the planner's {' '.join(sizes)}: this job has {counted(count, 'node')} of {counted(each, 'rank')}; "
                 "allowed: these, or neither argument"
             )
-        return [*sizes, *rest]
+        sizes += ["--checked", str(self.own.tp), str(self.own.pp)]
+        of_megatron = megatron or any(word.partition("=")[0] == "--megatron" for word in rest)
+        for flag, given, checked in (("--tp", found.tp, self.own.tp), ("--pp", found.pp, self.own.pp)):
+            if given is not None or not of_megatron:
+                sizes += [flag, str(checked) if given is None else given]
+        return [*sizes, *rest, *(["--", *megatron] if megatron else [])]
 
 
 def _slurm_nodes() -> list[str]:

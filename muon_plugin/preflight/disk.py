@@ -23,6 +23,12 @@ def leave(folder: Path, name: str) -> str:
     return was
 
 
+def remove(folder: Path, name: str) -> None:
+    """Removes what `leave` and `find` have written: a rank that is stopped or killed meanwhile does not."""
+    for file in folder.glob(f"{name}*"):
+        file.unlink(missing_ok=True)
+
+
 def find(folder: Path, name: str, seconds: float) -> dict[str, int]:
     """Another node finds that file, and writes one of its own; bytes that are free there.
 

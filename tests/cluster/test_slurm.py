@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import ROOT, slurm_cluster
+from tests.support import ROOT, SUPPORT, slurm_cluster
 from tests.support.combinations import FULL
 from tests.support.jobs import environment
 from tests.support.ranks import release
@@ -121,12 +121,15 @@ def submitting(cluster: dict[str, str]) -> Iterator[Submit]:
     """`submit(script, *arguments, **environment)`: a job of examples/slurm; none outlives the context."""
     jobs: list[Submitted] = []
 
-    def submit(script: str, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> Submitted:
+    def submit(
+        script: str, *arguments: str, options: tuple[str, ...] = (), named: bool = True, **variables: str
+    ) -> Submitted:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = environment(release("0.19.2")) | cluster | {"PATH": path, "PREFLIGHT": "0", "SAVE_EVERY": "2"} | variables
         out = Path(variables["OUTPUT"]) / "slurm.out"
         out.parent.mkdir(parents=True, exist_ok=True)
-        command = ["sbatch", "--parsable", *FITS, f"--output={out}", *options, f"examples/slurm/{script}.sbatch"]
+        command = ["sbatch", "--parsable", *FITS, *([f"--output={out}"] if named else []), *options]
+        command.append(f"examples/slurm/{script}.sbatch")
         done = subprocess.run([*command, *arguments], env=own, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         jobs.append(Submitted(done.stdout.strip(), out, own))
@@ -225,6 +228,32 @@ def test_an_array_sweeps_learning_rates(sweep):
     assert not FULL or differing(*(deepspeed_state(sweep / f"lr_{lr}") for lr in ("0.001", "0.002")))
 
 
+def test_a_sweep_is_one_table(sweep, tmp_path):
+    lines = (sweep / "lr_0.001" / "metrics.jsonl").read_text().splitlines()
+    for rate, its in (("lr_3e-4", lines), ("lr_1e-2", lines[:5]), ("lr_0.002", [])):
+        (tmp_path / rate).mkdir()
+        (tmp_path / rate / "metrics.jsonl").write_text("\n".join([*its, '{"step": 6']))
+    command = [sys.executable, "examples/slurm/sweep.py"]
+    printed = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    last, fifth = json.loads(lines[-1]), json.loads(lines[4])
+    assert [line.split() for line in printed.splitlines()[1:]] == [
+        ["0.0003", "8", f"{last['loss']:.4f}", f"{last['val_loss']:.4f}"],
+        ["0.002", "0", "-", "-"],
+        ["0.01", "5", f"{fifth['loss']:.4f}", "-"],
+    ]
+    none = subprocess.run([*command, str(tmp_path / "lr_3e-4")], cwd=ROOT, capture_output=True, text=True)
+    assert (none.returncode, "no folder lr_RATE in it; allowed: the OUTPUT of" in none.stderr) == (1, True)
+
+
+def test_each_task_of_an_array_has_an_output_that_is_named_by_it(submit, tmp_path):
+    (tmp_path / "short.sh").write_text("exit 0")
+    variables = {"CONFIG": str(tmp_path / "short.sh"), "OUTPUT": str(tmp_path / "out"), "LRS": "1 2", "REPO": str(ROOT)}
+    job = submit("megatron", options=("--array=0-1", f"--chdir={tmp_path}"), named=False, **variables)
+    for task in (0, 1):
+        Submitted(f"{job.number}_{task}", job.out, job.environment).ended()
+        assert f"job {job.number}_{task}, start 1" in (tmp_path / f"slurm-{job.number}_{task}.out").read_text()
+
+
 @pytest.mark.skipif(
     not FULL, reason="FULL=1; a bug and a signal below requeue by the same script, test_survival.py resumes"
 )
@@ -307,6 +336,55 @@ def test_a_bug_is_not_requeued_for_ever_and_a_cancelled_job_not_at_all(submit, t
     assert bug.printed.count("the reason") == 4  # on two nodes, twice
     assert "2 times in a row without a new checkpoint: not requeued" in bug.printed
     assert (bug.restarts, long.restarts) == (1, 0)
+
+
+HANG = """
+exec torchrun --nnodes 2 --node-rank $SLURM_NODEID --nproc-per-node 1 --master-addr $MASTER_ADDR \
+    --master-port $MASTER_PORT {watched} alone sleeps 1 outside
+"""
+
+
+def test_the_jobs_output_has_preflights_table_and_ends_in_the_watchdogs_verdict(submit, tmp_path):
+    (tmp_path / "hang.sh").write_text(HANG.format(watched=SUPPORT / "watched.py"))
+    variables = {"CONFIG": str(tmp_path / "hang.sh"), "OUTPUT": str(tmp_path / "out"), "MUON_WATCHDOG": "8"}
+    variables |= {"PREFLIGHT": "1", "PREFLIGHT_ARGS": "--rendezvous 200 --timeout 200", "MAX_FAILURES": "1"}
+    job = submit("megatron", **variables).ended("FAILED")
+    for line in (
+        r"nodes +ranks .*\n-+\n2: node\d, node\d +0-1 ",
+        r"world +1 x 2 .*\n(preflight: .*\n)*preflight: 2 ranks, 2 nodes, \d+ s: all is well$",
+    ):
+        assert re.search(f"^{line}", job.printed, re.M), job.printed
+    told = job.printed.splitlines()
+    held = 'rank 1 of 2 (node2) held up the others before step 3, phase "forward and backward", '
+    assert f"muon_plugin watchdog: {held}" in told[-1]
+    assert "exits with code" not in told[-1]
+    assert job.field("ExitCode") == "75:0"  # which sacct shows, too
+
+
+DRAINED = """
+touch $OUTPUT/started.$SLURMD_NODENAME
+until [[ -e $OUTPUT/drained ]]; do sleep 0.1; done
+exit 3
+"""
+
+
+def test_a_drained_node_that_keeps_a_job_pending_is_named(submit, tmp_path):
+    """In the output of a job that is requeued; docs/many_nodes.md has these questions to Slurm for any job."""
+    (tmp_path / "fails.sh").write_text(DRAINED)
+    out = tmp_path / "out"
+    job = submit("megatron", CONFIG=str(tmp_path / "fails.sh"), OUTPUT=str(out))
+    job.until("both nodes", lambda: all((out / f"started.node{number}").exists() for number in (1, 2)))
+    job.slurm("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=a broken fan")
+    try:
+        (out / "drained").touch()
+        why = ("squeue", "-h", "-j", job.number, "-o", "%T %R")
+        job.until(
+            "Slurm's reason", lambda: job.slurm(*why).startswith("PENDING (Nodes required for job are DOWN, DRAI")
+        )
+        assert "drained or down, so that the next start may have to wait: node2: a broken fan\n" in job.printed
+        assert re.search(r"^a broken fan .* node2$", job.slurm("sinfo", "-R"), re.M)
+    finally:
+        job.slurm("scontrol", "update", "NodeName=node2", "State=RESUME")
 
 
 PRETRAIN = """

@@ -18,6 +18,7 @@ from muon_plugin.preflight.facts import source
 from tests.support import ROOT
 from tests.support.combinations import some
 from tests.support.jobs import TIMEOUT, Job, environment, free_port
+from tests.support.ranks import release
 
 PREFLIGHT = ["-m", "muon_plugin.preflight"]
 
@@ -66,6 +67,38 @@ def test_the_plan_must_be_of_this_job(tmp_path):
         assert job.codes == [code, code], job.all_logs()
         assert any("this job has 1 node of 2 ranks" in problem for problem in problems(job)) is (code == 1)
         assert ("2 ranks = 1 node x 2 GPUs" in job.log(0)) is (code == 0)
+
+
+ANOTHER = "the plan has TP 2, PP 1, and preflight checks the groups of --tp 1 --pp 1; allowed: one layout"
+PLANNED = "2 ranks = 1 node x 2 GPUs: TP 2, DP 1"
+MEGATRON = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
+MEGATRON += " --micro-batch-size 1 --optimizer muon --use-distributed-optimizer --muon-paper --lr 1e-3"
+MEGATRON += " --vocab-size 128 --tokenizer-type NullTokenizer"
+
+
+@pytest.mark.parametrize(
+    ("own", "planned", "told"),
+    some(
+        [
+            ([], ["--", *MEGATRON.split(), "--tensor-model-parallel-size", "2"], ANOTHER),
+            ([], ["--shapes", "FILE", "--tp", "2"], ANOTHER),
+            (["--tp", "2"], ["--hf", "FILE"], "--tp 2 --pp 1 --ep 1 with --hf; allowed: 1, since a Hugging Face model"),
+            (["--tp", "2"], ["--", *MEGATRON.split(), "--tensor-model-parallel-size", "2"], PLANNED),
+            (["--tp", "2"], ["--shapes", "FILE"], PLANNED),
+        ],
+        3,
+    ),
+)
+def test_the_plan_is_of_the_layout_whose_groups_are_checked(tmp_path, own, planned, told):
+    file = tmp_path / "file.json"
+    file.write_text('{"layers.*.up.weight": {"shape": [64, 32], "count": 2, "tp": 0}}')
+    arguments = [*PREFLIGHT, *own, "--", *(word.replace("FILE", str(file)) for word in planned)]
+    apart = {rank: {"PYTHONPATH": environment(release("0.19.2"))["PYTHONPATH"]} for rank in (0, 1)}
+    job = Job(tmp_path, 2, arguments, own=apart if "--" in planned else None)
+    job.ends()
+    good = told == PLANNED
+    assert job.codes == [int(not good)] * 2, job.all_logs()
+    assert told in (job.log(0) if good else " ".join(problems(job))), job.all_logs()
 
 
 def test_an_argument_of_the_plan_without_its_number_is_a_problem(tmp_path):
@@ -172,6 +205,23 @@ def test_a_rank_that_stops_answering_is_named(tmp_path, what):
     job.ends(0, 1)
     assert job.codes[:2] == [1, 1], job.all_logs()
     assert re.match(r"rank 2 \(node1\) did not answer within 10 s \(.*\): the process died or stands", problems(job)[0])
+
+
+def test_a_check_that_stops_leaves_no_file(tmp_path):
+    """Rank 2 is stopped while it waits for a folder that its node does not have, and rank 0 has written its file."""
+    nodes = {rank: tmp_path / f"node{rank // 2}" for rank in range(3)}
+    for node in set(nodes.values()):
+        node.mkdir()
+    shared = nodes[0] / "checkpoints"
+    job = Job(tmp_path, 3, [*PREFLIGHT, "--timeout", "12", "--checkpoints", "checkpoints"], at=nodes)
+    until = time.monotonic() + TIMEOUT
+    while not list(shared.glob(".muon_plugin_preflight_*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(job.processes[2].pid, signal.SIGSTOP)
+    job.ends(0, 1)
+    assert job.codes[:2] == [1, 1], job.all_logs()
+    assert problems(job)[0].startswith("rank 2 (node1) did not answer within 12 s (the shared folder)"), job.log(0)
+    assert list(shared.iterdir()) == []
 
 
 def lied_to(rank: int, kind: str) -> bool:
