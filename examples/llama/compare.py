@@ -27,7 +27,8 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 BATCH_SIZE = json.loads((HERE / "zero1.json").read_text())["train_batch_size"]
-COLORS = {"AdamW": "#4878a8", "Muon": "#d1603d"}
+COLORS = {"AdamW": "C0", "Muon": "C1"}
+plt.style.use(HERE.parent.parent / "muon_plugin" / "pictures.mplstyle")  # by its path: AdamW alone needs no package
 
 
 def parse_args() -> argparse.Namespace:
@@ -192,55 +193,29 @@ def tables(result: dict) -> tuple[str, str]:
 
 def draw(runs: dict[str, list[dict]], result: dict, file: Path, what: str) -> None:
     """Draws validation loss (thick) and smoothed training loss (thin) over the steps."""
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=150)
+    figure, axes = plt.subplots()
     total = result["settings"]["steps"]
     shown = []  # losses that decide the range of the y axis: the first tenth is steep and would flatten the rest
     for name, metrics in runs.items():
         steps, losses = evaluations(metrics)
+        label = f"{name}, validation: {losses[-1]:.3f}"
+        axes.plot(steps, losses, color=COLORS[name], marker="o", markersize=4, label=label)
         train = smooth([row["loss"] for row in metrics], max(1, total // 25))
-        axes.plot(
-            [row["step"] for row in metrics],
-            train,
-            color=COLORS[name],
-            alpha=0.4,
-            linewidth=1.2,
-            label=f"{name}, training (smoothed)",
-        )
-        axes.plot(
-            steps,
-            losses,
-            color=COLORS[name],
-            linewidth=2.4,
-            marker="o",
-            markersize=3.5,
-            label=f"{name}, validation: {losses[-1]:.3f}",
-        )
+        axes.plot([row["step"] for row in metrics], train, color=COLORS[name], alpha=0.5, linewidth=1.2)
         shown += [loss for row, loss in zip(metrics, train) if row["step"] > total / 10] + losses[-1:]
+    axes.plot([], [], color="0.2", alpha=0.5, linewidth=1.2, label="training (smoothed)")
     crossing = result.get("muon_at_adamw_final_loss")
     if crossing:
-        axes.axhline(crossing["val_loss"], color="#666666", linewidth=1, linestyle="--", zorder=0)
-    if crossing and crossing["step"] is not None:
-        point = (crossing["step"], crossing["val_loss"])
-        axes.plot(*point, marker="o", markersize=10, markerfacecolor="none", markeredgecolor="black", zorder=5)
-        axes.annotate(
-            f"AdamW's final loss after {crossing['share_of_adamw_steps']:.0%} of its steps",
-            point,
-            xytext=(-14, -42),
-            textcoords="offset points",
-            ha="right",
-            fontsize=10,
-            arrowprops={"arrowstyle": "-", "color": "black", "shrinkB": 6},
-        )
+        level, label = {"color": "0.2", "linewidth": 1.2, "linestyle": "--"}, "AdamW's final loss"
+        if crossing["step"] is not None:  # said in the legend, which hides no curve whatever their course
+            level |= {"marker": "o", "markevery": [1], "markersize": 10, "markerfacecolor": "none"}
+            label += f", at {crossing['share_of_adamw_steps']:.0%} of the steps"
+        axes.plot([0, crossing["step"] or 0, 1.01 * total], [crossing["val_loss"]] * 3, label=label, zorder=5, **level)
     low, high = min(shown), max(shown)
     axes.set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
-    axes.set_xlim(0, total)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"{what}: {' and '.join(runs)}, same settings", fontsize=12)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.tight_layout()
+    axes.set_xlim(0, 1.01 * total)  # with the whole marker of the last step
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=f"{what}, same settings")
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(file)
     plt.close(figure)
 

@@ -79,31 +79,38 @@ def table(measured: dict[str, list[dict[str, Any]]], each: bool) -> str:
 
 
 def draw(measured: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Left the mean entropy of each group; right the singular values, over the largest, of every matrix."""
-    import matplotlib
+    """Above the mean entropy of each group; below the singular values, over the largest, of every matrix."""
+    import matplotlib.style
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    with matplotlib.style.context("muon_plugin.pictures"):
+        figure = Figure(figsize=(7, 7.5))
+        upper, lower = figure.subplots(2, 1)
+        _draw_entropy(measured, upper)
+        _draw_sigma(measured, lower)
+        figure.legend(*upper.get_legend_handles_labels(), loc="outside upper left")  # paths may be long
+        figure.savefig(file)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), dpi=120)
+
+def _draw_entropy(measured: dict[str, list[dict[str, Any]]], axis: Any) -> None:
     present = [group for group in GROUPS if any(e["group"] == group for entries in measured.values() for e in entries)]
     for number, (path, entries) in enumerate(measured.items()):
         means = [[e for e in entries if e["group"] == group] for group in present]
         shift = (number - (len(measured) - 1) / 2) * 0.8 / len(measured)
         places = [place + shift for place, some in enumerate(means) if some]
-        left.bar(places, [_mean(some, "entropy") for some in means if some], 0.8 / len(measured), label=path)
-        for label, entry in enumerate(entries):
+        axis.bar(places, [_mean(some, "entropy") for some in means if some], 0.8 / len(measured), label=path)
+    axis.set_xticks(range(len(present)), present, rotation=20, ha="right")
+    axis.grid(visible=False, axis="x")
+    axis.set(ylabel="SVD entropy (no unit)", ylim=(min(0.9, axis.dataLim.ymin), 1))
+
+
+def _draw_sigma(measured: dict[str, list[dict[str, Any]]], axis: Any) -> None:
+    for number, entries in enumerate(measured.values()):
+        for entry in entries:
             sigma = entry["sigma"]
             places = [place / (len(sigma) - 1) for place in range(len(sigma))]
-            values = [value / (sigma[0] or 1.0) for value in sigma]
-            right.plot(places, values, color=f"C{number}", alpha=0.3, label="_" if label else path)
-    left.set_xticks(range(len(present)), present, rotation=20, ha="right")
-    left.set(ylabel="SVD entropy", ylim=(min(0.9, left.dataLim.ymin), 1))
-    right.set(xlabel="rank of the singular value", ylabel="singular value / the largest", yscale="log")
-    left.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file)
-    plt.close(figure)
+            axis.plot(places, [value / (sigma[0] or 1.0) for value in sigma], color=f"C{number}", alpha=0.3)
+    axis.set(xlabel="rank of the singular value, from 0 to 1", ylabel="singular value / largest", yscale="log")
 
 
 def main(arguments: list[str] | None = None) -> None:

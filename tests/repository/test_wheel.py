@@ -68,8 +68,8 @@ def test_the_metadata_say_what_a_package_index_shows(tmp_path):
     assert f"{urls['Repository']}/blob/v{muon_plugin.__version__}/CHANGELOG.md" in targets
     with zipfile.ZipFile(path) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "muon_plugin").rglob("*.py")} | {"muon_plugin/py.typed"}
-    assert packed == sources
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "muon_plugin").rglob("*.py")}
+    assert packed == sources | {"muon_plugin/py.typed", "muon_plugin/pictures.mplstyle"}
 
 
 @pytest.mark.skipif(not FULL, reason="FULL=1")
