@@ -34,21 +34,43 @@ def record_logits(
 
     For models that compute attention without the attention functions of transformers. Call it in the forward pass of
     the module whose attributes are the query and key projections. It does nothing without ``qk_clip``, in evaluation
-    and where gradients are disabled::
-
-        class Attention(nn.Module):      # q_proj, k_proj; num_heads, num_key_value_heads, head_dim say what is a head
-            def forward(self, x):
-                query, key, value = ...  # (batch, heads, tokens, head size)
-                muon_plugin.record_logits(self, query, key, causal=True)
-                return self.o_proj(scaled_dot_product_attention(query, key, value, is_causal=True))
+    and where gradients are disabled.
 
     Args:
         module: of the model that the optimizer was given.
-        query, key, **how: as `muon_plugin.largest_logits` takes them.
-        maxima: in their place, the largest logit of each query head on this rank, (heads,).
+        query: (batch, heads, queries, head size), as `muon_plugin.largest_logits` takes it.
+        key: (batch, key heads, keys, head size), as `muon_plugin.largest_logits` takes it.
+        maxima: in the place of `query` and `key`, the largest logit of each query head on this rank, (heads,).
+        **how: further arguments of `muon_plugin.largest_logits`, such as ``causal``.
 
     Raises:
+        ValueError: without `query` and `key`, and without `maxima`.
         RuntimeError: for another number of heads than the query projection has, or a module whose heads are not known.
+
+    Examples:
+        ``num_heads``, ``num_key_value_heads`` and ``head_dim`` say what is a head:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> import muon_plugin
+        >>> class Attention(nn.Module):
+        ...     num_heads, num_key_value_heads, head_dim = 2, 2, 4
+        ...
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        ...
+        ...     def forward(self, x):  # (batch, tokens, 8)
+        ...         layers = self.q_proj, self.k_proj, self.v_proj
+        ...         query, key, value = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in layers)
+        ...         muon_plugin.record_logits(self, query, key, causal=True)
+        ...         mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        ...         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        >>> model = nn.ModuleDict({"attention": Attention()})
+        >>> clip = {"threshold": 100}
+        >>> optimizer = muon_plugin.Muon(model.named_parameters(), model=model, qk_clip=clip)
+        >>> model["attention"](torch.randn(1, 5, 8)).sum().backward()
+        >>> optimizer.step()
     """
     if not logits.is_watched(module):
         return

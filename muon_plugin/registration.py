@@ -23,6 +23,11 @@ def register(*engines: str) -> None:
     Raises:
         ValueError: for another engine.
         RuntimeError: if no engine is installed, one that was named is not, or an installed release is unsupported.
+
+    Examples:
+        >>> import muon_plugin
+        >>> muon_plugin.register("deepspeed")
+        >>> muon_plugin.unregister()
     """
     for engine in engines:
         if engine not in ENGINES:

@@ -39,9 +39,10 @@ def largest_logits(
     """The largest query key^T scaling of each query head, over all pairs that attend to each other.
 
     Computed in fp32 and in blocks, without the whole matrix of scores. All conditions must hold for a pair to count.
+    QK-Clip (Kimi K2, arXiv 2507.20534, section 2.1) scales a head down by it.
 
     Args:
-        query: (batch, heads, queries, head size), as the attention gets it: rotated, normed.
+        query: (batch, heads, queries, head size) of any floating-point dtype, as the attention gets it (rotated).
         key: (batch, key heads, keys, head size); heads is a multiple of key heads (grouped queries).
         scaling: head size ** -0.5 if not given.
         mask: bool (True: attends) or additive, and broadcasts to (batch, heads, queries, keys); (batch, keys) for
@@ -54,6 +55,16 @@ def largest_logits(
 
     Returns:
         fp32 (heads,); -inf for a head none of whose pairs attend.
+
+    Examples:
+        Two query heads share a key head:
+
+        >>> import torch
+        >>> import muon_plugin
+        >>> key = torch.eye(4).view(1, 1, 4, 4)
+        >>> query = torch.cat([key, 30 * key], dim=1)
+        >>> muon_plugin.largest_logits(query, key, causal=True)
+        tensor([ 0.5000, 15.0000])
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     (batch, heads, queries, size), (_, groups, keys, _) = query.shape, key.shape

@@ -38,7 +38,7 @@ from .update import Update, agree_on
 class Muon(Optimizer):
     r"""Muon as in "Muon is Scalable for LLM Training" (arXiv 2502.16982), with AdamW for all other parameters.
 
-    For every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda and momentum mu::
+    For every matrix W (A x B) with gradient G, learning rate eta, weight decay lambda and momentum mu:
 
         M <- M + (1 - mu) (G - M)                         momentum (Eq. 1, as an exponential average)
         D  = G + mu (M - G)                               Nesterov; without it D = M
@@ -77,8 +77,9 @@ class Muon(Optimizer):
     Raises:
         ValueError: for an invalid setting or parameter, with the allowed values; on every rank, if any rank has one.
 
-    Example: a model that learns which token follows which. Muon trains ``up`` and ``down``, AdamW the embedding, the
-    head and the biases::
+    Examples:
+        A model that learns which token follows which. Muon trains ``up`` and ``down``, AdamW the embedding, the head
+        and the biases:
 
         >>> import torch
         >>> from torch import nn
@@ -365,7 +366,18 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates the tensors of ``self.param_groups`` (engines may call it for one group at a time). Collective."""
+        """Updates the tensors of ``self.param_groups`` (engines may call it for one group at a time). Collective.
+
+        Args:
+            closure: computes the loss again, as in ``torch.optim.Optimizer.step``.
+
+        Returns:
+            What `closure` returns, or None.
+
+        Raises:
+            RuntimeError: where an engine has cut the parameters of an optimizer that it was not given.
+            ValueError: at the first step without an engine, if the ranks do not hold replicas.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -517,11 +529,15 @@ class Muon(Optimizer):
 
     @property
     def plans(self) -> list[Plan]:
-        """One plan for each call with matrices, in order."""
+        """The plan of each call with matrices, in order: which rank owns which matrix, its FLOPs and bytes."""
         return self.halves.muon.plans
 
     def summary(self, notes: Sequence[str] = ()) -> str:
-        """The start-up table: Muon's and AdamW's parameters, the plan's balance, bytes and memory; and `notes`."""
+        """The start-up table: Muon's and AdamW's parameters, the plan's balance, bytes and memory.
+
+        Args:
+            notes: further lines.
+        """
         if not self.names:
             return f"muon_plugin: {NOTHING}"
         if not self.calls:

@@ -13,17 +13,26 @@ from typing import Any
 
 from ..moonlight import Stages
 
+__all__ = ["three_stages"]
+
 
 def three_stages(scheduler: Any, stages: Stages, tokens: int, configs: Sequence[Any] = ()) -> None:
     """Makes an ``OptimizerParamScheduler`` follow `stages`; its own checkpoints resume it.
 
     Args:
         scheduler: built with ``max_lr`` for `Stages.peak`; groups with a ``max_lr`` of their own keep its proportion.
-        tokens: in one unit of what ``scheduler.step`` counts: the sequence length, where that counts samples.
+        stages: learning rates over the tokens seen.
+        tokens: number of tokens in one unit of what ``scheduler.step`` counts: the sequence length, where it counts
+            samples.
         configs: of the model chunks, whose ``moe_router_bias_update_rate`` becomes 0 in the cooldown.
 
     Raises:
         ValueError: if `tokens` is below 1.
+
+    Examples:
+        With the scheduler that ``megatron.training`` has built, which counts samples of 8,192 tokens::
+
+            three_stages(opt_param_scheduler, Stages(), 8192, [chunk.config for chunk in model])
     """
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: must be at least 1, the tokens of one unit of scheduler.step")

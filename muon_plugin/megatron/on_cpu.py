@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import _device
 
+__all__ = ["install"]
+
 #: What takes the `device` of the tensor that it makes: functions of torch, beside those that torch itself lists.
 _LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
 #: And methods of tensors.
@@ -93,7 +95,11 @@ class _Stream:
 
 
 def install() -> None:
-    """Makes CUDA mean the CPU in this process. Once, before megatron is imported."""
+    """Makes CUDA mean the CPU in this process. Once, before megatron is imported.
+
+    Raises:
+        ImportError: if Megatron-Core is not installed.
+    """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, for tensor parallelism
     if not hasattr(typing, "override"):  # emerging-optimizers is written for Python 3.12
         import typing_extensions

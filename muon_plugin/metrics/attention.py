@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AttentionLogits:
-    """Logits before the softmax: the largest, how many there are, and how many lie above `threshold`."""
+    """Logits before the softmax. The sum of two of them is of both together.
+
+    Attributes:
+        max: the largest logit.
+        above: number of logits above `threshold`.
+        count: number of logits.
+        threshold: the paper's is 100.
+    """
 
     max: float
     above: int
@@ -28,7 +35,7 @@ class AttentionLogits:
         return self.above / max(self.count, 1)
 
     def __add__(self, other: AttentionLogits) -> AttentionLogits:
-        """Of both together."""
+        """Of the logits of both together."""
         largest = max(self.max, other.max)
         return AttentionLogits(largest, self.above + other.above, self.count + other.count, self.threshold)
 
@@ -45,13 +52,23 @@ def attention_logits(
 ) -> AttentionLogits:
     """Statistics of query key^T scaling, in float32, of those pairs that attend to each other.
 
+    The paper watches the largest logit and the share above 100. `muon_plugin.largest_logits` has the
+    largest one alone, of each head.
+
     Args:
-        query: (batch, heads, tokens, head size), rotated already.
+        query: (batch, heads, tokens, head size) of any floating-point dtype, rotated already.
         key: (batch, key heads, tokens, head size); heads is a multiple of key heads (grouped queries).
         scaling: head size ** -0.5 if not given.
         mask: bool, broadcasts to (batch, heads, query tokens, key tokens): True where a query attends to a key.
         causal: without a mask, whether a query attends only to keys that are not after it (the last ones align).
         threshold: the paper's 100.
+
+    Examples:
+        >>> import torch
+        >>> from muon_plugin.metrics import attention_logits
+        >>> query = key = torch.eye(4).mul(30.0).view(1, 1, 4, 4)
+        >>> attention_logits(query, key)
+        AttentionLogits(max=450.0, above=4, count=10, threshold=100.0)
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     (batch, heads, tokens, _), keys = query.shape, key.shape[2]
@@ -77,18 +94,31 @@ def attention_logits(
 def watch_attention(model: nn.Module, threshold: float = 100.0) -> Iterator[dict[int, AttentionLogits]]:
     """While it is open, each forward pass of a Hugging Face model adds to the statistics of its layers.
 
-    with watch_attention(model) as logits:
-        model(input_ids=batch)
-    print(logits[0].max, logits[0].share)
-
     It stands before the attention function of ``transformers``, whatever that is ("sdpa", "eager", flash), so it sees
     queries and keys after the rotary embedding, of grouped-query and latent attention too.
 
+    Args:
+        model: of transformers, with a config.
+        threshold: logits above it are counted; the paper's is 100.
+
     Yields:
-        layer -> its statistics; filled by forward passes.
+        The statistics of each layer by its number, which forward passes fill.
 
     Raises:
         ValueError: for a model without an attention function of transformers.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from muon_plugin.metrics import watch_attention
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+        >>> with watch_attention(model) as logits:
+        ...     _ = model(input_ids=torch.arange(8)[None])
+        >>> {layer: found.count for layer, found in logits.items()}
+        {0: 144, 1: 144}
+        >>> logits[0].share
+        0.0
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

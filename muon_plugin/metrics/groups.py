@@ -24,6 +24,13 @@ def group_of(name: str) -> str:
     Args:
         name: of a parameter, or of one of its matrices as `muon_plugin.core.routing` names them
             (``...linear_qkv.weight[0]`` is the query of a fused projection).
+
+    Examples:
+        >>> from muon_plugin.metrics import group_of
+        >>> group_of("model.layers.0.self_attn.k_proj.weight")
+        'attention K and V'
+        >>> group_of("model.layers.3.mlp.experts.7.up_proj.weight")
+        'experts'
     """
     parts = re.sub(r"\[.*\]$", "", name).split(".")
     owner = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
@@ -45,13 +52,41 @@ def group_of(name: str) -> str:
 
 
 def matrices_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Name, (rows, cols)) of every matrix that Muon would have of a model; fused and batched ones taken apart."""
+    """Every matrix that Muon would have of a model; fused and batched ones are taken apart.
+
+    Yields:
+        The name of a matrix and the matrix, (rows, cols), of the parameter's dtype.
+
+    Examples:
+        >>> from torch import nn
+        >>> from muon_plugin.metrics import matrices_of
+        >>> model = nn.ModuleDict({"up": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "qkv": nn.Linear(16, 48)})
+        >>> [(name, tuple(matrix.shape)) for name, matrix in matrices_of(model)]
+        [('up.weight', (16, 8)), ('qkv.weight[0]', (16, 16)), ('qkv.weight[1]', (16, 16)), ('qkv.weight[2]', (16, 16))]
+    """
     parameters = dict(model.named_parameters())
     yield from cut(parameters, route({name: tuple(p.shape) for name, p in parameters.items()}, model=model))
 
 
 def cut(tensors: Mapping[str, Tensor], routing: Routing) -> Iterator[tuple[str, Tensor]]:
-    """(Name, (rows, cols)) of the matrices of a routing, out of whole tensors by parameter name."""
+    """The matrices of a routing, out of whole tensors; `matrices_of` does the same for a model.
+
+    Args:
+        tensors: the whole tensors by parameter name.
+        routing: which matrices the parameters hold, as `muon_plugin.core.routing.route` finds them.
+
+    Yields:
+        The name of a matrix and the matrix, (rows, cols), of the tensor's dtype.
+
+    Examples:
+        >>> import torch
+        >>> from muon_plugin.core.routing import route
+        >>> from muon_plugin.metrics import cut
+        >>> tensors = {"up.weight": torch.zeros(16, 8), "up.bias": torch.zeros(16)}
+        >>> routing = route({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        >>> [(name, tuple(matrix.shape)) for name, matrix in cut(tensors, routing)]
+        [('up.weight', (16, 8))]
+    """
     for matrix in routing.matrices:
         flat = tensors[matrix.parameter].detach().reshape(-1)
         yield matrix.name, matrix.where.view(flat).reshape(matrix.rows, matrix.cols)

@@ -16,8 +16,23 @@ def report(arguments: Sequence[str]) -> str:
     Megatron models are planned in a subprocess, because that patches torch.cuda (see `on_meta`); so are others where
     torch.distributed runs, as a step is counted in process groups of its own (see `counts`).
 
+    Args:
+        arguments: of the command, without its name.
+
     Raises:
         ValueError: for a bad argument, with its value and what is allowed.
+        RuntimeError: if the subprocess fails.
+
+    Examples:
+        A matrix of 4096 x 4096 in each of 32 layers, on 8 ranks under ZeRO-1:
+
+        >>> import json, pathlib, tempfile
+        >>> from muon_plugin.planner import report
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "shapes.json"
+        >>> _ = file.write_text(json.dumps({"layers.*.up.weight": {"shape": [4096, 4096], "count": 32}}))
+        >>> found = json.loads(report(["--shapes", str(file), "--nodes", "1", "--gpus-per-node", "8", "--json"]))
+        >>> found["ranks"], [call["matrices"] for call in found["stages"][0]["calls"]]
+        (8, [32])
     """
     import torch.distributed as dist
 

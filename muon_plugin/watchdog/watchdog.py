@@ -82,8 +82,19 @@ def stop() -> None:
 def limits(value: str) -> tuple[float, float] | None:
     """Parses MUON_WATCHDOG: seconds without progress, and the same outside the optimizer; None if it is empty.
 
+    Args:
+        value: such as ``"300"``, or ``"300,7200"`` with a limit outside the optimizer; seconds.
+
+    Returns:
+        Both limits in seconds; the second is 12 times the first where it is not given.
+
     Raises:
         ValueError: for a value that is not allowed.
+
+    Examples:
+        >>> from muon_plugin.watchdog import limits
+        >>> limits("300"), limits("300,7200"), limits("")
+        ((300.0, 3600.0), (300.0, 7200.0), None)
     """
     if not value:
         return None
