@@ -42,6 +42,8 @@ TABLE_1 = {
 }
 #: Table 6: MMLU, HumanEval, MBPP, GSM8K where both are Muon; GSM8K of the others.
 TABLE_6 = "Muon to Muon 55.7 / 57.3 / 55.6 / 68.0; every other pair falls behind on GSM8K (62.1 to 64.9)"
+#: In the captions of pictures that figures.py draws by its _curve.
+BAND = "bands go from the least to the greatest seed"
 
 
 class NotRunError(LookupError):
@@ -194,6 +196,9 @@ def scaling(found: Results, out: Path) -> str:
 
 ![loss over FLOPs of both optimizers](scaling.png)
 
+*Lines: the fits below, drawn beyond the measured sizes. Markers: the seeds; AdamW's stand 3% to the left of their FLOPs
+and Muon's 3% to the right, or one would hide the other. G is 1e9, T is 1e12.*
+
 {table(header, rows)}
 
 {table(["", "fit here (C in FLOPs)", "the paper's (C in PFLOP/s-days)"], fits)}
@@ -289,6 +294,9 @@ The paper has 0.519 by its fits. Seed by seed, on straight lines over the logari
 
 ![loss over the share of tokens]({picture.name})
 
+*A colour is a seed: the same initial weights and order of the data. Solid: Muon with shares of AdamW's tokens; dashed:
+AdamW with all of them. Where Muon's line crosses the dashed one of its colour is that seed's share.*
+
 {table(["N", "AdamW", *[f"Muon, {share:.0%}" for share in SHARES]], rows)}"""
 
 
@@ -336,6 +344,9 @@ training). The update's RMS is measured in the last step, without the decay, ove
 
 ![loss over the update's RMS](sweep.png)
 
+*Muon: the line is the mean, the markers are the seeds. AdamW: the line is the mean, the band goes from the least to the
+greatest seed. A x B is the shape of a matrix.*
+
 {_weights_table(found, TABLE_8, ["AdamW", *names])}"""
 
 
@@ -371,6 +382,10 @@ twentieth.
 
 ![validation loss, weight RMS, gamma and gradient norm over tokens](decay.png)
 
+*Lines are means over the seeds, {BAND}. The first losses
+are above the panel; the dots at the end are measured on more windows than the lines, as in the table. RMS and norm have
+no unit.*
+
 {table(header, rows)}"""
 
 
@@ -401,9 +416,14 @@ paper: over 90% at every checkpoint, the router most of all).
 
 ![SVD entropy by group over tokens](entropy.png)
 
+*Lines are means over the seeds of the mean over a group's matrices, {BAND}, some of
+them narrower than the line.*
+
 {table(["group", "matrices", *[f"{o}'s entropy" for o in OPTIMIZERS], "Muon above"], rows)}
 
-![singular values over the largest, by group](singular.png)"""
+![singular values over the largest, by group](singular.png)
+
+*A line is a matrix, at the end of seed 0's run.*"""
 
 
 def attention(found: Results, out: Path) -> str:
@@ -420,6 +440,9 @@ The largest model of the scaling law, on {len(found["Muon"])} seeds; logits of f
 with Muon they went past 100 early in Moonlight's training, at a share of about 1e-4, and fell later.
 
 ![maximum attention logit by layer over tokens](attention.png)
+
+*Lines are means over the seeds, {BAND}. Left: a line a layer; bands of layers overlap.
+Logits and norm have no unit.*
 
 {table(["", "largest of the run", "largest at the end", "share above 100, at most"], rows)}"""
 

@@ -109,7 +109,7 @@ def _draw_sigma(measured: dict[str, list[dict[str, Any]]], axis: Any) -> None:
         for entry in entries:
             sigma = entry["sigma"]
             places = [place / (len(sigma) - 1) for place in range(len(sigma))]
-            axis.plot(places, [value / (sigma[0] or 1.0) for value in sigma], color=f"C{number}", alpha=0.3)
+            axis.plot(places, [value / (sigma[0] or 1.0) for value in sigma], color=f"C{number}", alpha=0.3, lw=1)
     axis.set(xlabel="rank of the singular value, from 0 to 1", ylabel="singular value / largest", yscale="log")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .planned import Planned
 from .tables import stages_name, step_seconds
@@ -23,23 +24,43 @@ def check(path: str) -> None:
 
 
 def draw(planned: Planned, path: Path) -> None:
+    import matplotlib.style
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    balance, times = figure.subplots(1, 2)
-    for of_stage in planned.stages:
+    with matplotlib.style.context("muon_plugin.pictures"):
+        figure = Figure(figsize=(7, 7))
+        balance, times = figure.subplots(2, 1)
+        _balance(planned, balance)
+        _times(planned, times)
+        figure.savefig(path)
+
+
+def _balance(planned: Planned, axis: Any) -> None:
+    for i, of_stage in enumerate(planned.stages):
         flops = sorted(of_stage.by_rank(lambda load: load.flops), reverse=True)
-        label = f"stage {stages_name(of_stage.stage.numbers)}" if len(planned.stages) > 1 else None
-        balance.step(range(len(flops)), [f / 1e12 for f in flops], where="post", label=label)
-    balance.set(xlabel="ranks of a stage, the busiest first", ylabel="Newton-Schulz, TFLOP a step", ylim=(0, None))
-    balance.set_title("Balance")
+        numbers = of_stage.stage.numbers
+        label = f"{'stages' if len(numbers) > 1 else 'stage'} {stages_name(numbers)}"
+        # The later the thinner: where curves meet, the earlier ones stay visible beside them.
+        style = {"linewidth": 2 + 1.2 * (len(planned.stages) - 1 - i), "color": f"C{2 + i % 5}"}
+        axis.stairs([f / 1e12 for f in flops], range(1, len(flops) + 2), baseline=None, label=label, **style)
+    # Logarithmic: the few busiest of many ranks are what decides.
+    _powers_of_two(axis, "rank of a stage, the busiest is 1")
+    axis.set(ylabel="Newton-Schulz (TFLOP a step)", ylim=(0, None), title="Balance")
     if len(planned.stages) > 1:
-        balance.legend()
+        axis.legend()
+
+
+def _times(planned: Planned, axis: Any) -> None:
     sizes = {planned.model.sizes(ranks)["dp"]: step_seconds(planned, stages) for ranks, stages in planned.sweep.items()}
-    for key, label in (("muon_step", "Muon"), ("adamw_step", planned.model.baseline)):
-        times.plot(list(sizes), [1e3 * seconds[key] for seconds in sizes.values()], "o-", label=label)
-    times.set(xlabel="DP", ylabel="optimizer step, ms", ylim=(0, None))
-    times.set_xscale("log", base=2)
-    times.set_title(f"Step at {planned.rates.tflops:g} TFLOP/s, {planned.rates.gb_per_s:g} GB/s a rank")
-    times.legend()
-    figure.savefig(path, dpi=120)
+    for key, label, style in (("muon_step", "Muon", "C1o-"), ("adamw_step", planned.model.baseline, "C0o-")):
+        axis.plot(list(sizes), [1e3 * seconds[key] for seconds in sizes.values()], style, label=label)
+    _powers_of_two(axis, "DP (ranks)")
+    axis.set(ylabel="optimizer step (ms)", ylim=(0, None))
+    axis.set_title(f"Step at {planned.rates.tflops:g} TFLOP/s, {planned.rates.gb_per_s:g} GB/s a rank")
+    axis.legend()
+
+
+def _powers_of_two(axis: Any, label: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set_xlabel(label)
