@@ -17,8 +17,8 @@ def rms(tensor: Tensor) -> float:
     Examples:
         >>> import torch
         >>> from muon_plugin.metrics import rms
-        >>> rms(torch.tensor([[3.0, 4.0], [0.0, 5.0]])) ** 2
-        12.5
+        >>> rms(torch.tensor([[3.0, -3.0], [3.0, 3.0]]))
+        3.0
     """
     return float(tensor.detach().double().square().mean().sqrt())
 
