@@ -351,7 +351,7 @@ def test_the_jobs_output_has_preflights_table_and_ends_in_the_watchdogs_verdict(
     job = submit("megatron", **variables).ended("FAILED")
     for line in (
         r"nodes +ranks .*\n-+\n2: node\d, node\d +0-1 ",
-        r"world +1 x 2 .*\n(preflight: .*\n)*preflight: 2 ranks, 2 nodes, \d+ s: all is well$",
+        r"DP +1 x 2 .*\n(preflight: .*\n)*preflight: 2 ranks, 2 nodes, \d+ s: all is well$",
     ):
         assert re.search(f"^{line}", job.printed, re.M), job.printed
     told = job.printed.splitlines()
