@@ -86,7 +86,7 @@ MEGATRON += " --vocab-size 128 --tokenizer-type NullTokenizer"
             (["--tp", "2"], ["--", *MEGATRON.split(), "--tensor-model-parallel-size", "2"], PLANNED),
             (["--tp", "2"], ["--shapes", "FILE"], PLANNED),
         ],
-        3,
+        2,
     ),
 )
 def test_the_plan_is_of_the_layout_whose_groups_are_checked(tmp_path, own, planned, told):
@@ -175,9 +175,7 @@ def test_a_folder_that_nodes_do_not_share_and_one_too_small_stop_the_job(tmp_pat
     unseen = f"rank 1 (node1): RuntimeError: {nodes[1]}/checkpoints does not have the file that rank 0 wrote into it: "
     assert unshared.startswith(unseen), unshared
     assert absent.startswith(f"rank 2 (node2): RuntimeError: {nodes[2]}/checkpoints is not there: mount the "), absent
-    assert re.match(r"checkpoints has [\d.]+ .?B free on node0, a checkpoint needs 9000.00 TB: make room, ", small), (
-        small
-    )
+    assert re.match(r"checkpoints has [\d.]+ .?B free on node0, a checkpoint needs 9.00 PB: make room, ", small), small
 
 
 def test_ranks_that_do_not_come_are_named_and_one_that_cannot_reach_the_master_says_so(tmp_path):
@@ -220,7 +218,11 @@ def test_a_check_that_stops_leaves_no_file(tmp_path):
     os.kill(job.processes[2].pid, signal.SIGSTOP)
     job.ends(0, 1)
     assert job.codes[:2] == [1, 1], job.all_logs()
-    assert problems(job)[0].startswith("rank 2 (node1) did not answer within 12 s (the shared folder)"), job.log(0)
+    # in the check in which it happened to be
+    found = re.match(
+        r"rank 2 \(node1\) did not answer within 12 s \(the (shared|checkpoints') folder\)", problems(job)[0]
+    )
+    assert found, job.log(0)
     assert list(shared.iterdir()) == []
 
 
