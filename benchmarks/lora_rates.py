@@ -3,8 +3,8 @@
     python benchmarks/lora_rates.py --out benchmarks/results/lora_rates
 
 Pretrains small Llamas with AdamW on the source of Python's own library, byte by byte, then adapts them to English prose
-(the library's own topics of help) for 150 steps with each optimizer at each rate. Two hours on one core; runs that the
-.jsonl file has are not repeated. It needs transformers and peft.
+(the library's own topics of help) for 150 steps with each optimizer at each rate. An hour on one core; runs that the
+.jsonl file has are not repeated, and processes with other --widths may share it. It needs transformers and peft.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from torch import Tensor
 from muon_plugin import Muon
 
 WIDTHS, RANKS = (128, 256), (4, 16, 64, None)
+OPTIMIZERS = ("AdamW", "Muon")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-BATCH, LENGTH, STEPS, PRETRAINING = 8, 128, 150, 1000
+BATCH, LENGTH, STEPS, PRETRAINING = 4, 128, 150, 1000
 HEAD = """Loss (nats a byte) on text that was held out, after {steps} steps with a rate that falls linearly to 0.
 Before: {before}.
 LoRA on all linear layers of the blocks with alpha = 2 r and weight decay 0; rank "all": every weight is trained, with
@@ -151,7 +153,7 @@ def table(found: dict[Run, float], before: dict[int, float]) -> str:
     ]
     for width in WIDTHS:
         for rank in RANKS:
-            for optimizer in ("AdamW", "Muon"):
+            for optimizer in OPTIMIZERS:
                 losses = [found.get(Run(width, rank, optimizer, rate), math.nan) for rate in RATES]
                 best = min(losses)
                 cells = [f"**{loss:.2f}**" if loss == best else f"{loss:.2f}" for loss in losses]
@@ -159,34 +161,33 @@ def table(found: dict[Run, float], before: dict[int, float]) -> str:
     return HEAD.format(steps=STEPS, before=shown) + "\n".join(rows) + "\n"
 
 
+def read(log: Path) -> tuple[dict[Run, float], dict[int, float]]:
+    """The loss at the end of each run, and that of each width before."""
+    logged = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = {Run(**each["run"]): each["loss"] for each in logged if "run" in each}
+    return found, {each["width"]: each["before"] for each in logged if "before" in each}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="without the ending: a .jsonl and a .md file are written"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="without the ending: a .jsonl and a .md file are written")
+    parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS, help="hidden sizes to run")
     args = parser.parse_args()
     log = args.out.with_suffix(".jsonl")
-    logged = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    before = {each["width"]: each["before"] for each in logged if "before" in each}
-    found = {Run(**each["run"]): each["loss"] for each in logged if "run" in each}
+    found, before = read(log)
     with log.open("a") as file:
 
         def write(**values: Any) -> None:
             print(json.dumps(values), file=file, flush=True)
             print(values, file=sys.stderr, flush=True)
 
-        for width in WIDTHS:
+        for width in args.widths:
             if width not in before:
-                before[width] = held_out(fresh(width), split(prose())[1])
-                write(width=width, before=before[width])
-            for rank in RANKS:
-                for optimizer in ("AdamW", "Muon"):
-                    for rate in RATES:
-                        run = Run(width, rank, optimizer, rate)
-                        if run not in found:
-                            found[run] = tuned(run)
-                            write(run=asdict(run), loss=found[run])
-    args.out.with_suffix(".md").write_text(table(found, before))
+                write(width=width, before=held_out(fresh(width), split(prose())[1]))
+            for run in (Run(width, *each) for each in product(RANKS, OPTIMIZERS, RATES)):
+                if run not in found:
+                    write(run=asdict(run), loss=tuned(run))
+    args.out.with_suffix(".md").write_text(table(*read(log)))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,12 @@ NOT_MATRICES = re.compile(
     r"|^(rel_pos|pos_bias|time_mix|position|codebook)"
 )
 
+#: What the table says where most matrices are factors of adapters; measured in benchmarks/lora_rates.py.
+ADAPTER_RATE = (
+    "AdamW's learning rate does not carry over to them as it does to full matrices; search from it up to 30 times it "
+    "(docs/fine-tuning.md)"
+)
+
 #: The number of a layer or an expert in a name, but not that of ``linear_fc1``.
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^chunk)\d+|(?<=\.weight)\d+$|(?<=\.expert_)\d+(?=\.)")
 
@@ -201,6 +207,9 @@ def route(
         _check_splits_cut(split, found.matrices)
     notes = [note for why, of_why in found.whole.items() for note in kept_whole(why, of_why, "; `split` can cut it")]
     notes += not_cut_by_head(found.not_by_head)
+    of_adapters = sum(known[matrix.parameter].tuner is not None for matrix in found.matrices)
+    if 2 * of_adapters > len(found.matrices):
+        notes.append(f"{of_adapters} of {len(found.matrices)} matrices are factors of adapters: {ADAPTER_RATE}")
     return Routing(tuple(found.matrices), adamw, dict(shapes), tuple(notes), found.by_head, found.not_by_head)
 
 

@@ -19,8 +19,9 @@ from torch.utils import cpp_extension
 
 def jit_load(original: Callable[..., Any], builder: Any, verbose: bool = True) -> Any:
     """One line on each node, before an operator is compiled or waited for."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        _tell(builder.name)
+    with suppress(AttributeError, OSError):  # torch's private names: what is only told must not stop a start
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _tell(builder.name)
     return original(builder, verbose)
 
 
