@@ -131,7 +131,7 @@ def _checked(arguments: Sequence[str]) -> Any:
     try:
         args = _parsed(parse_args)
     except ValueError as error:
-        if not str(error).startswith(UNKNOWN):
+        if not str(error).startswith(UNKNOWN) or "--muon-" in str(error):  # of a fork, but no slip in one of ours
             raise
         args, unknown = _parsed(partial(parse_args, ignore_unknown_args=True)), str(error).removeprefix(UNKNOWN)
     args.unknown_arguments = unknown

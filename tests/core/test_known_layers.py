@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from muon_plugin.core.modelling_code import split_in
-from muon_plugin.core.routing import route
+from muon_plugin.core.routing import ADAPTER_RATE, route
 from tests.support.layers import block, outputs_of
 from tests.support.model_sweep import COMMON, build
 
@@ -176,6 +176,19 @@ def test_each_experts_adapters_are_matrices_of_their_own():
     expected = [a[2 * e : 2 * e + 2] for e in range(3)]
     expected += [b[half : half + 4, e::3] for half in (0, 4) for e in range(3)]
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("beside", "told"), [(8, True), (9, False)])
+def test_the_table_tells_that_adapters_need_another_learning_rate(beside, told):
+    """Where most matrices are adapters': 9 of these (3 experts: lora_A, and gate and up of lora_B)."""
+    experts = nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.empty(3, 8, 6), requires_grad=False)
+    model = nn.Module()
+    model.experts = ParamWrapper(experts, "gate_up_proj", rank=2)
+    model.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(beside))
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    notes = [note for note in route(shapes, model=model).notes if "learning rate does not carry over" in note]
+    assert notes == [f"9 of {9 + beside} matrices are factors of adapters: {ADAPTER_RATE}"] * told
 
 
 def elements_of(shapes, matrix) -> int:

@@ -431,7 +431,7 @@ def test_settings_are_told_as_a_run_tells_them(tmp_path):
         (["--shapes", "SHAPES", "--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: allowed"),
         (["--shapes", "SHAPES", "--deepspeed", "HEADS"], "per_head_muon=True, but of no trainable parameter"),
         (["--hf", "SHAPES"], "has no model_type; allowed: the config.json of a language model"),
-        (["--hf", "PICTURES"], "allowed: a causal language model"),
+        (["--hf", "PICTURES"], "allowed: the config.json of a language model, or --shapes"),
         (["--shapes", "COMMENTED.jsonc"], "allowed: a JSON object without comments, such as "),
         (["--hf", "SHAPES", "--tp", "2"], "--tp 2 --pp 1 --ep 1 with --hf; allowed: 1"),
         (["--shapes", "LIST"], "holds a list; allowed: a JSON object"),
