@@ -76,8 +76,11 @@ def cut(name: str, stored: Stored, rule: Rule) -> list[Matrix]:
         other = replace(stored, transposed=not stored.transposed)
         of_inputs = cut(name, other, replace(rule, inputs=False))
         return [replace(matrix, transposed=stored.transposed) for matrix in of_inputs]
-    found = []
     rows, cols, transposed = stored.rows, stored.cols, stored.transposed
+    if stored.batch == rule.interleaved == rule.groups == len(rule.sizes) == 1:  # most of tens of thousands
+        whole = Strided(0, rows * cols, cols if transposed else rows * cols)
+        return [Matrix(name, name, rows, cols, whole, transposed)]
+    found = []
     period = sum(rule.sizes)
     counts = (stored.batch, len(rule.sizes), rule.interleaved)
     for entry in range(stored.batch):

@@ -25,7 +25,7 @@ from .modelling_code import split_in
 from .places import Place, places
 
 #: Words in the last two parts of a name that say "looked up by token or position".
-EMBEDDING_WORDS = ("embed", "wte", "wpe")
+EMBEDDING = re.compile("embed|wte|wpe")
 #: Linear layers that are applied to embeddings, in spite of their names.
 OF_EMBEDDINGS = re.compile(r"\w*embed\w*_(hidden_)?(mapping|proj|dense|transform)\w*")
 #: The linear map of patches of an image, which models implement by convolutions and linear layers of many names.
@@ -398,17 +398,18 @@ def _is_embedding(place: Place, parts: Sequence[str]) -> bool:
         return True
     if isinstance(place.layer, nn.modules.conv._ConvNd) and PATCH_CLASSES.search(block):
         return True
-    return any(word in part for part in parts[-2:] for word in EMBEDDING_WORDS) and "embed_out" not in parts
+    return bool(EMBEDDING.search(".".join(parts[-2:]))) and "embed_out" not in parts
 
 
 def _outside(place: Place, parts: Sequence[str], ends: Collection[str]) -> list[str]:
     """The parts of a name before the first numbered block, which the last layers of a Sequential are not."""
     found: list[str] = []
     for i, part in enumerate(parts):
-        holder = place.modules[i - 1] if 0 < i < len(place.modules) else None
-        last = layer_types(holder) if isinstance(holder, nn.Sequential) else {}
-        if part.isdigit() and part not in (_last_layers(last) if i else ends):
-            break
+        if part.isdigit():
+            holder = place.modules[i - 1] if 0 < i < len(place.modules) else None
+            last = _last_layers(layer_types(holder)) if isinstance(holder, nn.Sequential) else ()
+            if part not in (last if i else ends):
+                break
         found.append(part)
     return found
 
