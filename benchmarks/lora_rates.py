@@ -170,7 +170,7 @@ def read(log: Path) -> tuple[dict[Run, float], dict[int, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="without the ending: a .jsonl and a .md file are written")
+    parser.add_argument("--out", type=Path, required=True, help="without its ending: a .jsonl and a .md file")
     parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS, help="hidden sizes to run")
     args = parser.parse_args()
     log = args.out.with_suffix(".jsonl")
