@@ -66,15 +66,16 @@ def share(planned: Planned) -> dict[str, float] | None:
 
 
 def costliest(planned: Planned) -> list[str]:
-    """The matrices of a call that cost most, by name; stages with the same ones share a line."""
+    """The parameters of a call whose matrices cost most; stages with the same ones share a line."""
+    flops = planned.model.newton_schulz.on(META).flops
     found: dict[str, list[int]] = {}
     for of_stage in planned.stages:
         for load in of_stage.loads:
-            flops = planned.model.newton_schulz.on(META).flops
             most = [m for m in load.call.matrices if flops(m.rows, m.cols) == load.costliest]
-            for name, shape, count in by_pattern((m.name, f"{m.rows}x{m.cols}") for m in most):
-                alike = f", {count} of them" if count > 1 else ""
-                line = f"{load.call.label}: {name} ({shape}{alike}), {si(load.costliest)}FLOP each"
+            named = by_pattern((m.parameter, f"{m.rows}x{m.cols}") for m in {m.parameter: m for m in most}.values())
+            if most:
+                names = ", ".join(f"{name} ({shape})" for name, shape, _ in named)
+                line = f"{load.call.label}, {si(load.costliest)}FLOP each: {names}"
                 found.setdefault(line, []).extend(of_stage.stage.numbers)
     several = len(planned.stages) > 1
     return [f"stage {stages_name(numbers)}, {line}" if several else line for line, numbers in found.items()]

@@ -510,7 +510,8 @@ def test_a_whole_ranks_memory_and_muons_share_of_a_step_are_told(tmp_path):
     assert "55.44 k parameters" in found
     assert "GPU's 100.00 kB, MORE THAN IT HAS = weights 110.88 kB + gradients 110.88 kB + fp32 masters" in found
     assert "a training step of 4.00 k tokens takes 2.00 s with AdamW; Muon adds" in found
-    assert "the costliest of matrices: model.layers.*.mlp." in found
+    costs = "the costliest of matrices, 3.30 MFLOP each: model.layers.*.mlp.gate_proj.weight (87x42), "
+    assert costs in found
     assert "units: k 1e3" in found
     with pytest.raises(ValueError, match=r"--tokens 4000\.0 with --tokens-per-s None; allowed: both"):
         planned_for(tmp_path, LLAMA, "--tokens", "4000")
