@@ -65,8 +65,8 @@ NOT_MATRICES = re.compile(
 
 #: What the table says where most matrices are factors of adapters; measured in benchmarks/lora_rates.py.
 ADAPTER_RATE = (
-    "AdamW's learning rate does not carry over to them as it does to full matrices; search from it up to 30 times it "
-    "(docs/fine-tuning.md)"
+    "AdamW's learning rate does not carry over to them as it does to full matrices; start at 3 times it, and search "
+    "from 1 to 10 times it (docs/fine-tuning.md)"
 )
 
 #: The number of a layer or an expert in a name, but not that of ``linear_fc1``.
