@@ -101,7 +101,7 @@ def _configure_optimizer(
     muon = engine.basic_optimizer
     if not isinstance(muon, Muon):
         if world_of(None)[0] == 0:
-            print(_another(muon), flush=True)
+            print(_another(engine), flush=True)
         return
     names, tp, own = muon.names, tensor_parallel.group_of(engine), ranks.of(engine)
     partitions = getattr(
@@ -176,12 +176,12 @@ def _left_out(engine: Any, muon: Muon) -> list[str]:
     return [f"{len(names)} parameters require gradients but are not in the optimizer, and are not trained: {shown}"]
 
 
-def _another(optimizer: Any) -> str:
+def _another(engine: Any) -> str:
     """What rank 0 says of an engine without Muon: clients drop an optimizer without a word, as the Trainer does."""
-    return (
-        f"muon_plugin: this engine trains with {type(optimizer).__name__} and not with Muon, which neither its "
-        "DeepSpeed JSON names nor deepspeed.initialize was given"
-    )
+    found = f"muon_plugin: this engine trains with {type(engine.basic_optimizer).__name__} and not with Muon, "
+    if engine.client_optimizer is not None and str(engine._config.optimizer_name).lower() == "muon":
+        return found + "which its DeepSpeed JSON names: the optimizer that deepspeed.initialize was given replaces it"
+    return found + "which neither its DeepSpeed JSON names nor deepspeed.initialize was given"
 
 
 def _refuse_remade(optimizer: Any) -> None:

@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{size}", type=positive, help=f"{help_text} parallel size; what is left of the ranks is DP"
         )
+    parser.add_argument(
+        "--strict", action="store_true", help="an argument that Megatron does not know is an error, as at a job's start"
+    )
     parser.add_argument("--checked", nargs=2, type=positive, help=argparse.SUPPRESS)  # TP, PP: the preflight's
     parser.add_argument("--zero-stage", type=int, help="0 to 3, in the place of the DeepSpeed config's; 1 without one")
     rates = Rates()
@@ -121,6 +124,8 @@ def _model(own: argparse.Namespace, rest: Sequence[str], ranks: int) -> Model:
         how = f"the model is given by {' and '.join(named)}" if named else "no model is given"
         raise ValueError(f"{how}; allowed: one of {', '.join(given)}")
     parallel = Parallel(own.tp, own.pp, own.ep, own.cp)
+    if own.strict and (own.hf is not None or own.shapes is not None):
+        raise ValueError("--strict without Megatron's arguments; allowed: with --megatron, or arguments after --")
     if own.hf is None and own.shapes is None:
         for flag in ("deepspeed", "zero_stage"):
             if getattr(own, flag) is not None:
@@ -128,7 +133,8 @@ def _model(own: argparse.Namespace, rest: Sequence[str], ranks: int) -> Model:
                 raise ValueError(
                     f"--{name} {getattr(own, flag)} with Megatron's arguments; allowed: with --hf or --shapes"
                 )
-        return models.megatron(models.megatron_arguments(own.megatron) if own.megatron else rest, parallel, ranks)
+        arguments = models.megatron_arguments(own.megatron) if own.megatron else rest
+        return models.megatron(arguments, parallel, ranks, own.strict)
     config = models.read_json(own.deepspeed, "--deepspeed") if own.deepspeed else {}
     return models.deepspeed(config, own.hf, own.shapes, parallel, own.zero_stage)
 

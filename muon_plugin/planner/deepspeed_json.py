@@ -59,18 +59,25 @@ def read(config: Section, zero_stage: int | None) -> DeepSpeedConfig:
         element_bytes=element_bytes,
         moment_bytes=2 if sections["bf16"].get("bf16_optimizer_states", False) else 4,
     )
+    optimizer_away = _share_away(_section(zero_section, "offload_optimizer"))
     engine = Engine(
         weights=element_bytes,
         gradients=WIDTHS.get(str(accumulated), element_bytes),
         masters=_master_bytes(sections, stage, half),
         weights_cut=stage == 3,
         gradients_cut=stage >= 2,
-        buffer=_bucket(zero_section, stage),
-        masters_on_cpu=_section(zero_section, "offload_optimizer").get("device", "none") != "none",
-        momentum_on_cpu=settings.offload,
-        momentum=settings.momentum_type.itemsize,
+        buffer=0 if own_wrapper else _bucket(zero_section, stage),
+        weights_away=_share_away(_section(zero_section, "offload_param")) if stage == 3 else 0.0,
+        masters_away=optimizer_away,
+        state_away=optimizer_away,
+        momentum_away=settings.momentum_type.itemsize if settings.offload else 0,
     )
     return DeepSpeedConfig(settings, zero, _traffic(stage, gradient_bytes, element_bytes), engine)
+
+
+def _share_away(section: Section) -> float:
+    """How much ZeRO keeps in CPU memory or on NVMe: with the optimizer's ``ratio`` (twin-flow), a part."""
+    return float(section.get("ratio", 1.0)) if section.get("device") not in (None, "none") else 0.0
 
 
 def _master_bytes(sections: Mapping[str, Section], stage: int, half: bool) -> int:

@@ -22,8 +22,9 @@ class Engine:
         weights_cut, gradients_cut: whether data parallel ranks share them out (ZeRO-3; ZeRO-2 and 3). Masters are cut
             wherever the optimizer's state is.
         buffer: elements of the engine's own buffers for communication, at `gradients` bytes each.
-        masters_on_cpu, momentum_on_cpu: masters and state, or the momentum of matrices, are kept in CPU memory.
-        momentum: bytes of an element of the momentum.
+        weights_away, masters_away, state_away: the shares of these that are not on the GPU between steps, but in CPU
+            memory or on NVMe.
+        momentum_away: bytes of an element of the momentum, if that alone is in CPU memory; otherwise 0.
     """
 
     weights: int = 2
@@ -32,9 +33,10 @@ class Engine:
     weights_cut: bool = False
     gradients_cut: bool = False
     buffer: int = 0
-    masters_on_cpu: bool = False
-    momentum_on_cpu: bool = False
-    momentum: int = 4
+    weights_away: float = 0.0
+    masters_away: float = 0.0
+    state_away: float = 0.0
+    momentum_away: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Memory:
         weights, gradients, masters, state: between steps, on the GPU.
         buffers: of the engine, for communication.
         step: what Muon's step needs at the most beside these.
-        on_cpu: what is in CPU memory.
+        away: what is in CPU memory or on NVMe.
     """
 
     weights: int = 0
@@ -54,12 +56,12 @@ class Memory:
     state: int = 0
     buffers: int = 0
     step: int = 0
-    on_cpu: int = 0
+    away: int = 0
 
     @property
     def total(self) -> int:
         """On the GPU."""
-        return sum(asdict(self).values()) - self.on_cpu
+        return sum(asdict(self).values()) - self.away
 
     def __add__(self, other: Memory) -> Memory:
         """Of two calls: one needs its working memory after the other."""
@@ -79,18 +81,16 @@ def largest(stages: Iterable[StageLoad], engine: Engine) -> Memory:
 
 def _of_call(load: Load, engine: Engine) -> Memory:
     elements, mine = load.call.elements, sum(load.held)  # of a TP rank; of its part
-    masters, state, away = engine.masters * mine, max(load.state), 0
-    if engine.masters_on_cpu:
-        masters, state, away = 0, 0, masters + state
-    elif engine.momentum_on_cpu:
-        away = min(engine.momentum * load.held[0], state)
-        state -= away
+    weights = engine.weights * (mine if engine.weights_cut else elements)
+    masters, state = engine.masters * mine, max(load.state)
+    weights_away, masters_away = round(engine.weights_away * weights), round(engine.masters_away * masters)
+    state_away = min(state, max(round(engine.state_away * state), engine.momentum_away * load.held[0]))
     return Memory(
-        weights=engine.weights * (mine if engine.weights_cut else elements),
+        weights=weights - weights_away,
         gradients=engine.gradients * (mine if engine.gradients_cut else elements),
-        masters=masters,
-        state=state,
+        masters=masters - masters_away,
+        state=state - state_away,
         buffers=engine.gradients * min(engine.buffer, elements),
         step=load.counts.peak if load.call.matrices else 0,
-        on_cpu=away,
+        away=weights_away + masters_away + state_away,
     )

@@ -108,12 +108,12 @@ def megatron_arguments(path: str) -> list[str]:
         raise ValueError(f"--megatron {path}: {error}; allowed: Megatron's arguments, quoted as in a shell") from None
 
 
-def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
-    """GPTModel under Megatron's distributed optimizer."""
+def megatron(arguments: Sequence[str], parallel: Parallel, world: int, strict: bool = False) -> Model:
+    """GPTModel under Megatron's distributed optimizer; `strict`: see `on_meta.load`."""
     flags = {"tensor-model-parallel-size": parallel.tp, "pipeline-model-parallel-size": parallel.pp}
     flags |= {"expert-model-parallel-size": parallel.ep, "context-parallel-size": parallel.cp}
     extra = [text for flag, size in flags.items() if size for text in (f"--{flag}", str(size))]
-    args, settings = on_meta.load([*arguments, *extra], world)
+    args, settings = on_meta.load([*arguments, *extra], world, strict)
     kinds = on_meta.stages(args, settings)
     if settings.per_head:
         check_heads("--muon-split-qkv-per-head", [kind.routing.head_facts for kind in kinds])
@@ -145,8 +145,8 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int) -> Model:
             weights=2 if half else 4,
             gradients=gradient,
             masters=(2 if settings.lower_bits else 4) if half else 0,  # in fp32 they are the weights
-            momentum_on_cpu=settings.offload,
-            momentum=settings.state_bytes[0],
+            state_away=settings.offload_fraction,
+            momentum_away=settings.state_bytes[0] if settings.offload else 0,
         ),
         settings.state_bytes,
     )
@@ -289,14 +289,18 @@ def _hf_model(path: str) -> tuple[Any, str, list[str]]:
             f"--hf {path}: transformers {transformers.__version__} does not know model_type {kind!r}; allowed: a type "
             "that it knows (pip install --upgrade transformers), or --shapes with the names and shapes of the model"
         )
+    architectures = values.get("architectures") or ()
+    unknown = [name for name in architectures if not hasattr(transformers, name)]
     try:
         config = AutoConfig.for_model(kind, **values)
         with torch.device("meta"):
-            model = _built(config, values.get("architectures") or ())
+            model = _built(config, architectures)
     except Exception as error:  # whatever a model's code does not like about its config
         why = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise ValueError(f"--hf {path}: {why}; allowed: the config.json of a language model, or --shapes") from None
-    found = [*_not_in(model, config), *_multi_token_layers(model, values.get("num_nextn_predict_layers"))]
+    built = type(model).__name__
+    found = [f"planned as {built}: transformers has no {name}" for name in unknown]
+    found += [*_not_in(model, config), *_multi_token_layers(model, values.get("num_nextn_predict_layers"))]
     return model, f"{kind} ({path})", found
 
 

@@ -79,8 +79,14 @@ class BufferLayout(Protocol):
     bucket_indices: Sequence[tuple[int, int]]
 
 
-def load(arguments: Sequence[str], world_size: int) -> tuple[Any, Settings]:
+def load(arguments: Sequence[str], world_size: int, strict: bool = False) -> tuple[Any, Settings]:
     """Megatron's arguments, parsed and validated by Megatron for so many ranks, and Muon's settings.
+
+    Args:
+        arguments: without the program's name.
+        world_size: ranks of the job.
+        strict: whether an argument that Megatron does not know is an error, as when the job starts; otherwise it is
+            named in a note and left out, as a fork's are.
 
     Raises:
         ValueError: if Megatron's parser cannot be imported, or the arguments are invalid.
@@ -99,7 +105,7 @@ def load(arguments: Sequence[str], world_size: int) -> tuple[Any, Settings]:
         register()
         logging.getLogger("megatron").setLevel("ERROR")
         try:
-            args = _checked(arguments)
+            args = _checked(arguments, strict)
             check_supported(args, args)
             return args, Settings.from_config(args, args)
         except (ValueError, AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:
@@ -123,7 +129,7 @@ def _failed_check(error: Exception) -> str:
     return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
-def _checked(arguments: Sequence[str]) -> Any:
+def _checked(arguments: Sequence[str], strict: bool) -> Any:
     from megatron.training.arguments import parse_args, validate_args
 
     sys.argv = ["pretrain_gpt.py", *arguments]
@@ -131,7 +137,7 @@ def _checked(arguments: Sequence[str]) -> Any:
     try:
         args = _parsed(parse_args)
     except ValueError as error:
-        if not str(error).startswith(UNKNOWN) or "--muon-" in str(error):  # of a fork, but no slip in one of ours
+        if strict or not str(error).startswith(UNKNOWN) or "--muon-" in str(error):  # a slip in one of ours
             raise
         args, unknown = _parsed(partial(parse_args, ignore_unknown_args=True)), str(error).removeprefix(UNKNOWN)
     args.unknown_arguments = unknown

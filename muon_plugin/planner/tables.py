@@ -225,7 +225,7 @@ def _memory(planned: Planned) -> Iterator[str]:
     parts = {
         "weights": of.weights,
         "gradients": of.gradients,
-        "fp32 masters": of.masters,
+        "masters": of.masters,
         "optimizer state": of.state,
         "the engine's buffers": of.buffers,
         "Muon's step": of.step,
@@ -235,8 +235,8 @@ def _memory(planned: Planned) -> Iterator[str]:
     yield (
         f"memory of a rank, without activations: {si(of.total)}B of the GPU's {si(planned.gpu_bytes)}B{over} = {shown}"
     )
-    if of.on_cpu:
-        yield f"  and {si(of.on_cpu)}B in CPU memory"
+    if of.away:
+        yield f"  and {si(of.away)}B in CPU memory or on NVMe"
 
 
 def _share(planned: Planned) -> Iterator[str]:

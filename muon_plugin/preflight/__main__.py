@@ -350,6 +350,7 @@ class Check:
             )
         sizes += ["--checked", str(self.own.tp), str(self.own.pp)]
         of_megatron = megatron or any(word.partition("=")[0] == "--megatron" for word in rest)
+        sizes += ["--strict"] if of_megatron and "--strict" not in rest else []
         for flag, given, checked in (("--tp", found.tp, self.own.tp), ("--pp", found.pp, self.own.pp)):
             if given is not None or not of_megatron:
                 sizes += [flag, str(checked) if given is None else given]

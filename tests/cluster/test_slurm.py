@@ -344,7 +344,7 @@ exec torchrun --nnodes 2 --node-rank $SLURM_NODEID --nproc-per-node 1 --master-a
 """
 
 
-@pytest.mark.skipif(not FULL, reason="FULL=1; the same lines are told in tests/preflight and tests/watchdog")
+@pytest.mark.skipif(not FULL, reason="FULL=1; a minute on two nodes; what is told: tests/preflight, tests/watchdog")
 def test_the_jobs_output_has_preflights_table_and_ends_in_the_watchdogs_verdict(submit, tmp_path):
     (tmp_path / "hang.sh").write_text(HANG.format(watched=SUPPORT / "watched.py"))
     variables = {"CONFIG": str(tmp_path / "hang.sh"), "OUTPUT": str(tmp_path / "out"), "MUON_WATCHDOG": "8"}

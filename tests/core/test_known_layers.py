@@ -145,6 +145,14 @@ def test_parametrized_weights_are_what_their_layer_is():
     assert routing.adamw["0.parametrizations.weight.original0"] == "magnitudes of a normed weight"
 
 
+def test_a_block_whose_own_weight_is_normed_is_known_by_its_class():
+    """torch calls the class ParametrizedLSTM then."""
+    lstm = nn.utils.parametrizations.weight_norm(nn.LSTM(4, 6), "weight_ih_l0")
+    shapes = {name: tuple(p.shape) for name, p in lstm.named_parameters()}
+    found = [(m.rows, m.cols) for m in route(shapes, model=lstm).matrices if "original1" in m.parameter]
+    assert found == [(6, 4)] * 4  # the gates
+
+
 def test_the_sweep_knows_its_models():
     assert len(COMMON) >= 30
     assert sum(p.numel() for p in build("LlamaForCausalLM").parameters()) > 6e9

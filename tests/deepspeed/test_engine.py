@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -140,9 +141,33 @@ def test_another_optimizer_is_left_alone(ranks):
 def adam(rank: int) -> tuple[str, str]:
     settings = config(1)
     settings["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
+    return told_of(lambda: build(rank, settings))
+
+
+def told_of(start: Callable[[], Any]) -> tuple[str, str]:
+    """The class of an engine's optimizer, and what is printed at its start."""
     with redirect_stdout(StringIO()) as printed:
-        engine = build(rank, settings)
+        engine = start()
     return type(engine.basic_optimizer).__name__, printed.getvalue()
+
+
+def test_an_optimizer_that_replaces_the_jsons_muon_is_named(ranks):
+    """DeepSpeed takes a client's optimizer before the JSON's, without a word."""
+    (name, told), (_, silent) = ranks(2).run(client_adam)
+    assert name == "AdamW"
+    assert "trains with AdamW and not with Muon, which its DeepSpeed JSON names: the optimizer that" in told
+    assert "muon_plugin" not in silent
+
+
+def client_adam(rank: int) -> tuple[str, str]:
+    import deepspeed
+
+    import muon_plugin
+
+    muon_plugin.register("deepspeed")
+    model, settings = IntegerModel(), config(1, zero_allow_untested_optimizer=True)
+    adamw = torch.optim.AdamW(model.parameters())
+    return told_of(lambda: deepspeed.initialize(model=model, config=settings, optimizer=adamw)[0])
 
 
 def test_the_table_says_what_will_happen(ranks):

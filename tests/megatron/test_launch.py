@@ -60,6 +60,7 @@ def test_muonclip(dry_run, script):
     ("extra", "told"),
     [
         ("--muon-speed 3", "--muon-speed"),
+        ("--no-such-flag 3", "unrecognized arguments: --no-such-flag 3"),
         ("--muon-ns-method quick", "--muon-ns-method"),
         ("--tensor-model-parallel-size 3", "divisible"),
         ("--optimizer adam", "--optimizer muon and --use-distributed-optimizer are both needed"),

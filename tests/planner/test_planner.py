@@ -33,18 +33,9 @@ from tests.support.counted import bytes_sent
 from tests.support.integers import build, config
 from tests.support.jobs import environment
 from tests.support.plan_by_lists import plan_by_lists
+from tests.support.planned import LLAMA, MODEL
 from tests.support.ranks import release
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 42,
-    "intermediate_size": 87,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "vocab_size": 97,
-    "max_position_embeddings": 32,
-}
 #: FLOPs, bytes sent and bytes of state that each rank really computed, sent and holds.
 Counts = list[tuple[int, int, int]]
 
@@ -110,14 +101,6 @@ def deepspeed_counts(rank: int, settings: dict[str, Any]) -> tuple[tuple[int, in
 
 # Under Megatron.
 
-#: The arguments of megatron_model.py's models.
-MODEL = shlex.split("""
-    --num-layers 4 --hidden-size 24 --ffn-hidden-size 40 --num-attention-heads 8 --group-query-attention
-    --num-query-groups 4 --kv-channels 6 --swiglu --normalization RMSNorm --disable-bias-linear --seq-length 16
-    --position-embedding-type rope --max-position-embeddings 16 --untie-embeddings-and-output-weights --mock-data
-    --vocab-size 64 --make-vocab-size-divisible-by 32 --tokenizer-type NullTokenizer --bf16 --micro-batch-size 1
-    --global-batch-size 4 --train-iters 10 --lr 0.01 --optimizer muon --use-distributed-optimizer --muon-ns-dtype bf16
-""")
 MOE = shlex.split("""
     --num-experts 4 --moe-ffn-hidden-size 20 --moe-shared-expert-intermediate-size 20 --moe-router-topk 2
     --moe-token-dispatcher-type allgather
@@ -493,71 +476,4 @@ def test_the_commands_exit_code_is_2_and_python_gets_a_value_error():
 @pytest.mark.skipif(not FULL, reason="FULL=1: Megatron's parser is imported for it, which takes 12 seconds of a core")
 def test_python_gets_what_megatrons_parser_says_as_a_value_error(megatron):
     with pytest.raises(ValueError, match="--tensor-model-parallel-sise"):
-        planner.report(megatron([], [*MODEL, "--tensor-model-parallel-sise", "2"]))
-
-
-# What else the table says.
-
-
-def planned_for(tmp_path, config: dict[str, Any], *arguments: str) -> str:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    found = planner.report(["--hf", str(tmp_path), "--nodes", "1", "--gpus-per-node", "2", *arguments])
-    return " ".join(found.split())
-
-
-def test_a_whole_ranks_memory_and_muons_share_of_a_step_are_told(tmp_path):
-    found = planned_for(tmp_path, LLAMA, "--gpu-memory-gb", "0.0001", "--tokens", "4000", "--tokens-per-s", "1000")
-    assert "55.44 k parameters" in found
-    assert "GPU's 100.00 kB, MORE THAN IT HAS = weights 110.88 kB + gradients 110.88 kB + fp32 masters" in found
-    assert "a training step of 4.00 k tokens takes 2.00 s with AdamW; Muon adds" in found
-    costs = "the costliest of matrices, 3.30 MFLOP each: model.layers.*.mlp.gate_proj.weight (87x42), "
-    assert costs in found
-    assert "units: k 1e3" in found
-    with pytest.raises(ValueError, match=r"--tokens 4000\.0 with --tokens-per-s None; allowed: both"):
-        planned_for(tmp_path, LLAMA, "--tokens", "4000")
-
-
-def test_a_model_type_that_transformers_does_not_know_is_told_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="does not know model_type 'llama9'") as error:
-        planned_for(tmp_path, LLAMA | {"model_type": "llama9"})
-    assert len(str(error.value)) < 400
-    with pytest.raises(ValueError, match="it is not a language model"):
-        planned_for(tmp_path, {"model_type": "resnet"})
-
-
-def test_what_is_not_built_of_a_model_is_told(tmp_path):
-    text = LLAMA | {"model_type": "llama4_text", "head_dim": 14, "intermediate_size_mlp": 87, "num_local_experts": 2}
-    tower = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tower |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32}
-    both = {"model_type": "llama4", "text_config": text, "vision_config": tower | {"projector_output_dim": 32}}
-    assert "note: without" not in planned_for(tmp_path, both)
-    found = planned_for(tmp_path, both | {"architectures": ["Llama4ForCausalLM"]})
-    assert "note: without vision_config: Llama4ForCausalLM does not have it" in found
-    found = planned_for(tmp_path, {**LLAMA, "model_type": "glm4_moe", "head_dim": 14, "num_nextn_predict_layers": 1})
-    assert "note: without the 1 layers of num_nextn_predict_layers: Glm4MoeForCausalLM has none" in found
-
-
-OF_OTHERS = {
-    "--no-such-flag 3 --apply-layernorm-1p --num-experts 4 --moe-token-dispatcher-type flex": (
-        "note: left out, as this Megatron-Core does not know them: --no-such-flag 3"
-    ),
-    "--hybrid-layer-pattern M*M*": "--hybrid-layer-pattern M*M*: the planner builds GPTModel, whose layers are",
-    "--muon-speed 3": "unrecognized arguments: --muon-speed 3",
-}
-
-
-@pytest.mark.parametrize("extra", OF_OTHERS)
-def test_launch_lines_of_others_end_in_a_plan_or_in_one_line(ranks, extra):
-    """Dispatchers that are not installed, Apex's norms, flags of a fork; Mamba, which is another model; a slip."""
-    arguments = [part for part in MODEL if part not in ("--normalization", "RMSNorm")]
-    told = ranks.forked(planned_or_why, ["--", *arguments, *shlex.split(extra)], megatron="0.19.2")
-    assert OF_OTHERS[extra] in " ".join(told.split())
-
-
-def planned_or_why(rank: int, arguments: list[str]) -> str:
-    from muon_plugin.planner.command import printed
-
-    try:
-        return printed(run(["--nodes", "1", "--gpus-per-node", "4", *arguments]))
-    except ValueError as error:
-        return str(error)
+        planner.report(megatron(["--strict"], [*MODEL, "--tensor-model-parallel-sise", "2"]))

@@ -69,7 +69,7 @@ launch() {
     if [[ "${DRY_RUN:-0}" == 1 || "${PLAN:-0}" == 1 ]]; then   # PLAN=1: an older name
         [[ -d "$MEGATRON_PATH/megatron" ]] && export PYTHONPATH="$MEGATRON_PATH${PYTHONPATH:+:$PYTHONPATH}"
         exec "${PYTHON:-python}" -W ignore -m muon_plugin.planner \
-            --nodes "$NUM_NODES" --gpus-per-node "$GPUS_PER_NODE" ${PLAN_ARGS:-} -- "${all[@]}"
+            --nodes "$NUM_NODES" --gpus-per-node "$GPUS_PER_NODE" --strict ${PLAN_ARGS:-} -- "${all[@]}"
     fi
     exec torchrun "${DISTRIBUTED_ARGS[@]}" -m muon_plugin "$MEGATRON_PATH/pretrain_gpt.py" "${all[@]}"
 }
