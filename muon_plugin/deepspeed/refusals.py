@@ -22,7 +22,10 @@ def check_supported(engine: Any) -> None:
 
 
 def refusals(engine: Any) -> list[Refusal]:
-    """All that is checked, whether it is set or not. docs/refused.md has them in this order."""
+    """All that is checked, whether it is set or not. docs/refused.md has them in this order.
+
+    What this machine lacks comes last: nobody installs it for a combination that is refused on every machine.
+    """
     zero = engine._config.zero_config
     return [
         *_offload(zero),
@@ -34,11 +37,12 @@ def refusals(engine: Any) -> list[Refusal]:
         *_gradients_left_out(engine),
         *_one_rate_schedulers(engine),
         _cycled_momentum(engine),
+        _asynchronous_io(zero),
     ]
 
 
 def _offload(zero: Any) -> list[Refusal]:
-    """SuperOffload, which steps with an optimizer of its own, and what NVMe needs.
+    """SuperOffload, which steps with an optimizer of its own, and what cannot work on NVMe.
 
     Stages 1 and 2 take "nvme" for "cpu", in silence.
     """
@@ -46,9 +50,6 @@ def _offload(zero: Any) -> list[Refusal]:
     super_offload = getattr(optimizer, "super_offload", False)
     on_nvme = _on_nvme(zero)
     pipelined = "offload_optimizer" in on_nvme and (optimizer.pipeline_read or optimizer.pipeline_write)
-    without_aio = bool(on_nvme) and zero.stage == 3 and not AsyncIOBuilder().is_compatible()
-    where = f"zero_optimization.{on_nvme[0]}.device" if on_nvme else section
-    aio = "cpu, or nvme once DeepSpeed can build async_io (apt install libaio-dev)"
     return [
         Refusal(f"{section}.super_offload", True, super_offload, "false: it steps with a DeepSpeedCPUAdam of its own"),
         Refusal(
@@ -58,10 +59,19 @@ def _offload(zero: Any) -> list[Refusal]:
             "false: the swapper loses the momentum's file",
         ),
         Refusal(
-            f"{where} with stage {int(zero.stage)}", "nvme", bool(on_nvme) and zero.stage < 3, "nvme in stage 3, or cpu"
+            f"{_nvme_setting(zero)} with stage {int(zero.stage)}",
+            "nvme",
+            bool(on_nvme) and zero.stage < 3,
+            "nvme in stage 3, or cpu",
         ),
-        Refusal(where, "nvme", without_aio, aio),
     ]
+
+
+def _asynchronous_io(zero: Any) -> Refusal:
+    """DeepSpeed compiles its access to NVMe at first use."""
+    without = bool(_on_nvme(zero)) and zero.stage == 3 and not AsyncIOBuilder().is_compatible()
+    advice = "cpu, or nvme once DeepSpeed can build async_io (apt install libaio-dev)"
+    return Refusal(_nvme_setting(zero), "nvme", without, advice)
 
 
 def _momentum(engine: Any, zero: Any) -> Refusal:
@@ -192,6 +202,11 @@ def _warms_up_to_each_rate() -> bool:
 def _on_nvme(zero: Any) -> list[str]:
     """Which of ZeRO's offload sections send their tensors to NVMe."""
     return [name for name in ("offload_optimizer", "offload_param") if _device(getattr(zero, name)) == "nvme"]
+
+
+def _nvme_setting(zero: Any) -> str:
+    """The setting that sends tensors to NVMe, or would."""
+    return f"zero_optimization.{next(iter(_on_nvme(zero)), 'offload_optimizer')}.device"
 
 
 def _device(offload: Any) -> str:
