@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from muon_plugin.kernels.normalize_triton import TILE, normalize_kernel, squares_kernel
+from muon_plugin.kernels.rounding_triton import average_kernel
 from muon_plugin.kernels.symmetric_triton import Tiling, symmetric_kernel, tiling_for
 from muon_plugin.kernels.table_triton import BLOCK, FIELDS, WARPS, apply_kernel, pack_kernel
 
@@ -139,6 +140,12 @@ MOVING: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
         },
         {"FIELDS": FIELDS, "BLOCK": BLOCK},
         10,
+    ),
+    "momentum in bf16": (
+        average_kernel,
+        {"momenta": "*bf16", "gradients": "*fp32", "numel": "i32", "weight": "fp32", "towards": "fp32", "seed": "i32"},
+        {"NESTEROV": True, "BLOCK": BLOCK},
+        12,
     ),
     "squares for norms": (
         squares_kernel,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import by_table
 from .layout import Strided
+from .trial import usable
 
 T = TypeVar("T")
 #: Elements from which on a part has a launch of its own: a GPU takes longer for it than the host does to launch it.
@@ -279,17 +280,8 @@ def by_table_on(device: torch.device) -> bool:
 @functools.cache
 def same_bits_by_table(device: torch.device) -> bool:
     """Whether the kernels have the bits of plain torch on this device, tried once on random numbers; told if not."""
-    try:
-        why = "" if _found_alone(device) == _found_by_table(device) else "round differently than torch"
-    except Exception as error:  # of an import, a compiler, a driver
-        why = f"fail with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if why:
-        warnings.warn(
-            f"muon_plugin: the Triton kernels for directions and updates {why} on {device}: torch takes their place, "
-            "in more launches and passes over memory",
-            stacklevel=2,
-        )
-    return not why
+    what = "Triton kernel for directions and updates"
+    return usable(what, device, lambda: _found_alone(device), lambda: _found_by_table(device))
 
 
 def _found_alone(device: torch.device) -> list[bytes]:

@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import rounding
 from .agreement import agree, alike, together, world_of
 from .by_table import Listed
 from .collector import without_collector
-from .elementwise import PORTION, Run, Source, Target, apply, average, by_table_on, pack
+from .elementwise import Run, Source, Target, apply, average, by_table_on, pack
 from .exchange import Exchange, Turns
 from .frozen import NONE, Frozen
 from .holders import publish
@@ -32,7 +33,6 @@ from .layout import Matrix, Shard, Strided, pieces
 from .orthogonalize import NewtonSchulz
 from .phases import current, phase
 from .plan import Plan, make_plan
-from .rounding import stochastic
 
 
 class Measurement(Protocol):
@@ -231,13 +231,7 @@ def _in_bf16(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool, parts: S
     """Updates these parts of a momentum in bf16, on the device or in CPU memory. The direction, made of what has not
     been rounded yet, overwrites the gradient."""
     here = momentum.to(grad.device, non_blocking=True)
-    for part in parts:
-        for first in range(0, part.numel, PORTION):
-            for at in part.cut(first, min(first + PORTION, part.numel)):
-                kept, direction = at.view(here), at.view(grad)
-                values = kept.float().lerp_(direction, 1 - mu)
-                kept.copy_(stochastic(values, step))
-                direction.lerp_(values, mu) if nesterov else direction.copy_(values)
+    rounding.average(here, grad, parts, 1 - mu, mu if nesterov else None, step)
     if here is not momentum:
         momentum.copy_(here)
     return Source(grad)

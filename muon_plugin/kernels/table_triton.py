@@ -71,7 +71,7 @@ def apply(table: Any, pointers: Tensor, numbers: Tensor, flat: Tensor) -> None:
 
 
 @triton.jit
-def _lerp(a, b, weight):  # type: ignore[no-untyped-def]
+def lerp(a, b, weight):  # type: ignore[no-untyped-def]
     """torch's a + weight (b - a), from the nearer end, in which each multiplication and addition is one operation."""
     return tl.where(tl.abs(weight) < 0.5, tl.fma(weight, b - a, a), tl.fma(a - b, 1.0 - weight, b))
 
@@ -111,10 +111,10 @@ def pack_kernel(  # type: ignore[no-untyped-def]
     if AVERAGE or NESTEROV:
         gradient = tl.load(gradients + local, mask=there, other=0.0)
     if AVERAGE:
-        direction = _lerp(direction, gradient, tl.load(numbers + 2 * tensor))
+        direction = lerp(direction, gradient, tl.load(numbers + 2 * tensor))
         tl.store(momenta + local, direction, mask=there)
     if NESTEROV:
-        direction = _lerp(gradient, direction, tl.load(numbers + 2 * tensor + 1))
+        direction = lerp(gradient, direction, tl.load(numbers + 2 * tensor + 1))
     tl.store(flat + at, direction.to(tl.bfloat16), mask=there)
 
 

@@ -98,7 +98,8 @@ def in_the_interpreter(dtype: str) -> dict[str, Any]:
 
 def of_all(dtype: str) -> dict[str, Any]:
     found = {"integers": differing(dtype), "normal": of_normal_numbers(dtype)}
-    return found | {"iteration": iteration(), "table": by_table()} if dtype == "float16" else found
+    once = {"iteration": iteration(), "table": by_table(), "rounded": rounded()} if dtype == "float16" else {}
+    return found | once
 
 
 def by_table() -> list[int]:
@@ -109,6 +110,16 @@ def by_table() -> list[int]:
     device = torch.device("cpu")
     alone, table = elementwise._found_alone(device), elementwise._found_by_table(device)
     return [sum(a != b for a, b in zip(one, other)) for one, other in zip(alone, table)]
+
+
+def rounded() -> list[int]:
+    """Of momenta in bf16 and directions after a step by their kernel, how many bytes are not those of plain torch; with
+    both ways of torch's lerp, and without Nesterov."""
+    from muon_plugin.core import rounding
+
+    device = torch.device("cpu")
+    alone, ours = (rounding._found(device, way) for way in (rounding._alone, rounding._by_kernel))
+    return [sum(a != b for a, b in zip(one, other, strict=True)) for one, other in zip(alone, ours, strict=True)]
 
 
 def of_normal_numbers(dtype: str) -> dict[str, Any]:
@@ -150,6 +161,10 @@ def test_newton_schulz_by_the_kernel_is_that_by_torch_up_to_rounding_in_any_batc
 
 def test_directions_and_updates_by_a_table_of_runs_have_the_bits_of_plain_torch():
     assert in_the_interpreter("float16")["table"] == [0] * 12
+
+
+def test_momenta_in_bf16_by_their_kernel_have_the_bits_of_plain_torch():
+    assert in_the_interpreter("float16")["rounded"] == [0] * 6
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100] if FULL else [80])

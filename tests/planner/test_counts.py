@@ -48,6 +48,18 @@ def test_every_rank_sends_what_the_plan_says(stage, scalars):
     assert not dist.is_initialized()
 
 
+def test_a_momentum_in_bf16_costs_one_kernel_a_tensor_and_18_bytes_an_element_before_newton_schulz():
+    """It and the gradient are read and written once, and the direction is packed; fp32 is packed in the same pass."""
+    newton_schulz = NewtonSchulz(coefficients_for(5, "simple"))
+    shapes = {f"layers.{i}.w": (32, 64) for i in range(5)}
+    parameters = [Partition.of(name, shape) for name, shape in shapes.items()]
+    (call,) = zero_calls("all", parameters, route(shapes).matrices, Zero(1), 1)
+    plan = make_plan(call.matrices, index_of(call), newton_schulz.flops)
+    in_bf16, in_fp32 = (count(call, plan, 0, newton_schulz, momentum=kind) for kind in (torch.bfloat16, torch.float32))
+    assert in_bf16.kernels - in_fp32.kernels == 1
+    assert in_bf16.elementwise - in_fp32.elementwise == (12 + 6 - 14) * in_fp32.held
+
+
 def operations(*sizes: int) -> Counts:
     tensors = [torch.empty(size, device=META) for size in sizes]
     with Counter() as counter:
