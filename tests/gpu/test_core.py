@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from muon_plugin import Muon
 from muon_plugin.core import adamw
 from muon_plugin.core.call import Call
+from muon_plugin.core.elementwise import by_table_on
 from muon_plugin.core.groups import Host
 from muon_plugin.core.layout import Shard
+from muon_plugin.core.rounding import by_kernel_on
 from muon_plugin.core.settings import Settings
 from tests.support.ranks import Ranks
 from tests.support.torch_releases import needs_muon
@@ -129,6 +131,10 @@ def test_offloaded_momentum_lies_in_pinned_cpu_memory_and_changes_no_bit(device)
         }
         found[offload] = {name: p.detach().cpu() for name, p in parameters.items()}
     assert not _differing(found[True], found[False])
+
+
+def test_on_a_gpu_the_kernels_over_memory_have_torchs_bits_and_are_taken(device):
+    assert by_table_on(device) is by_kernel_on(device) is (device.type == "cuda")
 
 
 def test_the_adamw_of_auto_gives_the_same_bits_wherever_a_shard_is_cut(device):
