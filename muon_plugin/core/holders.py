@@ -183,7 +183,7 @@ def holders(matrices: Sequence[Matrix], index: Index) -> list[Holders]:
         for number, inside in held:
             of_rank = listed.setdefault(number, {})
             of_rank[rank] = of_rank.get(rank, ()) + inside
-    shares: dict[tuple[Strided, Even, int], Share] = {}
+    shares: dict[tuple[int, ...], Share] = {}
     found = []
     for number, matrix in enumerate(matrices):
         where, rule = matrix.where, index.even.get(matrix.parameter)
@@ -193,11 +193,13 @@ def holders(matrices: Sequence[Matrix], index: Index) -> list[Holders]:
         else:
             first = where.start // rule.step if rule.step else 0
             # Counted from the first rank's part, so that equal matrices share what is found.
-            where = Strided(where.start - first * rule.step, where.run, where.stride, where.count)
+            start = where.start - first * rule.step
             # Only a matrix that reaches the last ranks depends on how many ranks there are.
-            key = where, rule, min(index.world - first, (where.end - 1) // rule.step + 1) if rule.step else 0
+            reach = min(index.world - first, (where.end - 1) // rule.step - first + 1) if rule.step else 0
+            key = start, where.run, where.stride, where.count, rule.length, rule.step, reach
             if key not in shares:
-                shares[key] = Share.by_rule(where, rule, first, index.world)
+                counted = Strided(start, where.run, where.stride, where.count)
+                shares[key] = Share.by_rule(counted, rule, first, index.world)
                 check_once(matrix.name, matrix.numel, shares[key].parts)
             of = Holders(first, shares[key])
         found.append(of)
