@@ -78,10 +78,9 @@ class Hooks:
         for hook in hooks:
             original = getattr(hook.holder, hook.name)
             wrapper = _wrapped(original, hook.ours)
-            others = _importers(original, hook.name) if inspect.ismodule(hook.holder) else []
-            for holder in {id(h): h for h in (hook.holder, *others)}.values():
-                setattr(holder, hook.name, wrapper)
-                self._undo.append(functools.partial(setattr, holder, hook.name, original))
+            for holder, name in [(hook.holder, hook.name), *_importers(hook, original)]:
+                setattr(holder, name, wrapper)
+                self._undo.append(functools.partial(setattr, holder, name, original))
 
     def remove(self) -> None:
         """Gives every holder the original back."""
@@ -89,9 +88,19 @@ class Hooks:
             self._undo.pop()()
 
 
-def _importers(function: Any, name: str) -> list[Any]:
-    """Modules that have imported the function by its name: they get the wrapper too."""
-    return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is function]
+def _importers(hook: Hook, original: Any) -> list[tuple[Any, str]]:
+    """Modules that have imported the function, and its name there: they get the wrapper too.
+
+    Clients rename it: verl imports ``get_megatron_optimizer as get_megatron_optimizer_native``.
+    """
+    if not inspect.ismodule(hook.holder):
+        return []
+    return [
+        (module, name)
+        for module in list(sys.modules.values())
+        for name, value in list(getattr(module, "__dict__", {}).items())
+        if value is original
+    ]
 
 
 def _wrapped(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

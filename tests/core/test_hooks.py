@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import warnings
 
@@ -53,6 +54,20 @@ def test_another_signature_leaves_everything_as_it_was():
     with pytest.raises(RuntimeError, match=r"engine\.two has \['x', 'y'\], expected \['x'\]"):
         Hooks("Engine", ["1.0"]).install("1.0", functions)
     assert holder.one(1) == 2
+
+
+def test_a_function_that_was_imported_before_is_wrapped_under_whatever_name_it_was_imported(monkeypatch):
+    library, client = types.ModuleType("library"), types.ModuleType("client")
+    library.one = original = lambda x: x + 1
+    client.one = client.renamed = client.again = original
+    client.other = lambda x: x + 1
+    for module in (library, client):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    hooks = Hooks("Engine", ["1.0"])
+    hooks.install("1.0", [Hook(library, "one", ["x"], lambda original, x: 2 * original(x))])
+    assert [library.one(1), client.one(1), client.renamed(1), client.again(1), client.other(1)] == [4, 4, 4, 4, 2]
+    hooks.remove()
+    assert library.one is client.one is client.renamed is client.again is original
 
 
 def test_unregister_restores_the_other_engine_if_one_fails(monkeypatch):
