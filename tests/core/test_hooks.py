@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 import warnings
@@ -84,3 +85,12 @@ def test_unregister_restores_the_other_engine_if_one_fails(monkeypatch):
     with pytest.raises(RuntimeError, match="fails"):
         registration.unregister()
     assert sorted(restored) == [".deepspeed", ".megatron"]
+
+
+def test_importing_autoregister_registers_the_engines_that_are_installed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(registration, "register", lambda *engines: calls.append(engines))
+    monkeypatch.delitem(sys.modules, "muon_plugin.autoregister", raising=False)
+    importlib.import_module("muon_plugin.autoregister")
+    monkeypatch.delitem(sys.modules, "muon_plugin.autoregister")
+    assert calls == [()]
