@@ -122,10 +122,12 @@ $(TORCH_RELEASES)/%/installed: | .venv/dev
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .venv/clients -r tests/clients/libraries.txt
 	touch $@
 
-# Two that want older libraries, each in a folder. torchaudio's kernels want CUDA's libraries, text wants no kernels.
-.venv/client_scripts: .venv/dev tests/clients/llamafactory.txt tests/clients/ms_swift.txt
-	for client in llamafactory ms_swift; do \
-	  $(BIN)/python -m pip install -q --no-deps --upgrade --target .venv/clients-$$client \
+# Four that want older libraries, each in a folder. torchaudio's kernels want CUDA's libraries, text wants no kernels.
+# pip wants Python 3.12 for Megatron-Bridge, which runs on 3.11 too.
+CLIENT_SCRIPTS := llamafactory ms_swift megatron_bridge verl
+.venv/client_scripts: .venv/megatron $(CLIENT_SCRIPTS:%=tests/clients/%.txt)
+	for client in $(CLIENT_SCRIPTS); do \
+	  $(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade --target .venv/clients-$$client \
 	    -r tests/clients/$$client.txt || exit 1; \
 	done
 	rm -f .venv/clients-llamafactory/torchaudio/lib/*.so

@@ -93,7 +93,7 @@ def job(
         import muon_plugin
 
         muon_plugin.register("megatron")
-    _stand_in_for_cuda()
+    stand_in_for_cuda()
     if uninitialized_is_nan:  # this makes torch fill new memory with it
         torch.use_deterministic_algorithms(True, warn_only=True)
     sys.argv = ["pretrain.py", *ARGUMENTS.split(), *arguments.split()]
@@ -206,11 +206,10 @@ def _loss(recorder: Recorder, losses: Tensor) -> Any:
     return loss, count, {"lm loss": torch.stack([loss.detach(), count.float()])}
 
 
-def _stand_in_for_cuda() -> None:
-    """What the training loop asks of CUDA beyond `on_cpu`."""
+def stand_in_for_cuda(start: str = "megatron.training.initialize") -> None:
+    """What the training loop asks of CUDA beyond `on_cpu`. `start`: the module that insists on a GPU."""
 
     def of_megatrons_start(yes: Any, no: Any) -> Callable[[], Any]:
-        start = "megatron.training.initialize"
         return lambda: yes if sys._getframe(1).f_globals.get("__name__") == start else no
 
     cuda: Any = torch.cuda
@@ -222,6 +221,7 @@ def _stand_in_for_cuda() -> None:
         setattr(cuda, name, lambda *_, **__: 0)
     cuda.get_device_properties = lambda *_: SimpleNamespace(name="cpu", major=9, minor=0, total_memory=2**34)
     cuda.device_memory_used = lambda *_: 0
+    cuda.mem_get_info = lambda *_: (2**34, 2**34)
     cuda.memory_stats = lambda *_: {}
     cuda.get_rng_state = lambda *_: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)

@@ -44,13 +44,19 @@ def release(version: str, engine: str = "megatron-core") -> Path:
 
 
 def client_libraries(package: str = "trl") -> Path:
-    """The folder of a library that trains with DeepSpeed (`make test` installs them; else tests are skipped).
+    """The folder of a library that trains with an engine (`make test` installs them; else tests are skipped).
 
     That of "trl" has all of `forks.CLIENTS`.
     """
     if sys.version_info < (3, 11):
         pytest.skip("TRL needs Python 3.11")
-    name = {"trl": "clients", "llamafactory": "clients-llamafactory", "swift": "clients-ms_swift"}[package]
+    name = {
+        "trl": "clients",
+        "llamafactory": "clients-llamafactory",
+        "swift": "clients-ms_swift",
+        "megatron/bridge": "clients-megatron_bridge",
+        "verl": "clients-verl",
+    }[package]
     folder = Path(os.environ.get("CLIENTS", ROOT / ".venv")) / name
     if not (folder / package).is_dir():
         if os.environ.get("REQUIRE_RELEASES"):
