@@ -36,7 +36,7 @@ def largest_logits(
     softcap: float | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """The largest query key^T scaling of each query head, over all pairs that attend to each other.
+    """The largest ``query @ key.T * scaling`` of each query head, over all pairs that attend to each other.
 
     Computed in fp32 and in blocks, without the whole matrix of scores. All conditions must hold for a pair to count.
     QK-Clip (Kimi K2, arXiv 2507.20534, section 2.1) scales a head down by it.
@@ -44,7 +44,7 @@ def largest_logits(
     Args:
         query: (batch, heads, queries, head size) of any floating-point dtype, as the attention gets it (rotated).
         key: (batch, key heads, keys, head size); heads is a multiple of key heads (grouped queries).
-        scaling: head size ** -0.5 if not given.
+        scaling: ``head_size ** -0.5`` if not given.
         mask: bool (True: attends) or additive, and broadcasts to (batch, heads, queries, keys); (batch, keys) for
             padding (True or 1: a token); or a function of indices. Biases in it are no part of a logit.
         causal: a query attends only to keys that are not after it (the last ones align).

@@ -50,7 +50,7 @@ def attention_logits(
     causal: bool = True,
     threshold: float = 100.0,
 ) -> AttentionLogits:
-    """Statistics of query key^T scaling, in float32, of those pairs that attend to each other.
+    """Statistics of ``query @ key.T * scaling``, in float32, of those pairs that attend to each other.
 
     The paper watches the largest logit and the share above 100. `muon_plugin.largest_logits` has the
     largest one alone, of each head.
@@ -58,7 +58,7 @@ def attention_logits(
     Args:
         query: (batch, heads, tokens, head size) of any floating-point dtype, rotated already.
         key: (batch, key heads, tokens, head size); heads is a multiple of key heads (grouped queries).
-        scaling: head size ** -0.5 if not given.
+        scaling: ``head_size ** -0.5`` if not given.
         mask: bool, broadcasts to (batch, heads, query tokens, key tokens): True where a query attends to a key.
         causal: without a mask, whether a query attends only to keys that are not after it (the last ones align).
         threshold: the paper's 100.
