@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train train-megatron paper paper-runs test test-fast tests-fast lint wheel slurm other-torch docs bench bench-megatron gpu clean
 
-train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; 8 minutes on 2 cores, half an hour without bf16 instructions
+train: .venv/examples  ## a small Llama on the standard library's source: AdamW, then Muon; 8 to 12 minutes on 2 cores, half an hour without bf16 instructions
 	$(BIN)/python examples/llama/compare.py
 
 train-megatron: .venv/megatron  ## a small GPT under Megatron-Core, TP 2 x DP 2 on the CPU: AdamW, then Muon
