@@ -44,11 +44,11 @@ class Hooks:
 
     engine: str
     tested: Sequence[str]
-    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _wrapped: list[tuple[Hook, Any, Any]] = field(default_factory=list)  # with the original and the wrapper
 
     @property
     def installed(self) -> bool:
-        return bool(self._undo)
+        return bool(self._wrapped)
 
     def install(self, version: str, hooks: Sequence[Hook]) -> None:
         """Wraps all of them, or none, and warns if this release was not tested.
@@ -78,29 +78,26 @@ class Hooks:
         for hook in hooks:
             original = getattr(hook.holder, hook.name)
             wrapper = _wrapped(original, hook.ours)
-            for holder, name in [(hook.holder, hook.name), *_importers(hook, original)]:
-                setattr(holder, name, wrapper)
-                self._undo.append(functools.partial(setattr, holder, name, original))
+            _replace(hook, original, wrapper)
+            self._wrapped.append((hook, original, wrapper))
 
     def remove(self) -> None:
-        """Gives every holder the original back."""
-        while self._undo:
-            self._undo.pop()()
+        """Gives every holder the original back, modules that have imported the wrapper since among them."""
+        while self._wrapped:
+            hook, original, wrapper = self._wrapped.pop()
+            _replace(hook, wrapper, original)
 
 
-def _importers(hook: Hook, original: Any) -> list[tuple[Any, str]]:
-    """Modules that have imported the function, and its name there: they get the wrapper too.
+def _replace(hook: Hook, old: Any, new: Any) -> None:
+    """Sets the function in its holder, and in all modules that have imported the old one, under whatever name.
 
     Clients rename it: verl imports ``get_megatron_optimizer as get_megatron_optimizer_native``.
     """
-    if not inspect.ismodule(hook.holder):
-        return []
-    return [
-        (module, name)
-        for module in list(sys.modules.values())
-        for name, value in list(getattr(module, "__dict__", {}).items())
-        if value is original
-    ]
+    setattr(hook.holder, hook.name, new)
+    for module in list(sys.modules.values()) if inspect.ismodule(hook.holder) else ():
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is old:
+                setattr(module, name, new)
 
 
 def _wrapped(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

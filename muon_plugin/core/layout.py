@@ -141,7 +141,7 @@ class Partition:
     def in_whole(self, rank: int, held: Block) -> list[Block]:
         """`held` lies inside the flattened part of TP rank `rank`: where the same elements lie in the parameter."""
         blocks = self.ranks[rank % len(self.ranks)]
-        if len(blocks) == 1 and blocks[0].local == blocks[0].inside:  # this TP rank holds the whole parameter
+        if len(blocks) == 1 and blocks[0].local == blocks[0].inside:  # as of a whole parameter
             return [held]
         return [found for block in blocks for found in compose(held, block)]
 

@@ -18,12 +18,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .elementwise import PORTION
 from .launches import count
 from .layout import Strided
 from .trial import usable
 
-#: Elements that plain torch takes at a time, which bounds the memory of what is computed in between.
-PORTION = 2**25
 #: (momentum, gradient, weight, towards, step): of contiguous tensors; see `average`.
 Average = Callable[[Tensor, Tensor, float, "float | None", int], None]
 

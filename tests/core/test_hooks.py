@@ -67,8 +67,9 @@ def test_a_function_that_was_imported_before_is_wrapped_under_whatever_name_it_w
     hooks = Hooks("Engine", ["1.0"])
     hooks.install("1.0", [Hook(library, "one", ["x"], lambda original, x: 2 * original(x))])
     assert [library.one(1), client.one(1), client.renamed(1), client.again(1), client.other(1)] == [4, 4, 4, 4, 2]
+    client.late = library.one
     hooks.remove()
-    assert library.one is client.one is client.renamed is client.again is original
+    assert library.one is client.one is client.renamed is client.again is client.late is original
 
 
 def test_unregister_restores_the_other_engine_if_one_fails(monkeypatch):

@@ -309,7 +309,7 @@ def test_logits_that_would_grow_past_100_stay_below(ranks, release, multi_latent
     unclipped, clipped, clipped_lower = (statistics.mean(found[0][-10:]) for found in (without, default, lower))
     assert unclipped > 116, str(without[0])
     assert clipped < min(115, 0.9 * unclipped), f"{default[0]}, unclipped {without[0]}"
-    assert max(default[0]) > 100, str(default[0])
+    assert 100 < max(default[0]) < max(without[0]), f"{default[0]}, unclipped {without[0]}"
     assert clipped_lower < 80, str(lower[0])
 
 
