@@ -15,8 +15,8 @@ import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ LARGE = 2**20
 PORTION = 2**25
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Elements of a matrix that lie evenly in one of this rank's tensors and in a flat bf16 buffer.
 
     Attributes:
@@ -208,7 +207,7 @@ def _scaled(runs: Sequence[Run], flat: Tensor, scales: Sequence[float]) -> list[
     begin, end = min(run.at.start for run in runs), max(run.at.end for run in runs)
     if len(found) == 1 and sum(run.at.numel for run in runs) == end - begin:  # nothing lies in between
         changes = torch.mul(flat[begin:end], _scalar(found.pop(), flat.device))
-        return [replace(run.at, start=run.at.start - begin).view(changes) for run in runs]
+        return [run.at._replace(start=run.at.start - begin).view(changes) for run in runs]
     parts = [run.at.view(flat) for run in runs]
     changes = torch.empty(sum(part.numel() for part in parts), device=flat.device)
     into = [own.view(part.shape) for own, part in zip(torch.split(changes, [part.numel() for part in parts]), parts)]

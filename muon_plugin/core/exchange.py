@@ -262,7 +262,7 @@ class Exchange:
         if batch not in self._found:
             numel = self.matrices[batch[0]].numel
             found = [
-                Run(number, tensor, block.local, replace(block.inside, start=block.inside.start + place * numel))
+                Run(number, tensor, block.local, block.inside._replace(start=block.inside.start + place * numel))
                 for place, number in enumerate(batch)
                 for tensor, block in self.held[number]
             ]

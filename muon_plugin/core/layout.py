@@ -33,21 +33,22 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Strided:
+class Strided(NamedTuple):
     """`count` runs of `run` elements, `stride` apart, from `start`: positions in a flat tensor.
 
     One run for rows of a matrix; one run a row for columns; one run a query group for an interleaved projection.
+    A start at scale makes a million of these: a named tuple is made in less than half of a dataclass's time.
     """
 
     start: int
     run: int
     stride: int = 0
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count, which nothing here uses
 
     @property
     def numel(self) -> int:
@@ -93,8 +94,7 @@ class Strided:
         return parts
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """The same elements in the same order, in two flat tensors: in as many runs in both, or in a single one.
 
     Attributes:

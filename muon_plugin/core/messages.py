@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,7 @@ SCALAR = 2
 Contents = Mapping[int, Mapping[int, tuple[Strided, ...]]]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Elements of a matrix, and where they begin in a flat buffer. They lie there one after the other."""
 
     matrix: int

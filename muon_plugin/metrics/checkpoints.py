@@ -229,7 +229,7 @@ def _megatron(routing: Routing, config: Mapping[str, Any], split: Mapping[str, A
                 notes.append(f"{name} is fused and stays whole: the checkpoint's arguments do not say how; see --split")
             continue
         for part in cut(matrix.name, Stored(1, matrix.rows, matrix.cols), rule):
-            where = replace(part.where, start=part.where.start + matrix.where.start)
+            where = part.where._replace(start=part.where.start + matrix.where.start)
             found.append(replace(part, name=part.name.replace("][", ","), parameter=name, where=where))
     return replace(routing, matrices=tuple(found), notes=tuple(notes))
 
