@@ -29,6 +29,7 @@ from .pipeline import even_out_norms
 from .refusals import check_supported
 from .shards import calls, holdings
 from .steps import follow
+from .weights_only import nvme_notes
 
 phases.at_start(watchdog.start)
 
@@ -127,7 +128,7 @@ def _configure_optimizer(
     check_before_loading(engine.optimizer, muon)
     watch(engine)
     if world_of(own)[0] == 0:
-        print(muon.summary([*_left_out(engine, muon), *notes(muon)]), flush=True)
+        print(muon.summary([*_left_out(engine, muon), *notes(muon), *nvme_notes(engine)]), flush=True)
 
 
 def _cut_heads(muon: Muon, partitions: Mapping[str, Partition], tp: Any) -> None:

@@ -49,15 +49,8 @@ def _offload(zero: Any) -> list[Refusal]:
     optimizer, section = zero.offload_optimizer, "zero_optimization.offload_optimizer"
     super_offload = getattr(optimizer, "super_offload", False)
     on_nvme = _on_nvme(zero)
-    pipelined = "offload_optimizer" in on_nvme and (optimizer.pipeline_read or optimizer.pipeline_write)
     return [
         Refusal(f"{section}.super_offload", True, super_offload, "false: it steps with a DeepSpeedCPUAdam of its own"),
-        Refusal(
-            f"{section}.pipeline_read or pipeline_write",
-            True,
-            pipelined,
-            "false: the swapper loses the momentum's file",
-        ),
         Refusal(
             f"{_nvme_setting(zero)} with stage {int(zero.stage)}",
             "nvme",

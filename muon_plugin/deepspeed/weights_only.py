@@ -43,6 +43,7 @@ def load_checkpoint(
     ours = isinstance(getattr(engine, "basic_optimizer", None), Muon)
     weights_only = ours and (load_module_only or not load_optimizer_states)
     if ours:
+        _check_nvme(engine)
         together(lambda: check_layout(engine, load_dir, tag, weights_only), ranks.of(engine))
     if weights_only:
         _check(engine, "load_module_only=True" if load_module_only else "load_optimizer_states=False")
@@ -66,15 +67,32 @@ def load_checkpoint(
     return found
 
 
-def _check(engine: Any, asked: str) -> None:
-    """Masters on NVMe are not refreshed; those of AutoEP in ZeRO-3 are restored by position, from any optimizer's."""
-    setting = allowed = ""
+def _check_nvme(engine: Any) -> None:
+    """DeepSpeed copies the files back, without loading what is in memory; state is not read from them."""
     if engine.zero_nvme_offload_optimizer():
-        setting, allowed = "zero_optimization.offload_optimizer.device='nvme'", "offload to the CPU, or none"
-    elif engine.has_moe_layers and engine.zero_optimization_partition_weights():
-        setting, allowed = "expert_parallel (AutoEP) in ZeRO-3", "stage 0, 1 or 2"
-    if setting:
-        raise ValueError(f"{asked} with {setting} does not restore the weights alone; allowed: {allowed}, or {BEFORE}")
+        raise ValueError(
+            "load_checkpoint with zero_optimization.offload_optimizer.device='nvme' restores neither the model's "
+            f"weights nor the optimizer state, with any optimizer; allowed: offload to the CPU, or none, or {BEFORE}"
+        )
+
+
+def nvme_notes(engine: Any) -> list[str]:
+    """What the start-up table says of checkpoints that cannot be resumed."""
+    if not engine.zero_nvme_offload_optimizer():
+        return []
+    return [
+        "offload to NVMe: DeepSpeed cannot resume the checkpoints that it saves, with any optimizer; save the weights "
+        "too (save_16bit_model)"
+    ]
+
+
+def _check(engine: Any, asked: str) -> None:
+    """The masters of AutoEP in ZeRO-3 are restored by position, from any optimizer's."""
+    if engine.has_moe_layers and engine.zero_optimization_partition_weights():
+        raise ValueError(
+            f"{asked} with expert_parallel (AutoEP) in ZeRO-3 does not restore the weights alone; allowed: stage 0, 1 "
+            f"or 2, or {BEFORE}"
+        )
 
 
 #: The tag that is being loaded, while `load_checkpoint` runs.

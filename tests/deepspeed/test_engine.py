@@ -190,10 +190,6 @@ def summary(rank: int) -> str:
 UNSUPPORTED = [
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "device with stage 2='nvme' is not"),
     ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, "super_off"),
-    (
-        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "pipeline_read": True}}},
-        "pipeline_read or pipeline_write=True is not",
-    ),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "grads without offload=True is not"),
     ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint=True is not supported"),
     (
