@@ -205,6 +205,18 @@ class Settings:
         first, second = (4 if dtype == "fp32" else 2 for dtype in (self.exp_avg, self.exp_avg_sq))
         return first, first + second * (self.scalar != "lion")
 
+    def copied_bytes(self, masters: bool) -> tuple[float, float]:
+        """What a step copies of an element of a matrix, and of any other, into fp32 on the device (`precision.Kept`).
+
+        Args:
+            masters: whether main parameters are not the weights themselves.
+        """
+        first, second = (
+            4 * self.offload_fraction if dtype == "fp32" else 4 for dtype in (self.exp_avg, self.exp_avg_sq)
+        )
+        main = masters * 4 * (1.0 if self.lower_bits else self.offload_fraction)
+        return main + first, main + first + second * (self.scalar != "lion")
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What the start-up table says of these settings beside their values."""

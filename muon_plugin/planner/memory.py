@@ -25,6 +25,7 @@ class Engine:
         weights_away, masters_away, state_away: the shares of these that are not on the GPU between steps, but in CPU
             memory or on NVMe.
         momentum_away: bytes of an element of the momentum, if that alone is in CPU memory; otherwise 0.
+        copies: bytes of an element of a matrix, and of any other, that a step holds in fp32 beside what is kept of it.
     """
 
     weights: int = 2
@@ -37,6 +38,7 @@ class Engine:
     masters_away: float = 0.0
     state_away: float = 0.0
     momentum_away: int = 0
+    copies: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Memory:
     Attributes:
         weights, gradients, masters, state: between steps, on the GPU.
         buffers: of the engine, for communication.
+        copies: of state and masters in fp32, during a step.
         step: what Muon's step needs at the most beside these.
         away: what is in CPU memory or on NVMe.
     """
@@ -55,6 +58,7 @@ class Memory:
     masters: int = 0
     state: int = 0
     buffers: int = 0
+    copies: int = 0
     step: int = 0
     away: int = 0
 
@@ -64,7 +68,7 @@ class Memory:
         return sum(asdict(self).values()) - self.away
 
     def __add__(self, other: Memory) -> Memory:
-        """Of two calls: one needs its working memory after the other."""
+        """Of two calls: one needs its working memory after the other, but all copies are made at once."""
         both = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         return Memory(**{**both, "step": max(self.step, other.step), "buffers": max(self.buffers, other.buffers)})
 
@@ -91,6 +95,7 @@ def _of_call(load: Load, engine: Engine) -> Memory:
         masters=masters - masters_away,
         state=state - state_away,
         buffers=engine.gradients * min(engine.buffer, elements),
+        copies=round(sum(each * held for each, held in zip(engine.copies, load.held))),
         step=load.counts.peak if load.call.matrices else 0,
         away=weights_away + masters_away + state_away,
     )

@@ -228,6 +228,7 @@ def _memory(planned: Planned) -> Iterator[str]:
         "masters": of.masters,
         "optimizer state": of.state,
         "the engine's buffers": of.buffers,
+        "copies in fp32": of.copies,
         "Muon's step": of.step,
     }
     shown = " + ".join(f"{name} {si(size)}B" for name, size in parts.items() if size)
@@ -236,7 +237,7 @@ def _memory(planned: Planned) -> Iterator[str]:
         f"memory of a rank, without activations: {si(of.total)}B of the GPU's {si(planned.gpu_bytes)}B{over} = {shown}"
     )
     if of.away:
-        yield f"  and {si(of.away)}B in CPU memory or on NVMe"
+        yield f"  and {si(of.away)}B in CPU memory or on NVMe, whose way there and back is not in the times below"
 
 
 def _share(planned: Planned) -> Iterator[str]:

@@ -154,6 +154,24 @@ def test_megatrons_counts_are_those_of_a_real_run(ranks, megatron, case):
     assert by_rank(planned) == ranks(4, "0.19.2").run(megatron_counts, layout)
 
 
+def test_what_megatron_keeps_in_fewer_bits_or_on_the_cpu_is_copied_in_a_step(ranks, megatron):
+    """16 bits of masters and moments each, or nothing on the GPU: in fp32, as by default, while a step is made."""
+    aware = "--use-precision-aware-optimizer"
+    kept = ["", f"{aware} --optimizer-cpu-offload", f"{aware} --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"]
+    default, offloaded, narrow = (
+        ranks.forked(planned_by_megatron, megatron([], [*MODEL, "--bf16", *shlex.split(flags)]), megatron="0.19.2")[
+            "memory_bytes_a_rank"
+        ]
+        for flags in kept
+    )
+    whole = default["masters"] + default["state"]
+    assert default["copies"] == default["away"] == offloaded["masters"] == offloaded["state"] == narrow["away"] == 0
+    assert offloaded["away"] == default["masters"] / 2 + default["state"]
+    assert offloaded["copies"] == narrow["copies"] == whole
+    assert 2 * narrow["masters"] == default["masters"]
+    assert 2 * narrow["state"] == default["state"]
+
+
 def megatron_counts(rank: int, layout: dict[str, Any]) -> tuple[int, int, int]:
     from tests.support.megatron_model import Layout, optimizer_for, set_gradients
     from tests.support.megatron_model import build as build_megatron

@@ -37,7 +37,7 @@ def test_a_whole_ranks_memory_and_muons_share_of_a_step_are_told(tmp_path):
     [
         (1, {"offload_optimizer": {"device": "cpu"}}, {}, 110_880, 0),
         (3, {"offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "nvme"}}, {}, 0, 0),
-        (1, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, {}, 110_880, 0.5),
+        (3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, {}, 55_440, 0.5),
         (1, {"offload_optimizer": {"device": "none"}}, {}, 110_880, 1),
     ],
 )
