@@ -266,12 +266,14 @@ def dtype_name(config: Any, field: str) -> str:
 def _precision(config: Any) -> dict[str, Any]:
     if not precision_aware(config):
         return {}
-    # As FusedAdam, which leaves quantized weights' main parameters whole.
+    # As Megatron, under which FusedAdam does not hold main parameters with these recipes. Every launch line has a
+    # recipe, with or without fp8: delayed is the default.
+    whole = getattr(config, "fp8_recipe", None) not in (None, "delayed")
     lower_bits = bool(getattr(config, "store_param_remainders", True) and getattr(config, "bf16", False))
     return {
         "exp_avg": dtype_name(config, "exp_avg_dtype"),
         "exp_avg_sq": dtype_name(config, "exp_avg_sq_dtype"),
-        "lower_bits": lower_bits and not getattr(config, "fp8_recipe", None),
+        "lower_bits": lower_bits and not whole,
     }
 
 

@@ -75,7 +75,7 @@ class Load:
         sent: bytes that each rank sends in the exchange.
         state, adamw_state: bytes of optimizer state on each rank, and what they would be with AdamW for everything.
         costliest: FLOPs of the costliest matrix.
-        held: most elements of matrices, and of the rest, on a rank.
+        held: elements of matrices, and of the rest, on the rank that holds most.
         counting: counts the step of the rank with parts of most matrices.
     """
 
@@ -254,4 +254,4 @@ def _state(call: PlannedCall, state: tuple[int, int] | None) -> tuple[list[int],
 def _most_held(call: PlannedCall) -> tuple[int, int]:
     if call.padded is not None:
         return (call.padded, 0) if call.matrices else (0, call.padded)
-    return max(_held_by(call), key=sum)
+    return max(_held_by(call), key=lambda held: (sum(held), held[1]))  # of equal parts, the one with most state

@@ -166,7 +166,7 @@ def test_what_megatron_keeps_in_fewer_bits_or_on_the_cpu_is_copied_in_a_step(ran
     )
     whole = default["masters"] + default["state"]
     assert default["copies"] == default["away"] == offloaded["masters"] == offloaded["state"] == narrow["away"] == 0
-    assert offloaded["away"] == offloaded["copies"] == narrow["copies"] == whole
+    assert offloaded["away"] + default["masters"] // 2 == narrow["copies"] == offloaded["copies"] == whole
     assert 2 * narrow["masters"] == default["masters"]
     assert 2 * narrow["state"] == default["state"]
 
