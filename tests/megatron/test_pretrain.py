@@ -149,6 +149,15 @@ def test_a_model_that_is_frozen_as_a_whole_is_left_alone():
     assert "muon_plugin ---" not in run.printed
 
 
+def test_a_launch_line_stores_the_low_bits_of_main_parameters():
+    """Though every launch line has an --fp8-recipe, whether it asks for fp8 or not."""
+    precision = "--bf16 --use-precision-aware-optimizer --exp-avg-dtype bf16"
+    (run,) = pretrained(1, UNTIED, MUON, precision, keep=[0])
+    assert set(differing(run.weights[0], run.weights[-1])) == set(run.weights[0])
+    settings = " ".join(run.printed.split())
+    assert "exp_avg in bf16, of main parameters the 16 bits that weights lack" in settings
+
+
 RESUMED = {
     "DP 2 to PP 2, bf16": (2, "--bf16", 2, f"--bf16 {PP}"),
 }
