@@ -29,7 +29,8 @@ from .pipeline import even_out_norms
 from .refusals import check_supported
 from .shards import calls, holdings
 from .steps import follow
-from .weights_only import nvme_notes
+from .swapping import empty_swapped, step_swapped, swaps
+from .swapping import notes as nvme_notes
 
 phases.at_start(watchdog.start)
 
@@ -113,6 +114,9 @@ def _configure_optimizer(
     together(lambda: _check_whole(muon, partitions), own)
     matrices = {matrix.parameter for matrix in muon.routing.matrices}
     together(lambda: tensor_parallel.compare_replicas(names, tp, matrices), own)
+    if swaps(engine):
+        empty_swapped(engine)
+        follow(engine, partial(step_swapped, engine), "offload to the CPU")
     found = together(lambda: calls(engine, names), own)
     held = together(lambda: holdings(found, partitions, tp, own), own)
     together(lambda: _cut_heads(muon, partitions, tp), own)

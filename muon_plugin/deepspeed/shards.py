@@ -70,7 +70,6 @@ def calls(engine: Any, names: Names) -> list[Call]:
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
     _check_count(engine, names)
-    _empty_swapped(wrapper)
     if isinstance(getattr(wrapper, "fp16_partitioned_groups_flat", None), list):
         return [_zero_3(wrapper, number, names) for number in range(len(wrapper.fp16_groups))]
     groups = engine.basic_optimizer.param_groups
@@ -91,17 +90,6 @@ def calls(engine: Any, names: Names) -> list[Call]:
         Call(number, tuple(group["params"]), tuple(shards), process_group)
         for number, group, shards, process_group in zip(numbers, groups, held, process_groups, strict=True)
     ]
-
-
-def _empty_swapped(wrapper: Any) -> None:
-    """Empties the tensors that are on NVMe, as the swapper does that is not pipelined.
-
-    The pipelined one leaves them with the buffers that it wrote from, which it reuses. State of such a tensor would be
-    made now, and the swapper would look for its file before it wrote one.
-    """
-    swapper = getattr(wrapper, "optimizer_swapper", None)
-    for info in swapper.swap_params_info.values() if swapper is not None else ():
-        info.release_memory()
 
 
 def _check_count(engine: Any, names: Names) -> None:

@@ -22,6 +22,7 @@ from ..core.muon import Muon
 from . import ranks
 from .host import BEFORE
 from .other_layouts import check_layout
+from .swapping import check_loading
 
 
 def load_checkpoint(
@@ -43,7 +44,7 @@ def load_checkpoint(
     ours = isinstance(getattr(engine, "basic_optimizer", None), Muon)
     weights_only = ours and (load_module_only or not load_optimizer_states)
     if ours:
-        _check_nvme(engine)
+        check_loading(engine)
         together(lambda: check_layout(engine, load_dir, tag, weights_only), ranks.of(engine))
     if weights_only:
         _check(engine, "load_module_only=True" if load_module_only else "load_optimizer_states=False")
@@ -65,25 +66,6 @@ def load_checkpoint(
         if refresh is not None:
             refresh()
     return found
-
-
-def _check_nvme(engine: Any) -> None:
-    """DeepSpeed copies the files back, without loading what is in memory; state is not read from them."""
-    if engine.zero_nvme_offload_optimizer():
-        raise ValueError(
-            "load_checkpoint with zero_optimization.offload_optimizer.device='nvme' restores neither the model's "
-            f"weights nor the optimizer state, with any optimizer; allowed: offload to the CPU, or none, or {BEFORE}"
-        )
-
-
-def nvme_notes(engine: Any) -> list[str]:
-    """What the start-up table says of checkpoints that cannot be resumed."""
-    if not engine.zero_nvme_offload_optimizer():
-        return []
-    return [
-        "offload to NVMe: DeepSpeed cannot resume the checkpoints that it saves, with any optimizer; save the weights "
-        "too (save_16bit_model)"
-    ]
 
 
 def _check(engine: Any, asked: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.support.ranks import RankError
@@ -77,6 +78,14 @@ def losses(rank: int, config: dict[str, Any], saved: Path | None = None, resumes
     return found
 
 
+def converted(rank: int, config: dict[str, Any], folder: Path) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    losses(rank, config, folder)
+    dist.barrier()  # both have saved
+    get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="two")
+
+
 @pytest.fixture(scope="module")
 def in_memory(ranks):
     return ranks(2).run(losses, settings("Muon", None))
@@ -86,6 +95,11 @@ def in_memory(ranks):
 def test_on_nvme_the_losses_are_those_in_memory(ranks, tmp_path, in_memory, pipeline):
     assert ranks(2).run(losses, settings("Muon", tmp_path, **pipeline)) == in_memory
     assert len(set(in_memory[0])) == 4
+
+
+def test_buffers_of_a_pipelined_swapper_are_not_saved_as_weights(ranks, tmp_path):
+    with pytest.raises(RankError, match=r"numels out of \d+ - something is wrong"):
+        ranks(2).run(converted, settings("Muon", tmp_path / "nvme", **PIPELINES[-1]), tmp_path / "saved")
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES[::3])
