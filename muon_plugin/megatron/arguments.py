@@ -94,8 +94,17 @@ def plain(config: Any) -> None:
 
 
 def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Megatron's checks refuse or rewrite every optimizer but Adam and SGD: ours is checked as its AdamW."""
+    """Megatron's checks refuse or rewrite every optimizer but Adam and SGD: ours is checked as its AdamW.
+
+    Raises:
+        ValueError: for --muon-paper with Megatron's own Muon, which would train without it.
+    """
     if not asks_for_muon(args):
+        if args.optimizer == "muon" and getattr(args, "muon_paper", False):
+            raise ValueError(
+                "--muon-paper without --use-distributed-optimizer: Megatron's own Muon would train, and ignore it; "
+                "allowed: both, or neither"
+            )
         return original(args, *rest, **kwargs)
     # Megatron's wants Transformer Engine for QK-Clip. Ours has the logits of the local attention, too; and where it is
     # not installed, a plan is checked, or the model's construction fails.

@@ -277,6 +277,16 @@ def test_data_parallelism_that_cannot_work_is_refused(key):
         check_supported(config, SimpleNamespace(**supported))
 
 
+def test_the_papers_settings_are_not_ignored_by_megatrons_own_muon():
+    from muon_plugin.megatron.arguments import validate_args
+
+    own = SimpleNamespace(optimizer="muon", use_distributed_optimizer=False, muon_paper=True)
+    with pytest.raises(ValueError, match="--muon-paper without --use-distributed-optimizer"):
+        validate_args(pytest.fail, own)
+    for other in ({"muon_paper": False}, {"optimizer": "adam"}):
+        assert validate_args(vars, SimpleNamespace(**{**vars(own), **other})) == {**vars(own), **other}
+
+
 def test_one_ranks_bad_setting_is_every_ranks_error(ranks, release):
     with pytest.raises(RankError) as error:
         ranks(2, release).run(refused, Layout(), {"muon_momentum": 2.0}, only=1)
