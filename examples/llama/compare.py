@@ -166,7 +166,8 @@ def verdict(result: dict) -> str:
         return f"Muon did not reach AdamW's final validation loss ({crossing['val_loss']:.3f}) within {steps} steps."
     return (
         f"Muon reached AdamW's final validation loss ({crossing['val_loss']:.3f}) at step {crossing['step']:.0f} "
-        f"of {steps}: with {crossing['share_of_adamw_steps']:.0%} of AdamW's steps, and so of its training FLOPs."
+        f"of {steps}: with {crossing['share_of_adamw_steps']:.0%} of AdamW's steps, and so of the "
+        "FLOPs of its forward and backward passes."
     )
 
 
