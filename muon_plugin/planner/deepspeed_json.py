@@ -11,7 +11,7 @@ from .calls import Zero
 from .cost import Traffic
 from .memory import Engine
 
-SECTIONS = ("optimizer", "zero_optimization", "tensor_parallel", "bf16", "fp16", "data_types")
+SECTIONS = ("optimizer", "zero_optimization", "tensor_parallel", "expert_parallel", "bf16", "fp16", "data_types")
 #: ``communication_data_type`` -> bytes an element.
 WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 #: DeepSpeed's default of ``reduce_bucket_size``, elements.
@@ -30,12 +30,13 @@ class DeepSpeedConfig:
     engine: Engine
 
 
-def read(config: Section, zero_stage: int | None) -> DeepSpeedConfig:
+def read(config: Section, zero_stage: int | None, ep: int = 1) -> DeepSpeedConfig:
     """Reads the JSON; an empty one means bf16, ZeRO-1 and Muon's defaults.
 
     Args:
         config: the DeepSpeed JSON.
         zero_stage: in the place of the JSON's.
+        ep: the expert parallel size that is planned.
 
     Raises:
         ValueError: with the key, its value and what is allowed.
@@ -46,6 +47,7 @@ def read(config: Section, zero_stage: int | None) -> DeepSpeedConfig:
     stage = _stage(zero_section.get("stage", 0 if config else 1) if zero_stage is None else zero_stage)
     sub_group_size = _sub_group_size(zero_section)
     _refuse_autotp(sections["tensor_parallel"])
+    _check_auto_ep(sections["expert_parallel"], ep)
     half = not config or any(sections[key].get("enabled") not in (None, False) for key in ("bf16", "fp16"))
     accumulated = sections["data_types"].get("grad_accum_dtype")
     element_bytes = 2 if half else 4
@@ -131,6 +133,15 @@ def _refuse_autotp(section: Section) -> None:
         raise ValueError(
             f"tensor_parallel.autotp_size={section['autotp_size']!r}; allowed: 1 for the planner, since AutoTP "
             "partitions live modules. Use --shapes with --tp, whose entries say how TP partitions them"
+        )
+
+
+def _check_auto_ep(section: Section, ep: int) -> None:
+    size = section.get("autoep_size", 1) if section.get("enabled") else ep
+    if size != ep:
+        raise ValueError(
+            f"expert_parallel.autoep_size={size!r} with --ep {ep}; allowed: --shapes with the same --ep, whose entries "
+            "say which parameters are experts, since AutoEP distributes those of live modules"
         )
 
 

@@ -181,9 +181,9 @@ def deepspeed(
         parallel: TP, PP and EP for names and shapes alone.
         zero_stage: in the place of the config's.
     """
-    read = deepspeed_json.read(config, zero_stage)
-    settings, zero = read.settings, read.zero
     tp, pp, ep, cp = parallel.sizes
+    read = deepspeed_json.read(config, zero_stage, ep)
+    settings, zero = read.settings, read.zero
     if hf is not None:
         title, kinds = _hf_stage(hf, settings, parallel)
     else:

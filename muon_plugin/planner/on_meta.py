@@ -185,6 +185,8 @@ def assumptions(args: Any) -> list[str]:
         found.append(f"without the {args.mtp_num_layers} layers of --mtp-num-layers")
     if getattr(args, "spec", None):
         found.append(f"of GPTModel's own layers, not of --spec {' '.join(args.spec)}")
+    if args.fp8_param_gather:
+        found.append("weights are counted in 16 bits; with --fp8-param-gather those of linear layers take 8")
     return found
 
 

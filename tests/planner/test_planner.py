@@ -448,6 +448,10 @@ def test_settings_are_told_as_a_run_tells_them(tmp_path):
         (["--shapes", "SHAPES", "--deepspeed", "SUB"], "zero_optimization.sub_group_size=0; allowed: a number from 1"),
         (["--shapes", "SHAPES", "--deepspeed", "PARAMS"], "params=[1] in the DeepSpeed JSON; allowed: an object"),
         (["--shapes", "SHAPES", "--deepspeed", "AUTOTP"], "tensor_parallel.autotp_size='x'; allowed: 1"),
+        (
+            ["--shapes", "SHAPES", "--deepspeed", "AUTOEP"],
+            "expert_parallel.autoep_size=4 with --ep 1; allowed: --shapes",
+        ),
     ],
 )
 def test_a_bad_argument_is_one_clear_line(tmp_path, arguments, told):
@@ -465,6 +469,7 @@ def test_a_bad_argument_is_one_clear_line(tmp_path, arguments, told):
         "FLAT": {"zero_optimization": 2},
         "PARAMS": {"optimizer": {"type": "Muon", "params": [1]}},
         "AUTOTP": {"tensor_parallel": {"autotp_size": "x"}},
+        "AUTOEP": {"expert_parallel": {"enabled": True, "autoep_size": 4}},
         "SUB": {"zero_optimization": {"stage": 3, "sub_group_size": 0}},
     }
     for name, content in files.items():
