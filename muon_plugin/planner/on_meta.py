@@ -186,7 +186,7 @@ def assumptions(args: Any) -> list[str]:
     if getattr(args, "spec", None):
         found.append(f"of GPTModel's own layers, not of --spec {' '.join(args.spec)}")
     if args.fp8_param_gather:
-        found.append("weights are counted in 16 bits; with --fp8-param-gather those of linear layers take 8")
+        found.append("weights are counted in 16 bits; what they take with --fp8-param-gather depends on the recipe")
     return found
 
 
