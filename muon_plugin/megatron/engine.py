@@ -35,7 +35,7 @@ from .qk_clip import Attentions
 from .refusals import check_supported
 from .routing import Parameter, frozen_parameters, is_expert, parameters, route
 from .settings import Settings
-from .shards import names, shards
+from .shards import has_fp8_weights, names, shards
 
 phases.at_start(watchdog.start)
 
@@ -66,9 +66,15 @@ def build(
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     ranks = joined([_dp_group(groups), groups.tp, groups.pp])
 
-    def prepare() -> tuple[Settings, list[Parameter], Attentions | None]:
-        settings = Settings.from_config(config, arguments())  # OptimizerConfig takes over only the flags that it knows
+    def fp8_weights() -> bool:
         _check_model(model_chunks)
+        return has_fp8_weights(model_chunks)
+
+    in_fp8 = any(gather(together(fp8_weights, ranks), ranks))  # a pipeline stage may have none
+
+    def prepare() -> tuple[Settings, list[Parameter], Attentions | None]:
+        # OptimizerConfig takes over only the flags that it knows.
+        settings = Settings.from_config(config, arguments(), in_fp8)
         check_supported(config, model_chunks[0].ddp_config)
         tp, expert_tp = (dist.get_world_size(group) for group in _tp_groups(groups))
         found, clips = parameters(model_chunks, tp, expert_tp), qk_clip.setting_of(model_chunks[0].config)

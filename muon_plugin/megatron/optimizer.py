@@ -154,13 +154,12 @@ class MuonDistributedOptimizer(DistributedOptimizer):
         plain = [(model, weight, main) for model, weight, main in held if weight is not None]
         plain = [triple for triple in plain if not is_float8tensor(triple[0])]
         optimizer._weights = {model: weight for model, weight, _ in plain if weight.dtype == torch.bfloat16}
-        frees = settings.frees and len(plain) == len(held)  # Megatron quantizes from main parameters in memory
-        weights = {main: weight for _, weight, main in plain if frees}
+        weights = {main: weight for _, weight, main in plain if settings.frees}
         optimizer.optimizer = InnerOptimizer(optimizer.optimizer, update, settings, call, parameters, left_out, weights)
-        for model, _, _ in plain if frees else ():
+        for model, _, _ in plain if settings.frees else ():
             model.main_param = None  # as in Megatron where the inner optimizer holds it
         optimizer.__class__ = cls
-        optimizer._fresh_momentum, optimizer._logs = False, logs
+        optimizer._fresh_momentum, optimizer._logs, optimizer._writes_weights = False, logs, settings.frees
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["optimizer"]["param_groups"]
@@ -180,7 +179,7 @@ class MuonDistributedOptimizer(DistributedOptimizer):
 
     def _gather_weights(self) -> None:
         """Main parameters that lie halfway between two weights are rounded otherwise by a run that keeps them whole."""
-        if self.optimizer.kept.writes_weights:
+        if self._writes_weights:  # on every rank, or on none, whatever it holds
             for chunk in self.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 
@@ -212,7 +211,7 @@ class MuonDistributedOptimizer(DistributedOptimizer):
         return joined(weight, saved.to(torch.int16)) if numbers and not torch.equal(saved, weight.float()) else saved
 
     def _copy_main_params_to_model_params(self) -> None:
-        if not self.optimizer.kept.writes_weights:
+        if not self._writes_weights:
             super()._copy_main_params_to_model_params()
 
     def _copy_model_params_to_main_params(self, *args: Any, **kwargs: Any) -> None:

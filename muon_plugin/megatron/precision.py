@@ -73,10 +73,6 @@ class Kept:
         self._close({}, None)
 
     @property
-    def writes_weights(self) -> bool:
-        return bool(self._weights)
-
-    @property
     def nbytes(self) -> int:
         """Of main parameters that have no memory of their own."""
         return sum(kept.nbytes for kept in self._mains.values())

@@ -89,6 +89,8 @@ class Settings:
             ``--optimizer-offload-fraction``).
         lower_bits: of bf16 weights' main parameters only the bits are kept that the weights lack
             (``--use-precision-aware-optimizer``, store_param_remainders).
+        fp8_weights: some weights are in fp8 (``--fp8-param-gather``). Main parameters then stay in GPU memory, whole:
+            Megatron quantizes them into the weights after the step.
         ignored: flags that were set and do nothing here, and why.
 
     Raises:
@@ -112,6 +114,7 @@ class Settings:
     exp_avg: str = "fp32"
     exp_avg_sq: str = "fp32"
     lower_bits: bool = False
+    fp8_weights: bool = False
     offload_fraction: float = 0.0
     ignored: tuple[str, ...] = ()
 
@@ -140,12 +143,13 @@ class Settings:
             raise ValueError("--muon-split-qkv-per-head and --muon-no-split-qkv exclude each other: drop one")
 
     @classmethod
-    def from_config(cls, config: Any, arguments: Any = None) -> Settings:
+    def from_config(cls, config: Any, arguments: Any = None, fp8_weights: bool = False) -> Settings:
         """Reads an OptimizerConfig.
 
         Args:
             config: of 0.16.1 or 0.19.2; what a release does not have gets the default of 0.19.2.
             arguments: Megatron's command line, for the flags that the OptimizerConfig does not know.
+            fp8_weights: whether some of the model's weights are in fp8.
         """
         ignored = []
         if config is not arguments:
@@ -180,7 +184,8 @@ class Settings:
             lion_beta1=ours("lion_beta1", 0.95),
             lion_beta2=ours("lion_beta2", 0.98),
             offload_fraction=_offload_fraction(config),
-            **_precision(config),
+            fp8_weights=fp8_weights,
+            **_precision(config, fp8_weights),
             ignored=tuple(ignored),
         )
 
@@ -191,7 +196,7 @@ class Settings:
     @property
     def frees(self) -> bool:
         """Whether main parameters do not stay in memory between steps."""
-        return self.lower_bits or self.offload_fraction > 0
+        return (self.lower_bits or self.offload_fraction > 0) and not self.fp8_weights
 
     @property
     def rounded(self) -> dict[str, torch.dtype]:
@@ -214,7 +219,7 @@ class Settings:
         first, second = (
             4 * self.offload_fraction if dtype == "fp32" else 4 for dtype in (self.exp_avg, self.exp_avg_sq)
         )
-        main = masters * 4 * (1.0 if self.lower_bits else self.offload_fraction)
+        main = masters * self.frees * 4 * (1.0 if self.lower_bits else self.offload_fraction)
         return main + first, main + first + second * (self.scalar != "lion")
 
     @property
@@ -248,7 +253,8 @@ class Settings:
         dtypes = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         ours += "".join(f", {name} in {dtype}" for name, dtype in dtypes.items() if dtype != "fp32")
         if self.offload_fraction:
-            ours += f", {self.offload_fraction:.0%} of the state in CPU memory"
+            what = "moments" if self.fp8_weights else "state"
+            ours += f", {self.offload_fraction:.0%} of the {what} in CPU memory"
         ours += ", of main parameters the 16 bits that weights lack" * self.lower_bits
         return ours + (f"; the paper has {', '.join(other)} (--muon-paper)" if other else "; as in the paper")
 
@@ -263,7 +269,7 @@ def dtype_name(config: Any, field: str) -> str:
     return DTYPE_NAMES.get(name, name)
 
 
-def _precision(config: Any) -> dict[str, Any]:
+def _precision(config: Any, fp8_weights: bool) -> dict[str, Any]:
     if not precision_aware(config):
         return {}
     # As Megatron, under which FusedAdam does not hold main parameters with these recipes. Every launch line has a
@@ -273,7 +279,7 @@ def _precision(config: Any) -> dict[str, Any]:
     return {
         "exp_avg": dtype_name(config, "exp_avg_dtype"),
         "exp_avg_sq": dtype_name(config, "exp_avg_sq_dtype"),
-        "lower_bits": lower_bits and not whole,
+        "lower_bits": lower_bits and not whole and not fp8_weights,
     }
 
 

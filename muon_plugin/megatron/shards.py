@@ -58,5 +58,10 @@ def shards(optimizer: Any, parameters: Mapping[int, Parameter], tp_rank: int, ex
     return found
 
 
+def has_fp8_weights(chunks: Iterable[Any]) -> bool:
+    """Whether Megatron quantizes parameters of these model chunks: the same on every rank of a stage."""
+    return any(is_float8tensor(p) for chunk in chunks for p in chunk.parameters())
+
+
 def names(parameters: Iterable[Parameter]) -> dict[int, Parameter]:
     return {id(p.tensor): p for p in parameters}

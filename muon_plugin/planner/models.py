@@ -145,7 +145,7 @@ def megatron(arguments: Sequence[str], parallel: Parallel, world: int, strict: b
             weights=2 if half else 4,
             gradients=gradient,
             masters=(2 if settings.lower_bits else 4) if half else 0,  # in fp32 they are the weights
-            masters_away=settings.offload_fraction,
+            masters_away=settings.offload_fraction * settings.frees,
             state_away=settings.offload_fraction,
             momentum_away=settings.state_bytes[0] if settings.offload else 0,
             copies=settings.copied_bytes(half),

@@ -107,7 +107,7 @@ def load(arguments: Sequence[str], world_size: int, strict: bool = False) -> tup
         try:
             args = _checked(arguments, strict)
             check_supported(args, args)
-            return args, Settings.from_config(args, args)
+            return args, Settings.from_config(args, args, bool(args.fp8_param_gather))
         except (ValueError, AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:
             raise ValueError(f"invalid Megatron arguments: {error or _failed_check(error)}") from error
 
