@@ -28,6 +28,7 @@ from muon_plugin.planner.command import run
 from muon_plugin.planner.counts import META, busiest, count
 from muon_plugin.planner.tables import as_json, step_seconds, text
 from tests.support import ROOT
+from tests.support.blocks import blocks
 from tests.support.combinations import FULL, some
 from tests.support.counted import bytes_sent
 from tests.support.integers import build, config
@@ -254,6 +255,38 @@ def test_a_mixture_of_1t_parameters_at_8192_ranks():
     # 4 bytes for each of a trillion elements of matrices, over all ranks.
     state = sum(len(stage["numbers"]) * sum(stage["by_rank"]["state_bytes"]) for stage in found["stages"])
     assert 4.0e12 < state < 4.3e12
+
+
+# What is printed, on the planner's page.
+
+MOONLIGHT = ["bash", str(ROOT / "examples" / "megatron" / "launch" / "moonlight_16b_a3b.sh")]
+PLANNER = [sys.executable, "-W", "ignore", "-m", "muon_plugin.planner"]
+KIMI = [*PLANNER, "--megatron", str(ROOT / "configs" / "planner_kimi_k2.txt"), "--nodes", "1024"]
+
+
+def on_the_page(number: int) -> str:
+    """The table of that number on the planner's page."""
+    return [block.text for block in blocks("text") if block.page == "docs/planner.md"][number]
+
+
+@pytest.mark.skipif(not FULL, reason="FULL=1: below, a model under DeepSpeed")
+@pytest.mark.parametrize(("number", "command"), [(0, MOONLIGHT), (1, [*KIMI, "--gpus-per-node", "8"])])
+def test_the_page_shows_what_is_printed(number, command):
+    variables = environment(release("0.19.2"), PLAN="1", NUM_NODES="8", PYTHON=sys.executable)
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=variables, cwd=ROOT).stdout
+    assert printed.strip("\n") == on_the_page(number)
+
+
+def test_the_page_shows_what_is_printed_of_a_model_under_deepspeed(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    commands = [block.text for block in blocks("bash") if block.page == "docs/planner.md"]
+    (command,) = (command for command in commands if "--tokens-per-s 8000" in command)
+    assert text(run(shlex.split(command)[3:])).strip("\n") == on_the_page(2)
 
 
 @pytest.mark.parametrize("stage", some([3, 0], 1))

@@ -37,7 +37,7 @@ SHOWN = {
     "docs/getting-started.md": ["start-up table"],
     "docs/migration.md": ["formula", "formula", "JSON with words in the place of numbers"],
     "docs/moe.md": ["start-up table"],
-    "docs/planner.md": ["the planner's table", "the planner's table"],
+    "docs/planner.md": ["the planner's table", "the planner's table", "the planner's table"],
     "docs/preflight.md": ["the preflight's lines"],
     "docs/watching.md": ["log line", "message"],
 }
