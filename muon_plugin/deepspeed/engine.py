@@ -29,7 +29,7 @@ from .pipeline import even_out_norms
 from .refusals import check_supported
 from .shards import calls, holdings
 from .steps import follow
-from .swapping import empty_swapped, step_swapped, swaps
+from .swapping import keep_empty, step_swapped, swaps
 from .swapping import notes as nvme_notes
 
 phases.at_start(watchdog.start)
@@ -115,7 +115,7 @@ def _configure_optimizer(
     matrices = {matrix.parameter for matrix in muon.routing.matrices}
     together(lambda: tensor_parallel.compare_replicas(names, tp, matrices), own)
     if swaps(engine):
-        empty_swapped(engine)
+        keep_empty(engine)
         follow(engine, partial(step_swapped, engine), "offload to the CPU")
     found = together(lambda: calls(engine, names), own)
     held = together(lambda: holdings(found, partitions, tp, own), own)

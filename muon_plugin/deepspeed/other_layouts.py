@@ -91,7 +91,7 @@ def check_layout(engine: Any, load_dir: str, tag: str | None, weights_only: bool
     Raises:
         ValueError: with both layouts and what to do.
     """
-    folder = _folder(engine, load_dir, tag)
+    folder = folder_of(engine, load_dir, tag)
     if folder is None:
         return
     universal = bool(engine.load_universal_checkpoint())
@@ -120,7 +120,7 @@ def check_layout(engine: Any, load_dir: str, tag: str | None, weights_only: bool
     )
 
 
-def _folder(engine: Any, load_dir: str, tag: str | None) -> Path | None:
+def folder_of(engine: Any, load_dir: str, tag: str | None) -> Path | None:
     """The one from which the engine is going to load; None where it says itself that there is none."""
     if tag is None:
         latest = Path(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")

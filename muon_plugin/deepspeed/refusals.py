@@ -49,8 +49,12 @@ def _offload(zero: Any) -> list[Refusal]:
     optimizer, section = zero.offload_optimizer, "zero_optimization.offload_optimizer"
     super_offload = getattr(optimizer, "super_offload", False)
     on_nvme = _on_nvme(zero)
+    pipelined = "offload_optimizer" in on_nvme and (optimizer.pipeline_read or optimizer.pipeline_write)
+    old = (deepspeed.__version_major__, deepspeed.__version_minor__) < (0, 19)
     return [
         Refusal(f"{section}.super_offload", True, super_offload, "false: it steps with a DeepSpeedCPUAdam of its own"),
+        # Not tried: the tests' CPUs cannot run this swapper.
+        Refusal(f"{section}.pipeline_read or pipeline_write", True, pipelined and old, "false, or DeepSpeed 0.19"),
         Refusal(
             f"{_nvme_setting(zero)} with stage {int(zero.stage)}",
             "nvme",

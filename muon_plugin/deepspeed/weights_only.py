@@ -21,8 +21,8 @@ from ..core.agreement import together
 from ..core.muon import Muon
 from . import ranks
 from .host import BEFORE
-from .other_layouts import check_layout
-from .swapping import check_loading
+from .other_layouts import check_layout, folder_of
+from .swapping import SETTING, check_files, restore, swaps
 
 
 def load_checkpoint(
@@ -39,14 +39,15 @@ def load_checkpoint(
     """In the place of the engine's, with its arguments and results.
 
     Raises:
-        ValueError: where DeepSpeed cannot load weights alone, or not at this run's stage and number of ranks.
+        ValueError: where DeepSpeed cannot load weights alone, or not at this run's stage, number of ranks and offload.
     """
     ours = isinstance(getattr(engine, "basic_optimizer", None), Muon)
     weights_only = ours and (load_module_only or not load_optimizer_states)
+    folder = folder_of(engine, load_dir, tag) if ours else None
     if ours:
-        check_loading(engine)
         together(lambda: check_layout(engine, load_dir, tag, weights_only), ranks.of(engine))
-    if weights_only:
+        together(lambda: check_files(engine, folder), ranks.of(engine))
+    if weights_only and folder is not None:
         _check(engine, "load_module_only=True" if load_module_only else "load_optimizer_states=False")
     if weights_only and engine.zero_optimization():
         load_optimizer_states = False  # in ZeRO-3 this makes it read the weights from the shards
@@ -61,6 +62,8 @@ def load_checkpoint(
             load_module_only,
             custom_load_fn,
         )
+    if ours and folder is not None and swaps(engine):
+        restore(engine, folder)
     if weights_only and found[0] is not None and not engine.zero_optimization():
         refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
         if refresh is not None:
@@ -69,12 +72,14 @@ def load_checkpoint(
 
 
 def _check(engine: Any, asked: str) -> None:
-    """The masters of AutoEP in ZeRO-3 are restored by position, from any optimizer's."""
-    if engine.has_moe_layers and engine.zero_optimization_partition_weights():
-        raise ValueError(
-            f"{asked} with expert_parallel (AutoEP) in ZeRO-3 does not restore the weights alone; allowed: stage 0, 1 "
-            f"or 2, or {BEFORE}"
-        )
+    """State on NVMe is restored with the weights; masters of AutoEP in ZeRO-3 by position, from any optimizer's."""
+    setting = allowed = ""
+    if swaps(engine):
+        setting, allowed = SETTING, "to load all of it"
+    elif engine.has_moe_layers and engine.zero_optimization_partition_weights():
+        setting, allowed = "expert_parallel (AutoEP) in ZeRO-3", "stage 0, 1 or 2"
+    if setting:
+        raise ValueError(f"{asked} with {setting} does not restore the weights alone; allowed: {allowed}, or {BEFORE}")
 
 
 #: The tag that is being loaded, while `load_checkpoint` runs.

@@ -58,6 +58,10 @@ def add_arguments(parser: Any) -> Any:
     return parser
 
 
+#: Set by --muon-paper. Not muon_paper, which would set the values once more, over flags after it.
+GIVEN = "muon_paper_was_given"
+
+
 class _Paper(argparse.Action):
     """Sets what --muon-paper stands for."""
 
@@ -65,6 +69,7 @@ class _Paper(argparse.Action):
         for key, value in PAPER.items():
             setattr(namespace, key, value)
         namespace.muon_use_nesterov = PAPER["muon_nesterov"]  # its name in 0.16.1
+        setattr(namespace, GIVEN, True)
 
 
 def add_megatron_arguments(original: Callable[..., Any], parser: Any) -> Any:
@@ -97,13 +102,14 @@ def validate_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs:
     """Megatron's checks refuse or rewrite every optimizer but Adam and SGD: ours is checked as its AdamW.
 
     Raises:
-        ValueError: for --muon-paper with Megatron's own Muon, which would train without it.
+        ValueError: for --muon-paper with Megatron's own Muon, which would train with these values in place of ours.
     """
     if not asks_for_muon(args):
-        if args.optimizer == "muon" and getattr(args, "muon_paper", False):
+        if "muon" in args.optimizer and getattr(args, GIVEN, False):
+            distributed = "with" if args.use_distributed_optimizer else "without"
             raise ValueError(
-                "--muon-paper without --use-distributed-optimizer: Megatron's own Muon would train, and ignore it; "
-                "allowed: both, or neither"
+                f"--muon-paper with --optimizer {args.optimizer} {distributed} --use-distributed-optimizer: Megatron's "
+                "own Muon would train; allowed: --optimizer muon --use-distributed-optimizer, or no --muon-paper"
             )
         return original(args, *rest, **kwargs)
     # Megatron's wants Transformer Engine for QK-Clip. Ours has the logits of the local attention, too; and where it is

@@ -277,14 +277,22 @@ def test_data_parallelism_that_cannot_work_is_refused(key):
         check_supported(config, SimpleNamespace(**supported))
 
 
-def test_the_papers_settings_are_not_ignored_by_megatrons_own_muon():
-    from muon_plugin.megatron.arguments import validate_args
+@pytest.mark.parametrize(("optimizer", "distributed"), [("muon", False), ("dist_muon", True)])
+def test_the_papers_settings_are_not_those_of_megatrons_own_muon(optimizer, distributed):
+    """megatron/test_pretrain.py has it with Megatron's own parser."""
+    import argparse
 
-    own = SimpleNamespace(optimizer="muon", use_distributed_optimizer=False, muon_paper=True)
-    with pytest.raises(ValueError, match="--muon-paper without --use-distributed-optimizer"):
-        validate_args(pytest.fail, own)
-    for other in ({"muon_paper": False}, {"optimizer": "adam"}):
-        assert validate_args(vars, SimpleNamespace(**{**vars(own), **other})) == {**vars(own), **other}
+    from muon_plugin.megatron.arguments import add_arguments, validate_args
+
+    def parsed(*flags: str, optimizer: str = optimizer) -> argparse.Namespace:
+        parser = add_arguments(argparse.ArgumentParser())
+        parser.set_defaults(optimizer=optimizer, use_distributed_optimizer=distributed)
+        return parser.parse_args(flags)
+
+    with pytest.raises(ValueError, match=f"--muon-paper with --optimizer {optimizer} with(out)? --use-distributed"):
+        validate_args(pytest.fail, parsed("--muon-paper"))
+    for others in (parsed(), parsed("--muon-paper", optimizer="adam")):
+        assert validate_args(vars, others) == vars(others)
 
 
 def test_one_ranks_bad_setting_is_every_ranks_error(ranks, release):

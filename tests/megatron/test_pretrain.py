@@ -12,6 +12,7 @@ from tests.support import session
 from tests.support.combinations import FULL
 from tests.support.integers import differing
 from tests.support.megatron_pretrain import EXPERTS, UNTIED, Run, pretrained
+from tests.support.ranks import RankError
 
 LR, DECAY = 0.01, 0.1
 MUON, ADAMW = "--optimizer muon --muon-paper", "--optimizer adam"
@@ -147,6 +148,11 @@ def test_a_model_that_is_frozen_as_a_whole_is_left_alone():
     (run,) = pretrained(1, UNTIED, MUON, "--freeze-all-layers", keep=[0])
     assert differing(run.weights[0], run.weights[-1]) == []
     assert "muon_plugin ---" not in run.printed
+
+
+def test_megatrons_own_muon_is_not_trained_with_the_papers_flag():
+    with pytest.raises(RankError, match="--muon-paper with --optimizer muon without --use-distributed-optimizer"):
+        pretrained(1, UNTIED, MUON, without="--use-distributed-optimizer")
 
 
 def test_a_launch_line_stores_the_low_bits_of_main_parameters():

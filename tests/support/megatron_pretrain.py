@@ -78,6 +78,7 @@ def job(
     frozen: str = "",
     filled: bool = True,
     uninitialized_is_nan: bool = False,
+    without: str = "",
 ) -> Run:
     """Trains in this process, as a script that calls ``pretrain`` would.
 
@@ -88,6 +89,7 @@ def job(
         frozen: pattern of the parameters' names that are not trained.
         filled: whether the weights are drawn by their names, so that they are the same in every layout.
         uninitialized_is_nan: whether memory that nobody has initialized holds NaN.
+        without: what is left out of `ARGUMENTS`.
     """
     if "--optimizer muon" in arguments:
         import muon_plugin
@@ -96,7 +98,7 @@ def job(
     stand_in_for_cuda()
     if uninitialized_is_nan:  # this makes torch fill new memory with it
         torch.use_deterministic_algorithms(True, warn_only=True)
-    sys.argv = ["pretrain.py", *ARGUMENTS.split(), *arguments.split()]
+    sys.argv = ["pretrain.py", *ARGUMENTS.replace(without, "").split(), *arguments.split()]
     run, recorder = Run(), Recorder(keep, frozen, filled)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

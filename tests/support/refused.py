@@ -9,7 +9,7 @@ import torch
 
 ZERO = SimpleNamespace(
     stage=2,
-    offload_optimizer=SimpleNamespace(device="nvme", super_offload=True),
+    offload_optimizer=SimpleNamespace(device="nvme", super_offload=True, pipeline_read=True, pipeline_write=False),
     offload_param=None,
     elastic_checkpoint=True,
     zenflow=object(),
