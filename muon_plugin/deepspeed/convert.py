@@ -147,10 +147,10 @@ def model_files(folder: Path) -> list[Path]:
     return [file for file in files if file.name.startswith(("mp_rank_", "zero_pp_rank_"))]
 
 
-def load(file: Path) -> Any:
+def load(file: Path, mapped: bool = True) -> Any:
     # Unpickled: the file holds DeepSpeed's loss scaler and dataclasses, and DeepSpeed's own converter, which `main`
     # calls, unpickles it too (SECURITY.md).
-    return torch.load(file, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(file))
+    return torch.load(file, map_location="cpu", weights_only=False, mmap=mapped and zipfile.is_zipfile(file))
 
 
 def _states(saved: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

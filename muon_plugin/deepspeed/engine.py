@@ -23,13 +23,13 @@ from ..core.settings import Settings
 from . import ranks, tensor_parallel
 from .checkpoints import check_before_loading, right_slices, saved_like_adam
 from .cpu_adam import choose_adamw, in_its_place, notes
-from .host import host_of, whole_shape
+from .host import host_of, swaps, whole_shape
 from .monitor import watch
 from .pipeline import even_out_norms
 from .refusals import check_supported
 from .shards import calls, holdings
 from .steps import follow
-from .swapping import keep_empty, step_swapped, swaps
+from .swapping import keep_empty, step_swapped
 from .swapping import notes as nvme_notes
 
 phases.at_start(watchdog.start)

@@ -52,14 +52,19 @@ HOST = Host(
 
 
 def is_converted(engine: Any) -> bool:
-    """Whether DeepSpeed's converter takes its checkpoints: not those of stage 0, or of ``deepspeed.moe``."""
+    """Whether DeepSpeed's converter takes its checkpoints: not of stage 0, of ``deepspeed.moe``, or on NVMe."""
     auto_ep = getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False)
-    return bool(engine.zero_optimization() and (auto_ep or not engine.has_moe_layers))
+    return bool(engine.zero_optimization() and (auto_ep or not engine.has_moe_layers) and not swaps(engine))
+
+
+def swaps(engine: Any) -> bool:
+    """Whether the optimizer is on NVMe, between which and the CPU DeepSpeed swaps it (in stage 3)."""
+    return getattr(engine._config.zero_config.offload_optimizer, "device", None) == "nvme"
 
 
 def host_of(engine: Any) -> Host:
     """DeepSpeed, with advice that works for this engine."""
-    whole = not (engine.has_moe_layers and engine.zero_optimization_partition_weights())
+    whole = not (engine.has_moe_layers and engine.zero_optimization_partition_weights()) and not swaps(engine)
     ways = [CONVERT] if is_converted(engine) else []
     return replace(HOST, advice="; or ".join([*ways, WEIGHTS_ONLY if whole else BEFORE]))
 

@@ -15,7 +15,7 @@ import torch
 from deepspeed.checkpoint.constants import FP32_GROUPS
 
 from .convert import load, model_files
-from .host import BEFORE, WEIGHTS_ONLY, is_converted
+from .host import BEFORE, WEIGHTS_ONLY, is_converted, swaps
 
 #: The folder of a universal checkpoint that has the parameters by name.
 BY_NAME = "zero"
@@ -111,7 +111,7 @@ def check_layout(engine: Any, load_dir: str, tag: str | None, weights_only: bool
             "make a universal checkpoint of it (python -m muon_plugin.deepspeed.convert --input_folder "
             f'{folder} --output_folder {folder}_universal) and load that with "checkpoint": {{"load_universal": true}}'
         )
-    if mine.reads_weights(saved):
+    if mine.reads_weights(saved) and not swaps(engine):
         advice.append(WEIGHTS_ONLY)
     what = "its weights" if weights_only else "it"
     raise ValueError(

@@ -9,7 +9,7 @@ neither the state, nor what was in memory, with any optimizer, and without a wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,12 @@ from torch import Tensor
 from ..core.agreement import together
 from . import ranks
 from .convert import load
-from .host import BEFORE
+from .host import BEFORE, swaps
 
 #: The folder of a checkpoint that has the files, and what DeepSpeed's ZeRO saves beside the optimizer's state.
 FILES = "offloaded_tensors"
 SCALE = ("loss_scaler", "dynamic_loss_scale", "overflow")
 SETTING = "zero_optimization.offload_optimizer.device='nvme'"
-
-
-def swaps(engine: Any) -> bool:
-    return bool(engine.zero_nvme_offload_optimizer())
 
 
 def keep_empty(engine: Any) -> None:
@@ -66,30 +62,51 @@ def step_swapped(engine: Any, take: Callable[..., None], *args: Any, **kwargs: A
     empty(engine)
 
 
-def check_files(engine: Any, folder: Path | None) -> None:
-    """Refuses a checkpoint whose files are not those of this run.
+def check_device(engine: Any, folder: Path | None) -> None:
+    """Refuses a checkpoint where one of both runs has the optimizer on NVMe.
 
     Args:
         folder: of the checkpoint; None where there is none.
 
     Raises:
-        ValueError: where one of both has the optimizer on NVMe, where the optimizer is another one or has other groups,
-            and where files are missing.
+        ValueError: with what to do.
     """
-    if folder is None:
+    if folder is None or (folder / FILES).is_dir() == swaps(engine):
         return
-    saved, wanted = (folder / FILES).is_dir(), swaps(engine)
-    if saved != wanted:
-        with_it, without = "with" if saved else "without", "has" if wanted else "has not"
-        advice = "the same device (save_16bit_model saves the weights for others)" if saved else f"none, or {BEFORE}"
+    if swaps(engine):
+        saved, here, advice = "without", "has", f"none, or {BEFORE}"
+    else:
+        saved, here, advice = "with", "has not", "the same device, or weights that save_16bit_model saved"
+    raise ValueError(
+        f"{folder} was saved {saved} {SETTING}, which this run {here}: DeepSpeed loads it only where both are the "
+        f"same; allowed: {advice}"
+    )
+
+
+def check_files(engine: Any, folder: Path) -> None:
+    """Refuses a checkpoint whose files on NVMe are not those of this run. DeepSpeed goes by their names alone.
+
+    Raises:
+        ValueError: where it is another optimizer's, or has other parameter groups or sub-groups, or lacks files.
+    """
+    empty(engine)
+    zero, saved = engine.optimizer, _saved(engine, folder)
+    engine.basic_optimizer.check_saved(saved[OPTIMIZER_STATE_DICT]["param_groups"])
+    theirs, mine = (
+        [(master.ds_id, master.numel()) for master in of] for of in (saved[FP32_FLAT_GROUPS], _masters(zero))
+    )
+    if theirs != mine:
         raise ValueError(
-            f"{folder} was saved {with_it} {SETTING}, which this run {without}; DeepSpeed loads it only where both are "
-            f"the same; allowed: {advice}"
+            f"{folder} has other sub-groups than this run, or others of them on NVMe; allowed: the same sub_group_size "
+            "and aio, in a new process that makes the same models in the same order (DeepSpeed numbers parameters so)"
         )
-    if wanted:
-        engine.basic_optimizer.check_saved(_saved(engine, folder)[OPTIMIZER_STATE_DICT]["param_groups"])
-        for info in engine.optimizer.optimizer_swapper.swap_params_info.values():
-            _found(_files(engine, folder) / Path(info.tensors[0].swap_path).name, info)
+    of_masters = _states(zero, saved[OPTIMIZER_STATE_DICT])
+    for number, info in _swapped(zero):
+        names = ("", *(f"{name}-" for name in _moments(engine.basic_optimizer, info) if of_masters[number]))
+        least = zero.optimizer_swapper._io_aligned_numel(info.numel()) * info.dtype().itemsize
+        for file in (_files(engine, folder) / f"{name}{info.param_id}.tensor.swp" for name in names):
+            if not file.is_file() or file.stat().st_size < least:
+                raise ValueError(f"{file} is missing, or has less than {least} bytes; allowed: a whole checkpoint")
 
 
 def restore(engine: Any, folder: Path) -> None:
@@ -104,57 +121,70 @@ def restore(engine: Any, folder: Path) -> None:
 
 
 def _restore_state(engine: Any, folder: Path) -> None:
-    zero = engine.optimizer
-    saved = _saved(engine, folder)
+    zero, muon, saved = engine.optimizer, engine.basic_optimizer, _saved(engine, folder)
     empty(engine)
     zero.optimizer_swapper.purge_state()
     zero._set_fp32_optimizer_param_groups()
     try:
-        zero.optimizer.load_state_dict(saved[OPTIMIZER_STATE_DICT])
+        muon.load_state_dict(saved[OPTIMIZER_STATE_DICT])
     finally:
         zero._clear_fp32_optimizer_param_groups()
     for key in SCALE:
         setattr(zero, key, saved[key])
     for number in _in_memory(zero):
-        zero.fp32_partitioned_groups_flat[number].data.copy_(saved[FP32_FLAT_GROUPS][number])
-    for info in zero.optimizer_swapper.swap_params_info.values():
-        if state := _swapped_state(zero.optimizer, info, _files(engine, folder)):
-            info.add_state_tensors(state)
+        _masters(zero)[number].data.copy_(saved[FP32_FLAT_GROUPS][number])
+    of_masters = _states(zero, saved[OPTIMIZER_STATE_DICT])
+    for number, info in _swapped(zero):
+        master = _masters(zero)[number]
+        loaded = muon.state.pop(master, {})
+        if not of_masters[number]:  # not stepped yet
+            continue
+        moments: dict[str, Any] = _moments(muon, info)  # empty, which the swapper fills
+        for name, moment in moments.items():
+            moment.ds_id = f"{name}-{info.param_id}"
+        muon.state[master] = {name: loaded[name] for name in loaded if name == "step"} | moments
+        info.add_state_tensors([*moments.values()])
+
+
+def _moments(muon: Any, info: Any) -> dict[str, Tensor]:
+    """New state of a master on NVMe, an empty tensor each, by name."""
+    (master, *_) = info.get_compute_tensors()
+    new = muon.halves.of(master).new_state(master)
+    return {name: value for name, value in new.items() if torch.is_tensor(value) and not value.numel()}
+
+
+def _states(zero: Any, saved: Any) -> list[dict[str, Any]]:
+    """The saved state of each sub-group, which ZeRO lists group by group; empty where it had none."""
+    found: list[dict[str, Any]] = [{} for _ in _masters(zero)]
+    for number, group in enumerate(saved["param_groups"]):
+        mine = (i for i in range(len(found)) if zero.sub_group_to_group_id[i] == number)
+        for i, key in zip(mine, group["params"], strict=True):
+            found[i] = saved["state"].get(key, {})
+    return found
 
 
 def _saved(engine: Any, folder: Path) -> Any:
-    """What ZeRO saved of this rank: tensors that were on NVMe are empty."""
-    return load(Path(engine._get_zero_ckpt_name(str(folder.parent), folder.name)))[OPTIMIZER_STATE_DICT]
+    """What ZeRO saved of this rank: tensors that were on NVMe are empty. In memory, as the state will be."""
+    file = Path(engine._get_zero_ckpt_name(str(folder.parent), folder.name))
+    return load(file, mapped=False)[OPTIMIZER_STATE_DICT]
 
 
-def _swapped_state(muon: Any, info: Any, files: Path) -> list[Tensor]:
-    """Makes the state of a master on NVMe of empty tensors, which the swapper fills, and returns them."""
-    (master,) = info.get_compute_tensors()
-    saved = muon.state.get(master)
-    if not saved:  # by a run before its first step
-        return []
-    state = muon.halves.of(master).new_state(master)
-    tensors: dict[str, Any] = {
-        name: value for name, value in state.items() if torch.is_tensor(value) and not value.numel()
-    }
-    for name, value in tensors.items():
-        number = f"{name}-{info.param_id}"  # as the swapper names them
-        value.ds_id = number
-        _found(files / f"{number}.tensor.swp", info)
-    muon.state[master] = {**state, **{name: saved[name] for name in state.keys() & saved.keys() - tensors.keys()}}
-    return [*tensors.values()]
+def _parts(masters: Sequence[Any]) -> list[tuple[str, int]]:
+    """Of each sub-group the numbers of its parameters, and its elements in memory: none of one on NVMe."""
+    return [(master.ds_id, master.numel()) for master in masters]
 
 
-def _found(file: Path, info: Any) -> None:
-    if not file.is_file() or file.stat().st_size < info.numel() * info.dtype().itemsize:
-        raise ValueError(
-            f"{file.parent} has no {file.name} of {info.numel()} elements. DeepSpeed numbers parameters as a process "
-            "makes them; allowed: a new process, which makes the same models in the same order"
-        )
+def _masters(zero: Any) -> list[Any]:
+    return list(zero.fp32_partitioned_groups_flat)
+
+
+def _swapped(zero: Any) -> Iterator[tuple[int, Any]]:
+    infos = zero.optimizer_swapper.swap_params_info
+    return ((i, infos[master.ds_id]) for i, master in enumerate(_masters(zero)) if master.ds_id in infos)
 
 
 def _in_memory(zero: Any) -> Iterator[int]:
-    return (i for i in range(len(zero.fp32_partitioned_groups_flat)) if not zero._swappable_optimizer_subgroup(i))
+    return (i for i in range(len(_masters(zero))) if not zero._swappable_optimizer_subgroup(i))
 
 
 def _files(engine: Any, folder: Path) -> Path:

@@ -17,12 +17,12 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-from ..core.agreement import together
+from ..core.agreement import alike, together
 from ..core.muon import Muon
 from . import ranks
-from .host import BEFORE
+from .host import BEFORE, swaps
 from .other_layouts import check_layout, folder_of
-from .swapping import SETTING, check_files, restore, swaps
+from .swapping import SETTING, check_device, check_files, restore
 
 
 def load_checkpoint(
@@ -45,10 +45,14 @@ def load_checkpoint(
     weights_only = ours and (load_module_only or not load_optimizer_states)
     folder = folder_of(engine, load_dir, tag) if ours else None
     if ours:
-        together(lambda: check_layout(engine, load_dir, tag, weights_only), ranks.of(engine))
-        together(lambda: check_files(engine, folder), ranks.of(engine))
+        own, there = ranks.of(engine), "a checkpoint" if folder else "none"
+        alike("what load_checkpoint finds", there, f"{load_dir} must be the same on every node", own)
+        together(lambda: check_device(engine, folder), own)
+        together(lambda: check_layout(engine, load_dir, tag, weights_only), own)
     if weights_only and folder is not None:
         _check(engine, "load_module_only=True" if load_module_only else "load_optimizer_states=False")
+    if ours and folder is not None and swaps(engine):
+        together(lambda: check_files(engine, folder), own)
     if weights_only and engine.zero_optimization():
         load_optimizer_states = False  # in ZeRO-3 this makes it read the weights from the shards
     with _asked_for(tag) if weights_only else nullcontext():
