@@ -11,14 +11,16 @@ DeepSpeed's functions are wrapped only here, and the wrappers, but for the last,
   parameters, ours reads where the shards are (`shards`) and attaches the optimizer to them.
 - ``_load_universal_checkpoint`` of ZeRO's optimizers: the wrapper reads this Muon's shards and state (`checkpoints`).
 - ``DeepSpeedEngine._get_all_ckpt_names``: the wrapper finds a universal checkpoint's files whichever stage saved it.
-- ``DeepSpeedEngine.load_checkpoint``: the wrapper makes weights load without state at every stage (`weights_only`).
+- ``DeepSpeedEngine.load_checkpoint``: the wrapper refuses what this run cannot read (`other_layouts`, `swapping`),
+  makes weights load without state at every stage (`weights_only`), and restores state on NVMe (`swapping`).
 - ``zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint``: the wrapper reads the tag that was asked for then.
 - ``DeepSpeedEngine.get_mom``: the wrapper reports Muon's momentum, where DeepSpeed looks for Adam's betas (`monitor`).
 - ``DeepSpeedZeroOptimizer_Stage3.offload_states`` rejects any optimizer but FusedAdam; the wrapper allows this one.
 - ``OpBuilder.jit_load``: the wrapper says that an operator is compiled, or waits for a lock (`compiling`).
 
-Two things are set on an engine that trains with Muon, and on no other: while ZeRO's wrapper is built, Muon is in the
-place of DeepSpeedCPUAdam (`cpu_adam`); and the stages of a pipeline take part in the same sums of norms (`pipeline`).
+Some things are set on an engine that trains with Muon, and on no other. While ZeRO's wrapper is built, Muon is in the
+place of DeepSpeedCPUAdam (`cpu_adam`). The stages of a pipeline take part in the same sums of norms (`pipeline`). What
+follows its step is called after it (`steps`). With the optimizer on NVMe, its checkpoints hold no buffers (`swapping`).
 """
 
 from __future__ import annotations

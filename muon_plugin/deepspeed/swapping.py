@@ -36,21 +36,22 @@ def keep_empty(engine: Any) -> None:
     which it reuses. State of such a tensor would be made at start, and the swapper would look for its file before it
     wrote one; and a checkpoint would hold what is in the buffers as weights.
     """
-    empty(engine)
+    empty_swapped(engine)
     zero = engine.optimizer
     save = zero.state_dict
 
     def saved() -> Any:
-        empty(engine)  # they are not after safe_set_full_fp32_param and its like
+        empty_swapped(engine)  # they are not after safe_set_full_fp32_param and its like
         return save()
 
     zero.state_dict = saved
 
 
-def empty(engine: Any) -> None:
+def empty_swapped(engine: Any) -> None:
+    """Empties the tensors that are on NVMe, once what is being written has been."""
     swapper = engine.optimizer.optimizer_swapper
     for kind, operation in getattr(swapper, "swap_ops", {}).items():
-        if operation is not None and not operation.read_op:  # a write that has not ended
+        if operation is not None and not operation.read_op:
             swapper._complete_swap_out(kind)
     for info in swapper.swap_params_info.values():
         info.release_memory()
@@ -59,7 +60,7 @@ def empty(engine: Any) -> None:
 def step_swapped(engine: Any, take: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """The engine's step, after which they are empty again."""
     take(*args, **kwargs)
-    empty(engine)
+    empty_swapped(engine)
 
 
 def check_device(engine: Any, folder: Path | None) -> None:
@@ -89,13 +90,10 @@ def check_files(engine: Any, folder: Path) -> None:
     Raises:
         ValueError: where it is another optimizer's, or has other parameter groups or sub-groups, or lacks files.
     """
-    empty(engine)
+    empty_swapped(engine)
     zero, saved = engine.optimizer, _saved(engine, folder)
     engine.basic_optimizer.check_saved(saved[OPTIMIZER_STATE_DICT]["param_groups"])
-    theirs, mine = (
-        [(master.ds_id, master.numel()) for master in of] for of in (saved[FP32_FLAT_GROUPS], _masters(zero))
-    )
-    if theirs != mine:
+    if _parts(saved[FP32_FLAT_GROUPS]) != _parts(_masters(zero)):
         raise ValueError(
             f"{folder} has other sub-groups than this run, or others of them on NVMe; allowed: the same sub_group_size "
             "and aio, in a new process that makes the same models in the same order (DeepSpeed numbers parameters so)"
@@ -117,12 +115,12 @@ def restore(engine: Any, folder: Path) -> None:
     for number in _in_memory(zero):  # of the 16-bit weights as well
         zero._reassign_or_swap_out_partitioned_parameters(number)
     zero.checkpoint_event_epilogue()
-    empty(engine)
+    empty_swapped(engine)
 
 
 def _restore_state(engine: Any, folder: Path) -> None:
     zero, muon, saved = engine.optimizer, engine.basic_optimizer, _saved(engine, folder)
-    empty(engine)
+    empty_swapped(engine)
     zero.optimizer_swapper.purge_state()
     zero._set_fp32_optimizer_param_groups()
     try:

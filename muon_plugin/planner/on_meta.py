@@ -259,8 +259,9 @@ def _config(args: Any) -> Any:
     args.fp8 = None
     args.moe_token_dispatcher_type = "allgather"  # others may want libraries that are not installed
     args.moe_enable_deepep = False
-    for name in vars(args):
-        if name.endswith("_fusion"):
+    for name, value in vars(args).items():
+        wants_fp8 = value is True and ("fp8" in name or name.endswith("_for_quantization"))
+        if wants_fp8 or name.endswith("_fusion"):
             setattr(args, name, False)
     config = core_transformer_config_from_args(args)
     config.perform_initialization = False

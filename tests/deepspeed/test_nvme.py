@@ -74,7 +74,7 @@ def stepped(engine: Any, rank: int, steps: range) -> list[float]:
     found = []
     for step in steps:
         generator = torch.Generator().manual_seed(10 * step + rank)
-        loss = engine(torch.randn(2, WIDTH, generator=generator).bfloat16())
+        loss = engine(torch.randn(2, WIDTH, generator=generator).to(engine.get_data_types()[0]))
         engine.backward(loss)
         engine.step()
         found.append(float(loss.detach()))
@@ -94,6 +94,19 @@ def resumed(rank: int, config: dict[str, Any], saved: Path, at: int = 2) -> list
     engine = engine_of(config)
     assert engine.load_checkpoint(str(saved), tag="two")[0] is not None
     return stepped(engine, rank, range(at, 4))
+
+
+def scales(rank: int, config: dict[str, Any], saved: Path, resumes: bool = False) -> list[float]:
+    """The loss scale before each of four steps, or of the last two."""
+    engine, found = engine_of(config), []
+    if resumes:
+        engine.load_checkpoint(str(saved), tag="two")
+    for number in range(2 * resumes, 4):
+        found.append(float(engine.optimizer.loss_scale))
+        stepped(engine, rank, range(number, number + 1))
+        if number == 1:
+            engine.save_checkpoint(str(saved), tag="two")
+    return found
 
 
 def gone_back(rank: int, config: dict[str, Any], saved: Path) -> tuple[list[float], list[float]]:
@@ -175,6 +188,15 @@ def test_a_run_on_nvme_is_resumed_bit_for_bit(tmp_path, in_memory, pipeline, at)
     nvme, saved = [tmp_path / "one", tmp_path / "other"], tmp_path / "saved"
     anew(losses, settings("Muon", nvme[0], **pipeline), saved, at)
     assert anew(resumed, settings("Muon", nvme[1], **pipeline), saved, at) == [each[at:] for each in in_memory]
+
+
+def test_the_loss_scale_is_restored(tmp_path):
+    """In fp16, whose first scale makes the first step overflow."""
+    fp16 = {"bf16": {"enabled": False}, "fp16": {"enabled": True, "initial_scale_power": 31, "hysteresis": 1}}
+    nvme, saved = [settings("Muon", tmp_path / name) | fp16 for name in ("one", "other")], tmp_path / "saved"
+    whole = anew(scales, nvme[0], saved)
+    assert whole[0][0] > whole[0][1]
+    assert anew(scales, nvme[1], saved, True) == [each[2:] for each in whole]
 
 
 def test_deepspeeds_adamw_goes_on_otherwise_without_a_word(tmp_path):

@@ -159,7 +159,8 @@ def test_what_megatron_keeps_in_fewer_bits_or_on_the_cpu_is_copied_in_a_step(ran
     """16 bits of masters and moments each, or nothing on the GPU: in fp32, as by default, while a step is made."""
     aware = "--use-precision-aware-optimizer"
     kept = ["", f"{aware} --optimizer-cpu-offload", f"{aware} --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"]
-    default, offloaded, narrow = (
+    kept += [f"{kept[1]} --fp8-format hybrid --fp8-param-gather"]
+    default, offloaded, narrow, in_fp8 = (
         ranks.forked(planned_by_megatron, megatron([], [*MODEL, "--bf16", *shlex.split(flags)]), megatron="0.19.2")[
             "memory_bytes_a_rank"
         ]
@@ -168,8 +169,20 @@ def test_what_megatron_keeps_in_fewer_bits_or_on_the_cpu_is_copied_in_a_step(ran
     whole = default["masters"] + default["state"]
     assert default["copies"] == default["away"] == offloaded["masters"] == offloaded["state"] == narrow["away"] == 0
     assert offloaded["away"] + default["masters"] // 2 == narrow["copies"] == offloaded["copies"] == whole
+    assert (in_fp8["masters"], in_fp8["away"]) == (default["masters"], default["state"])  # these stay on the GPU
+    assert in_fp8["copies"] == default["state"]
     assert 2 * narrow["masters"] == default["masters"]
     assert 2 * narrow["state"] == default["state"]
+
+
+def test_a_launch_line_in_fp8_is_planned_as_one_without(ranks, megatron):
+    """Flags that Megatron takes with fp8 alone: the model is built without it, in which they would be errors."""
+    flags = "--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-output-proj --moe-router-padding-for-quantization"
+    plain, in_fp8 = (
+        ranks.forked(planned_by_megatron, megatron([], [*MODEL, *MOE, *extra]), megatron="0.19.2")
+        for extra in ([], shlex.split(flags))
+    )
+    assert by_rank(in_fp8) == by_rank(plain)
 
 
 def megatron_counts(rank: int, layout: dict[str, Any]) -> tuple[int, int, int]:
